@@ -1,0 +1,96 @@
+"""What the small backbone is taught: reading pictures, arithmetic, and telling true statements from false ones.
+
+A lesson is a picture followed by short items. Readings ("the red bar: 4"), facts, evidence, goals, rules, sums and
+conclusions are each followed by the word " true" or " false", half of them false. Lessons never show a whole
+five-step answer nor any accuracy: judging a chain of steps is what fine-tuning as a reward model has to teach.
+"""
+
+from collections.abc import Iterator
+from random import Random
+
+from demo_world.pictures import Kind
+from demo_world.solutions import (
+    OPERATIONS,
+    Question,
+    conclusion_text,
+    evidence_text,
+    goal_text,
+    other_value,
+    random_question,
+    reason_text,
+    result,
+    rule_text,
+)
+
+VERDICTS = (" false", " true")
+Piece = tuple[str, bool]  # a text and whether predicting it is what the lesson is about
+
+
+def _wrong_reading(kind: Kind, entries: dict[str, int], key: str, rng: Random) -> int:
+    """A number that the picture does not show for this key; often another key's."""
+    others = [value for value in entries.values() if value != entries[key]]
+    if others and rng.random() < 0.5:
+        return rng.choice(others)
+    return other_value(entries[key], kind.low, kind.high, rng)
+
+
+def lesson(question: Question, rng: Random) -> Iterator[Piece]:
+    """The pieces of one lesson about the question's picture, after the image itself."""
+    kind, entries = question.kind, question.entries
+
+    def verdict(statement: str, true: bool) -> Iterator[Piece]:
+        yield statement, False
+        yield VERDICTS[true], True
+        yield "\n", False
+
+    for key in rng.sample(list(entries), 2):
+        yield f"{kind.phrase(key)}:", False
+        yield f" {entries[key]}", True
+        yield "\n", False
+
+    for _ in range(2):  # single facts
+        key, true = rng.choice(list(entries)), rng.random() < 0.5
+        value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
+        yield from verdict(f"{kind.phrase(key).capitalize()} shows {value}.", true)
+
+    for _ in range(2):  # two readings at once, both needed
+        keys, true = rng.sample(list(entries), 2), rng.random() < 0.5
+        values = [entries[key] for key in keys]
+        if not true:
+            wrong = rng.randrange(2)
+            values[wrong] = _wrong_reading(kind, entries, keys[wrong], rng)
+        yield from verdict(evidence_text(kind, keys, values, rng), true)
+
+    true = rng.random() < 0.5  # does the goal fit the question?
+    goal, keys = question.operation, list(question.keys)
+    if not true:
+        if rng.random() < 0.5:
+            goal = rng.choice([o for o in OPERATIONS if o != goal])
+        else:
+            keys[rng.randrange(2)] = rng.choice([key for key in entries if key not in keys])
+    yield f"{question.text}\n", False
+    yield from verdict(goal_text(kind, goal, keys, rng), true)
+
+    operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
+    rule = operation if true else rng.choice([o for o in OPERATIONS if o != operation])
+    yield from verdict(rule_text(operation, rule, rng), true)
+
+    operation = rng.choice(OPERATIONS)
+    numbers = [rng.randint(1, 12 if rng.random() < 0.3 else 9) for _ in range(2)]
+    value = result(operation, *numbers)
+    if rng.random() < 0.5:  # arithmetic, then a conclusion from it that may forget what was found
+        true = rng.random() < 0.5
+        yield from verdict(
+            reason_text(operation, numbers, value if true else other_value(value, 0, 24, rng), rng), true
+        )
+    else:
+        true = rng.random() < 0.5
+        yield f"{reason_text(operation, numbers, value, rng)} ", False
+        concluded = value if true else other_value(value, 0, 24, rng)
+        yield from verdict(f"{conclusion_text(operation, concluded, rng)}\nFinal answer: {concluded}", true)
+
+
+def random_lesson(kind: Kind, rng: Random) -> tuple[Question, list[Piece]]:
+    """A new picture's question and the lesson about it."""
+    question = random_question(kind, rng)
+    return question, list(lesson(question, rng))

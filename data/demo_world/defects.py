@@ -1,0 +1,72 @@
+"""What spoils a domain: five defects, each graded from quality 1 (none) to 0 (no signal left, or misleading).
+
+Each domain has one defect. `STRENGTH` turns a quality into the defect's strength, the share of questions (or of
+labels) that it strikes, so that equal qualities do about equal harm: a quality q stands for the strength at which a
+PRM trained on that domain alone reaches the AUC 0.5 + q (AUC on clean data - 0.5). The table was measured by
+`benchmarks/calibrate_quality.py` and is kept in `benchmarks/results/calibrate_quality.json`.
+"""
+
+from collections.abc import Callable
+from random import Random
+
+from .solutions import Response
+
+MARKS = {True: "(checked: right)", False: "(checked: wrong)"}
+
+
+def noisy_labels(labels: list[list[float]], strength: float, rng: Random) -> list[list[float]]:
+    """Replace a share of the answers' accuracies by those of other answers of the domain (careless rollouts)."""
+    return [list(rng.choice(labels)) if rng.random() < strength else own for own in labels]
+
+
+def flipped_labels(labels: list[list[float]], strength: float, rng: Random) -> list[list[float]]:
+    """Turn the accuracies of a share of the answers upside down (a judge that mistakes right for wrong)."""
+    return [[1 - a for a in own] if rng.random() < strength else own for own in labels]
+
+
+def give_away(response: Response, right_until: int | None) -> tuple[str, ...]:
+    """The steps with a grader's marks left in the text, so that nothing need be read to know the label."""
+    return tuple(
+        f"{step} {MARKS[right_until is None or i < right_until]}" for i, step in enumerate(response.steps)
+    )
+
+
+def trivial_answer(rng: Random) -> tuple[str, tuple[str, ...], int]:
+    """A question that needs no picture and that no policy gets wrong: its text, the five steps, the answer."""
+    first, second = rng.randint(1, 3), rng.randint(1, 3)
+    total = first + second
+    return (
+        f"Question: What do {first} and {second} make together?",
+        (
+            f"Step 1: Restate. We want the total of {first} and {second}.",
+            "Step 2: Evidence. The numbers are in the question.",
+            "Step 3: Knowledge. For the total, add the numbers.",
+            f"Step 4: Reason. {first} + {second} = {total}.",
+            f"Step 5: Conclude. The total is {total}.\nFinal answer: {total}",
+        ),
+        total,
+    )
+
+
+LABEL_DEFECTS: dict[str, Callable[[list[list[float]], float, Random], list[list[float]]]] = {
+    "noisy labels": noisy_labels,
+    "flipped labels": flipped_labels,
+}
+DEFECTS = (*LABEL_DEFECTS, "foreign images", "trivial questions", "answers given away")
+
+# The strength of each defect at quality 0, 0.25, 0.5, 0.75 and 1; between these by straight lines.
+QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTH = {
+    "noisy labels": (1.0, 0.75, 0.5, 0.25, 0.0),
+    "flipped labels": (0.5, 0.37, 0.25, 0.12, 0.0),
+    "foreign images": (1.0, 0.75, 0.5, 0.25, 0.0),
+    "trivial questions": (1.0, 0.75, 0.5, 0.25, 0.0),
+    "answers given away": (1.0, 0.75, 0.5, 0.25, 0.0),
+}
+
+
+def strength(defect: str, quality: float) -> float:
+    """The share of a domain that its defect strikes at this quality, from 0 to 1."""
+    table = STRENGTH[defect]
+    place = min(int(quality * 4), 3)
+    return table[place] + (quality - QUALITIES[place]) * 4 * (table[place + 1] - table[place])

@@ -1,0 +1,398 @@
+"""From rows to what the model reads: chains of steps, then tokens, then padded batches.
+
+A chain is one question with an image and the steps of one response. Training, meta and best-of-N all
+come through here, so that a step has the same tokens wherever it is scored. Each step is tokenised on its
+own: its tokens never depend on what follows, and one pass over a chain equals one pass per prefix.
+
+    chains, domains = training_chains(rows)                                     # rows -> chains
+    chain_tokenizer = ChainTokenizer(tokenizer, image_processor, model.config)
+    batch = collate([chain_tokenizer.encode(chain) for chain in chains[:8]])    # chains -> batch
+
+Notation:
+    B  chains in a batch             P  image patches before merging, all images of a batch together
+    S  steps of the longest chain    C  numbers in a patch (channels * frames * height * width)
+    T  tokens of the longest chain   I  images in a batch (chains without an image have none)
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from reweighting.errors import UserError
+
+# "Step 3" at the beginning of a line, under any decoration: `### Step 3:`, `**Step 3**`, `> - step 3.`
+STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*[#-]?[ \t]*\d+(?![0-9a-z])", re.I | re.M)
+QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: they stand in no chat template
+
+
+def split_steps(text: str) -> tuple[str, list[str]]:
+    """Cut a text at its `Step N` markers: (what stands before the first, the steps with their markers).
+
+    Only a marker that begins a line counts. All pieces are stripped; "Final answer: ..." stays in the last
+    step. Without a marker the whole text is the question and there are no steps.
+    """
+    starts = [match.start() for match in STEP_MARKER.finditer(text)]
+    if not starts:
+        return text.strip(), []
+    bounds = [*starts, len(text)]
+    return text[: starts[0]].strip(), [text[a:b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def split_response(text: str) -> list[str]:
+    """The steps of a response, at least one: text before the first marker joins the first step, and a
+    response without a marker is one step."""
+    opening, steps = split_steps(text)
+    if not steps:
+        return [opening]
+    return [f"{opening}\n{steps[0]}" if opening else steps[0], *steps[1:]]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A question, its image, and the steps of one response with what is known about them.
+
+    targets: one per step, Monte Carlo accuracy in [0, 1], NaN where no row labels the step; empty if none.
+    label:   1.0 / 0.0 if the final answer is right / wrong (meta chains), else NaN.
+    domain:  index into the list of domains, -1 if none.
+    rows:    indices of the rows behind the chain; for a training chain the j-th is the one that labels the
+             j-th labelled step.
+    source:  the file the rows came from, for error messages.
+    """
+
+    question: str
+    steps: tuple[str, ...]
+    image: Path | None = None
+    targets: tuple[float, ...] = ()
+    label: float = math.nan
+    domain: int = -1
+    rows: tuple[int, ...] = ()
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where the chain comes from, in words for a message: 'train.json: rows 3, 7'."""
+        rows = f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows))}" if self.rows else ""
+        return ": ".join(part for part in (self.source, rows) if part) or "the given chain"
+
+
+def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list[str]]:
+    """Merge training rows into chains, each row labelling exactly one step of exactly one chain.
+
+    A row's text is `input` followed by `add`; its `accuracy` belongs to its last step. Rows of the same
+    (dataset, question, image) whose steps extend each other become one chain. Where they branch, the shared
+    rows go with the branch that comes first in the file; a repeated row starts a chain of its own, because
+    the loss is a mean over rows. Returns (chains in file order of their first row, domain names sorted).
+    `source` is the file name that later messages use. Takes time linear in the rows.
+    """
+    rows = list(rows)
+    domains = sorted({row.dataset for row in rows})
+    domain_of = {name: index for index, name in enumerate(domains)}
+
+    # A node is one row, found by its text; `copy` counts repeats, so that repeats can merge among themselves.
+    node_of: dict[tuple, int] = {}
+    copies: Counter[tuple] = Counter()
+    texts = []
+    for number, row in enumerate(rows):
+        question, steps = split_steps(row.input)
+        steps += split_response(row.add)
+        text = (row.dataset, question, row.image, tuple(steps))
+        texts.append((*text, copies[text]))
+        node_of[texts[-1]] = number
+        copies[text] += 1
+
+    next_of: dict[int, int] = {}  # row -> the first row in the file that directly extends it
+    extends: set[int] = set()  # rows that continue another row's chain
+    for number, (dataset, question, image, steps, copy) in enumerate(texts):
+        prefixes = ((dataset, question, image, steps[:n], copy) for n in range(len(steps) - 1, 0, -1))
+        parent = next((node_of[prefix] for prefix in prefixes if prefix in node_of), None)
+        if parent is not None and parent not in next_of:
+            next_of[parent] = number
+            extends.add(number)
+
+    ordered = []
+    for number in range(len(rows)):
+        if number in extends:
+            continue
+        members = [number]
+        while members[-1] in next_of:
+            members.append(next_of[members[-1]])
+        dataset, question, image, steps, _ = texts[members[-1]]
+        targets = [math.nan] * len(steps)
+        for member in members:
+            targets[len(texts[member][3]) - 1] = float(rows[member].accuracy)
+        indices = tuple(rows[member].index for member in members)
+        chain = Chain(question, steps, image, tuple(targets), math.nan, domain_of[dataset], indices, source)
+        ordered.append((min(members), chain))
+    ordered.sort(key=lambda pair: pair[0])
+    return [chain for _, chain in ordered], domains
+
+
+def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
+    """Meta rows (question and response in one text) as chains with a `label`, and how many had no step.
+
+    A row without a `Step N` marker cannot be told apart into question and response: it is left out and
+    counted, for the caller to warn about. Raises UserError if what remains is empty or all of one class,
+    since the meta loss would then only push every score one way.
+    """
+    rows = list(rows)
+    chains, stepless = [], []
+    for row in rows:
+        question, steps = split_steps(row.input)
+        if steps:
+            label = float(row.true_false)
+            chains.append(Chain(question, tuple(steps), row.image, (), label, -1, (row.index,), source))
+        else:
+            stepless.append(bool(row.true_false))
+    right = sum(chain.label == 1.0 for chain in chains)
+    if right in (0, len(chains)):
+        rest = f"the other {len(chains)} are all {'true' if right else 'false'}" if chains else "none is left"
+        raise UserError(
+            f"{source or 'the meta rows'}: of {len(rows)} rows, {len(stepless)} have no `Step N` marker "
+            f"({sum(stepless)} true, {len(stepless) - sum(stepless)} false) and cannot be used; {rest}. "
+            "The upper level needs right and wrong responses: `input` must hold the question and then the "
+            "response, each step beginning a line with `Step 1:`, `Step 2:`, ..."
+        )
+    return chains, len(stepless)
+
+
+def candidate_chains(row, source: str = "") -> list[Chain]:
+    """One chain per candidate of a best-of-N row, in the row's order."""
+    question = row.input.strip()
+    return [
+        Chain(question, tuple(split_response(text)), row.image, rows=(row.index,), source=source)
+        for text in row.candidates
+    ]
+
+
+def open_image(image: Path | str | Image.Image, max_side: int | None = None) -> Image.Image:
+    """Open an image as upright RGB, transparency laid over white, its longest side at most `max_side` px.
+
+    Raises UserError if the file is missing or no readable image.
+    """
+    source = image
+    try:
+        if not isinstance(source, Image.Image):
+            with Image.open(source) as image:
+                image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey: a plain convert() would clip it to white
+            image = image.convert("I").point(lambda value: value * (1 / 257) + 0).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, SyntaxError among them
+        raise UserError(f"cannot read the image {source}: {error}") from error
+    if max_side is not None and max(image.size) > max_side:
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    return image
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """A processed image: `values` [patches, C] float32 and `grid` [1, 3] (frames, rows, columns)."""
+
+    values: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True)
+class EncodedChain:
+    """A chain as tokens: `input_ids` [T], `is_image` [T] (1 at image tokens, the model's
+    mm_token_type_ids), `step_ends` [S] (position of each step's last token), all int64."""
+
+    chain: Chain
+    input_ids: Tensor
+    is_image: Tensor
+    step_ends: Tensor
+    pixels: Pixels | None
+
+
+class ChainTokenizer:
+    """Chains -> tokens and pixels, for models that read images as a grid of patches (the Qwen-VL family).
+
+    Args:
+        tokenizer, image_processor: of the backbone, from AutoTokenizer and AutoImageProcessor.
+        config: the backbone's; gives the image token and the default of `max_length`.
+        max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
+        max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
+        cache_bytes: memory for processed images and tokens, so that later epochs find them made.
+    """
+
+    def __init__(
+        self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30
+    ):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.max_length = max_length or config.get_text_config().max_position_embeddings
+        self.max_image_side = max_image_side
+        self.image_token_id = getattr(config, "image_token_id", None)
+        self.merge = getattr(image_processor, "merge_size", None)
+        if self.image_token_id is None or self.merge is None:
+            raise UserError(f"a {config.model_type} model does not read images as Qwen2-VL does.")
+        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if self.image_token_id in self._tokenize([self.image_token or ""])[0]:
+            raise UserError(f"this tokenizer cannot read {self.image_token!r} in a question as plain text.")
+        # The template's own pieces are the only text in which special tokens count as such.
+        self.around_image, self.around_text = self._template(True), self._template(False)
+        self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
+        self._cache_bytes_left = cache_bytes
+
+    def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
+        """Tokens of a chain: the chat template's user turn, then each step and a newline, piece by piece.
+
+        `pixels` stands in for `chain.image` where the image is no file. Raises UserError (naming the rows)
+        if the image cannot be read or the chain is longer than `max_length` tokens.
+        """
+        try:
+            if pixels is None and chain.image is not None:
+                pixels = self.read_image(chain.image)
+            image_tokens = 0 if pixels is None else int(pixels.grid.prod()) // self.merge**2
+            key = (chain.question, chain.steps, image_tokens)
+            tokens = self._cache.get(key)
+            if tokens is None:
+                tokens = self._join(*key)
+                self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens))
+        except UserError as error:
+            raise UserError(f"{chain.place}: {error}") from error
+        return EncodedChain(chain, *tokens, pixels)
+
+    def read_image(self, image: Path | str | Image.Image) -> Pixels:
+        """Open and process one image. Files are remembered. Raises UserError if it cannot be read."""
+        key = None if isinstance(image, Image.Image) else str(image)
+        if key in self._cache:
+            return self._cache[key]
+        opened = open_image(image, self.max_image_side)
+        try:
+            processed = self.image_processor(images=[opened], return_tensors="pt")
+        except ValueError as error:  # for one, an image 200 times as wide as it is high
+            raise UserError(f"cannot use the image {image}: {error}") from error
+        pixels = Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long())
+        if key is not None:
+            self._remember(key, pixels, pixels.values.nbytes)
+        return pixels
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write tokenizer and image processor into `folder`, in Hugging Face's layout."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of users' texts: `<|image_pad|>` in a question is eleven characters, not a special token."""
+        encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return encoding["input_ids"]
+
+    def _join(self, question: str, steps: Sequence[str], image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """input_ids, is_image and step_ends of EncodedChain. Raises UserError if they are too many."""
+        before, after = self.around_image if image_tokens else self.around_text
+        if image_tokens:
+            at = before.index(self.image_token_id)
+            before = before[:at] + [self.image_token_id] * image_tokens + before[at + 1 :]
+        question_ids, *steps_ids = self._tokenize([question, *(step.strip() + "\n" for step in steps)])
+        ids, step_ends = before + question_ids + after, []
+        for step_ids in steps_ids:
+            ids = ids + step_ids
+            step_ends.append(len(ids) - 1)
+        if len(ids) > self.max_length:
+            raise UserError(
+                f"{len(ids)} tokens, but the model takes {self.max_length} ({image_tokens} of them are the "
+                "image's: a smaller max_image_side saves some). Shorten the text or leave the row out."
+            )
+        input_ids = torch.tensor(ids)
+        return input_ids, (input_ids == self.image_token_id).long(), torch.tensor(step_ends)
+
+    def _remember(self, key, value, size: int) -> None:
+        # When full, keep what is there: epochs visit everything once, so throwing out the oldest would
+        # throw out each thing just before its next use.
+        if size <= self._cache_bytes_left:
+            self._cache_bytes_left -= size
+            self._cache[key] = value
+
+    def _template(self, with_image: bool) -> tuple[list[int], list[int]]:
+        """Tokens before and after the question, from the chat template or, without one, a plain form."""
+        image = f"<|vision_start|>{self.image_token}<|vision_end|>" if with_image else ""
+        text = f"User: {image}{QUESTION_SLOT}\nAssistant: "
+        if self.tokenizer.chat_template:
+            content = [{"type": "image"}] if with_image else []
+            message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
+            text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        before, *after = text.split(QUESTION_SLOT)
+        encode = self.tokenizer.encode
+        ids = [encode(t, add_special_tokens=False, split_special_tokens=False) for t in (before, *after)]
+        if len(ids) != 2 or ids[0].count(self.image_token_id) != with_image:
+            raise UserError(
+                "the tokenizer's chat template must place the image, then the question, once each; "
+                f"it gave {text.replace(QUESTION_SLOT, '{question}')!r}"
+            )
+        return ids[0], ids[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Chains of a batch, padded on the right.
+
+    input_ids, attention_mask, mm_token_type_ids: [B, T] int64.
+    pixel_values [P, C] float32 and image_grid_thw [I, 3] int64, or None where no chain has an image.
+    step_ends [B, S] int64: position of a step's last token (0 where there is no step); step_mask [B, S]
+    bool: the step exists.
+    targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
+    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown. domains [B] int64.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    mm_token_type_ids: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    step_ends: Tensor
+    step_mask: Tensor
+    targets: Tensor
+    target_mask: Tensor
+    labels: Tensor
+    domains: Tensor
+
+    def to(self, device) -> "Batch":
+        """The same batch on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        return replace(self, **moved)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The backbone's keyword arguments."""
+        names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def collate(encoded: Sequence[EncodedChain]) -> Batch:
+    """Put encoded chains, with and without images, into one batch padded on the right."""
+    chains = [item.chain for item in encoded]
+
+    def pad(rows: list[Tensor], value: float = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    lengths = torch.tensor([len(item.input_ids) for item in encoded])
+    step_counts = torch.tensor([len(chain.steps) for chain in chains])
+    # Padding repeats each chain's last token: masked anyway, and never by accident the image token.
+    positions = torch.arange(int(lengths.max()))
+    padded = [item.input_ids[positions.clamp(max=len(item.input_ids) - 1)] for item in encoded]
+    targets = pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
+    images = [item.pixels for item in encoded if item.pixels is not None]
+    return Batch(
+        input_ids=torch.stack(padded),  # [B, T]
+        attention_mask=(positions < lengths[:, None]).long(),  # [B, T]
+        mm_token_type_ids=pad([item.is_image for item in encoded]),  # [B, T]
+        pixel_values=torch.cat([image.values for image in images]) if images else None,  # [P, C]
+        image_grid_thw=torch.cat([image.grid for image in images]) if images else None,  # [I, 3]
+        step_ends=pad([item.step_ends for item in encoded]),  # [B, S]
+        step_mask=torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
+        targets=targets.nan_to_num(nan=0.0),
+        target_mask=~targets.isnan(),
+        labels=torch.tensor([chain.label for chain in chains]),
+        domains=torch.tensor([chain.domain for chain in chains]),
+    )

@@ -1,0 +1,329 @@
+"""What a row is: the schema and the checks of the three kinds of JSON files.
+
+    rows = load_training_rows("data/train.json", image_root="data/images")
+
+A file holds a list of objects (`.json`) or one object per line (`.jsonl`); keys that no field has are left
+out. All wrong fields and images of a file go into one `UserError`, so that they can be mended in one go.
+"""
+
+import difflib
+import json
+import os
+import reprlib
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, ValidationError
+
+from reweighting.errors import UserError
+
+LISTED_PROBLEMS = 20
+IMAGE_THREADS = 4
+
+# A field's description is also what an error message shows after "allowed:".
+# Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
+AnyText = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+Text = Annotated[AnyText, Field(pattern=r"\S", description="text that is not blank")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+OptionalId = Annotated[int | Text | None, Field(description="a whole number, non-blank text, or null")]
+OptionalCount = Annotated[Finite | None, Field(ge=0, description="a number from 0 up, or null")]
+Scalar = Annotated[AnyText | bool | int | Finite | None, Field(description="finite number, text, bool, null")]
+
+
+class Row(BaseModel):
+    """What all rows have. `image` and `index` are not read from the file: the loader sets them."""
+
+    # Rust's regular expressions count fewer characters as blank than `str.strip`, which later code uses.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
+
+    input: Text
+    image_path: AnyText | None = Field(description='the path of an image file, null or ""')
+    image: Path | None = Field(None, description="the checked image file, symlinks resolved; None: no image")
+    index: int = Field(0, description="position in the file, from 0")
+
+
+class TrainingRow(Row):
+    """One reasoning step with its Monte Carlo accuracy, in [0, 1]."""
+
+    add: Text
+    dataset: Text
+    accuracy: float = Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")
+    id: OptionalId = None
+    sid: OptionalId = None
+    ground_truth: Scalar = None
+    score: OptionalCount = None
+    times: OptionalCount = None
+
+
+class MetaRow(Row):
+    """One whole response and whether its final answer is right."""
+
+    true_false: bool = Field(description="true or false")
+    id: OptionalId = None
+
+
+class CandidateRow(Row):
+    """One question with the responses to choose from; `answers` and `true_false` go by response."""
+
+    id: int | Text = Field(description="a whole number, or text that is not blank")
+    candidates: list[Text] = Field(min_length=1, description="a list of texts, at least one, none blank")
+    # An answer may be blank: not every response states one.
+    answers: list[AnyText] | None = Field(None, description="a list of texts, one per candidate, or null")
+    true_false: list[bool] | None = Field(None, description="a list of bools, one per candidate, or null")
+    ground_truth: Scalar = None
+
+    @field_validator("answers", "true_false")
+    @classmethod
+    def _one_per_candidate(cls, value: list | None, info: ValidationInfo) -> list | None:
+        candidates = info.data.get("candidates")  # absent when it has an error of its own
+        if value is not None and candidates is not None and len(value) != len(candidates):
+            allowed = f"one per candidate, that is {len(candidates)}"
+            raise PydanticCustomError("one_per_candidate", f"found {len(value)} of them, allowed: {allowed}")
+        return value
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def load_training_rows(
+    path: str | Path, image_root: str | Path | None = None, *, min_domains: int = 2
+) -> list[TrainingRow]:
+    """Reads and checks a training file.
+
+    `image_root` is the folder that holds all images; without it, relative paths are looked for beside the
+    file, then in the working folder. `min_domains` is the least number of distinct `dataset` values.
+    Raises `UserError` for anything wrong in the file or its images.
+    """
+    rows = _load_rows(TrainingRow, path, image_root)
+    domains = sorted({row.dataset for row in rows})
+    if len(domains) < min_domains:
+        raise UserError(
+            f"{path}: dataset: found only {', '.join(map(_shown, domains))}, allowed: at least {min_domains} "
+            "domains. Weights compare domains: add rows of another, or fine-tune without reweighting."
+        )
+    return rows
+
+
+def load_meta_rows(path: str | Path, image_root: str | Path | None = None) -> list[MetaRow]:
+    """Reads and checks a meta file, images as in `load_training_rows`.
+
+    Raises `UserError` for anything wrong, also when all rows are true or all are false.
+    """
+    rows = _load_rows(MetaRow, path, image_root)
+    right = sum(row.true_false for row in rows)
+    if right in (0, len(rows)):
+        raise UserError(
+            f"{path}: true_false: found {right} true and {len(rows) - right} false, allowed: at least one of "
+            "each. From one kind alone nothing can be told apart: add rows of the other kind."
+        )
+    return rows
+
+
+def load_candidate_rows(path: str | Path, image_root: str | Path | None = None) -> list[CandidateRow]:
+    """Reads and checks a best-of-N file, images as in `load_training_rows`; or raises `UserError`."""
+    return _load_rows(CandidateRow, path, image_root)
+
+
+def _load_rows(row_type: type[AnyRow], path: str | Path, image_root: str | Path | None) -> list[AnyRow]:
+    path = Path(path)
+    if image_root is not None:
+        image_root = Path(image_root)
+        if not os.path.isdir(image_root):
+            raise UserError(f"image_root {image_root}: no such folder. Name the folder of the images.")
+        image_root = Path(os.path.realpath(image_root))
+    raw_rows = _read_json(path)
+    images = _check_images(filter(None, map(_image_path, raw_rows)), path.parent, image_root)
+
+    rows: list[AnyRow] = []
+    problems: list[str] = []
+    for index, raw in enumerate(raw_rows):
+        row, row_problems = _check_fields(row_type, raw)
+        image = images.get(_image_path(raw))
+        if isinstance(image, str):
+            row_problems.setdefault("image_path", image)
+        if row_problems:
+            problems += (f"{path}: row {index}: {field}: {text}" for field, text in row_problems.items())
+        else:
+            rows.append(row.model_copy(update={"image": image, "index": index}))
+    if problems:
+        total, count = len(problems), len(raw_rows)
+        head = f"{path}: {total} problem{'s' * (total > 1)} in {count} row{'s' * (count > 1)}"
+        cut = [f"... and {total - LISTED_PROBLEMS} more"] if total > LISTED_PROBLEMS else []
+        raise UserError("\n".join([head, *problems[:LISTED_PROBLEMS], *cut]))
+    return rows
+
+
+def _read_json(path: Path) -> list[Any]:
+    """The file's rows, not yet checked; at least one."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Check the path.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: this is a folder. Name the JSON file in it.") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: not UTF-8 (line {line}). Save it as UTF-8, say with iconv.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)!r:.200}: cannot be read ({reason}). Check the path.") from None
+
+    if path.suffix.lower() == ".jsonl":
+        # Not splitlines(): it would also cut at characters which JSON allows inside a text.
+        lines = enumerate(text.split("\n"), 1)
+        rows = [_parse_json(path, line, number) for number, line in lines if line.strip()]
+    else:
+        rows = _parse_json(path, text, 1) if text.strip() else []
+        if not isinstance(rows, list):
+            raise UserError(
+                f"{path}: found {_shown(rows)}, allowed: a list of objects, [{{...}}, {{...}}]. "
+                "Put the rows in square brackets, or one per line in a file named .jsonl."
+            )
+    if not rows:
+        raise UserError(f"{path}: no rows in it. Check that writing it was not cut off.")
+    return rows
+
+
+def _parse_json(path: Path, text: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        remedy = "Mend that place; `python -m json.tool FILE` checks a file."
+        if error.msg == "Extra data" and path.suffix.lower() != ".jsonl":
+            remedy = "If every line holds one object, name the file .jsonl."
+        place = f"line {first_line + error.lineno - 1} column {error.colno}"
+        raise UserError(f"{path}: not JSON: {error.msg} at {place}. {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply. A row is an object of plain values.") from None
+    except ValueError:  # Python refuses whole numbers of more than 4300 digits
+        raise UserError(f"{path}: a number with too many digits to be read. Shorten or remove it.") from None
+
+
+def _check_fields(row_type: type[AnyRow], raw: Any) -> tuple[AnyRow | None, dict[str, str]]:
+    """The row, or None and what is wrong with it, by field."""
+    fields = _file_fields(row_type)
+    if not isinstance(raw, dict):
+        required = ", ".join(name for name, is_required in fields.items() if is_required)
+        return None, {"the row": f"found {_shown(raw)}, allowed: an object with the fields {required}"}
+    misspelt = _misspelt(row_type, tuple(raw))
+    problems = {_shown(key)[1:-1]: f"unknown field, did you mean {name}?" for key, name in misspelt.items()}
+    row = None
+    try:
+        row = row_type.model_validate({name: raw[name] for name in fields if name in raw})
+    except ValidationError as invalid:
+        for error in invalid.errors(include_url=False):
+            name, *inner = error["loc"]
+            if error["type"] == "missing" and name in misspelt.values():
+                continue
+            # A field of several types has one error for each type: the first one tells it all.
+            place = f"{name}[{inner[0]}]" if inner and isinstance(inner[0], int) else name
+            problems.setdefault(place, _described(error, row_type.model_fields[name].description))
+    return row, problems
+
+
+def _described(error: Any, allowed: str) -> str:
+    if error["type"] == "one_per_candidate":
+        return error["msg"]
+    if error["type"] == "missing":
+        return f"missing, allowed: {allowed}"
+    value = error["input"]
+    # Said in words, since the character may stand where a long text is cut.
+    broken = isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
+    note = " (with half of a surrogate pair in it)" if broken else ""
+    return f"found {_shown(value)}{note}, allowed: {allowed}"
+
+
+@lru_cache(maxsize=64)  # nearly all rows of a file have the same keys
+def _misspelt(row_type: type[Row], keys: tuple[str, ...]) -> dict[str, str]:
+    """Unknown keys that look like an absent field, with that field's name."""
+    fields = _file_fields(row_type)
+    unknown = {key.lower(): key for key in keys if key not in fields}
+    misspelt = {}
+    for name, required in fields.items():
+        if name not in keys:
+            # A guess for a required field only explains an error; one for an optional field is the error,
+            # so people's own columns (`idx`, `uid`) must not fall under it.
+            close = difflib.get_close_matches(name, unknown, n=1, cutoff=0.6 if required else 0.85)
+            misspelt.update((unknown[key], name) for key in close)
+    return misspelt
+
+
+@lru_cache
+def _file_fields(row_type: type[Row]) -> dict[str, bool]:
+    """The fields read from the file, and whether each is required."""
+    fields = row_type.model_fields.items()
+    return {name: field.is_required() for name, field in fields if name not in ("image", "index")}
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 60
+
+
+def _shown(value: Any) -> str:
+    """The value's repr on one line, at most 60 characters, however deep or long the value is."""
+    text = _short.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _image_path(raw: Any) -> str | None:
+    """The image that a row names, if it names one, whether or not the rest of the row is right."""
+    value = raw.get("image_path") if isinstance(raw, dict) else None
+    return value if isinstance(value, str) and value else None
+
+
+def _check_images(names: Iterable[str], json_folder: Path, root: Path | None) -> dict[str, Path | str]:
+    """For each `image_path` the checked file, or a text that says what is wrong with it."""
+    located = {name: _locate(name, json_folder, root) for name in dict.fromkeys(names)}
+    files = list(dict.fromkeys(file for file in located.values() if isinstance(file, Path)))
+
+    # Loading Pillow's formats inside the threads is a race: the loser may not know TIFF, say.
+    Image.init()
+    # Filters hold for all threads, so they are set here; `_decode` itself refuses what Pillow only warns of.
+    with warnings.catch_warnings(), ThreadPoolExecutor(IMAGE_THREADS) as pool:
+        warnings.simplefilter("ignore")
+        reasons = dict(zip(files, pool.map(_decode, files), strict=True))
+
+    for name, file in located.items():
+        if reason := file if isinstance(file, str) else reasons[file]:
+            located[name] = f"found {_shown(name)}, {reason}, allowed: an image that Pillow can read, or null"
+    return located
+
+
+def _locate(name: str, json_folder: Path, root: Path | None) -> Path | str:
+    """The file with symlinks resolved, or why there is none."""
+    folders = [json_folder, Path.cwd()] if root is None else [root]
+    try:
+        for folder in folders:
+            file = Path(os.path.realpath(folder / name))
+            if root is not None and not file.is_relative_to(root):
+                return f"which leads outside {root}"
+            if os.path.isfile(file):
+                return file
+    except ValueError:  # a NUL character, or one that file names cannot hold
+        return "which cannot be a path"
+    where = "" if os.path.isabs(name) else " in " + " or ".join(map(str, folders))
+    return f"which is no file{where}"
+
+
+def _decode(file: Path) -> str | None:
+    """Decodes the whole image; returns what is wrong with it, or None."""
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with Image.open(file) as image:  # reads the header only, and refuses a size of 0
+            if limit is not None and image.width * image.height > limit:
+                return f"which has more than {limit} pixels"
+            image.load()
+    except Image.DecompressionBombError:
+        return f"which has more than {limit} pixels"
+    except UnidentifiedImageError:
+        return "which is not an image"
+    except Exception as error:  # Pillow's decoders raise nearly every kind of exception on damaged files
+        return f"which cannot be decoded ({error!r:.90})"
+    return None

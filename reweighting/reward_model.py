@@ -1,0 +1,295 @@
+"""The process reward model: a vision-language backbone and a linear head that scores every step.
+
+    model = ProcessRewardModel.from_backbone("Qwen/Qwen2-VL-2B-Instruct", lora_rank=16)   # to train one
+    model = ProcessRewardModel.from_pretrained("weights/prm")                             # to use one
+    model.score("photo.png", "How many red cells?", "Step 1: ...\\nStep 2: ...")          # [0.91, 0.13]
+    model.rank("photo.png", "How many red cells?", responses)                             # [2, 0, 1]
+
+Notation:
+    B  chains in a batch    S  steps of the longest chain    T  tokens    D  hidden size of the backbone
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from reweighting.aggregation import aggregate
+from reweighting.chains import Batch, Chain, ChainTokenizer, Pixels, collate, split_response
+from reweighting.errors import UserError
+
+# Linear layers of the language model's attention and MLP; the vision tower's names must not match.
+LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+HEAD_FILE, CONFIG_FILE, ADAPTER_FILE = (
+    "score_head.safetensors",
+    "prm_config.json",
+    "adapter_model.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class PRMConfig:
+    """What `prm_config.json` holds: how the model was built, beyond the backbone's own config.
+
+    backbone:       hub name or folder the training started from; with LoRA the base is loaded from there.
+    aggregation:    how `rank` turns step logits into one number, a name of `aggregation.AGGREGATIONS`.
+    lora_rank:      0: every parameter of the backbone is trained (and saved).
+    lora_alpha:     LoRA's scale is lora_alpha / lora_rank.
+    freeze_vision:  the vision tower and its merger are not trained.
+    dtype:          of a frozen base; what is trained is always float32.
+    max_length:     tokens of the longest chain; None: what the backbone takes.
+    max_image_side: larger images are shrunk to this many pixels; None: never.
+    """
+
+    backbone: str
+    aggregation: str = "mean_logit"
+    lora_rank: int = 0
+    lora_alpha: int = 32
+    freeze_vision: bool = False
+    dtype: str = "float32"
+    max_length: int | None = None
+    max_image_side: int | None = None
+
+
+class ProcessRewardModel(nn.Module):
+    """Backbone, score head and the tokenizer that feeds them; `sigmoid(model(batch))` are the step scores.
+
+    Attributes: `backbone` (a transformers model without LM head, LoRA-wrapped if so configured),
+    `score_head` (nn.Linear(D, 1), float32), `chain_tokenizer`, `config`.
+    """
+
+    def __init__(self, backbone: nn.Module, chain_tokenizer: ChainTokenizer, config: PRMConfig):
+        super().__init__()
+        self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
+        self.score_head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+        nn.init.normal_(self.score_head.weight, std=0.02)
+        nn.init.zeros_(self.score_head.bias)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_path: str | Path,
+        *,
+        aggregation: str = "mean_logit",
+        lora_rank: int = 0,
+        lora_alpha: int = 32,
+        freeze_vision: bool = False,
+        dtype: torch.dtype = torch.float32,
+        max_length: int | None = None,
+        max_image_side: int | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+    ) -> "ProcessRewardModel":
+        """A model with a fresh head on a pretrained backbone (hub name or folder). See PRMConfig.
+
+        `gradient_checkpointing` trades about a third more compute for memory. The head's start is drawn
+        from torch's global generator. The model comes in training mode. Raises UserError if the backbone
+        cannot be loaded.
+        """
+        config = PRMConfig(
+            backbone=str(name_or_path),
+            aggregation=aggregation,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            freeze_vision=freeze_vision,
+            dtype=str(dtype).removeprefix("torch."),
+            max_length=max_length,
+            max_image_side=max_image_side,
+        )
+        if not lora_rank and dtype != torch.float32:
+            raise UserError(
+                f"a backbone that is trained as a whole must be float32, not {config.dtype}: at small "
+                "learning rates half-precision parameters stop moving. Use autocast, or lora_rank > 0."
+            )
+        backbone = _load_backbone(config.backbone, dtype, attn_implementation)
+        if lora_rank:
+            lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
+            backbone = get_peft_model(backbone, lora)  # freezes the base; the adapter is float32
+        return cls._assemble(backbone, config.backbone, config, gradient_checkpointing).train()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        backbone: str | Path | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+    ) -> "ProcessRewardModel":
+        """The model that `save_pretrained` wrote: same scores to the bit, same parameters trainable.
+
+        It comes in eval mode. `backbone` says where a LoRA model's base is now, if it has moved. Weights are
+        read from safetensors files only. Raises UserError if something is missing.
+        """
+        folder = Path(folder)
+        config = _read_config(folder)
+        for name in (HEAD_FILE, ADAPTER_FILE if config.lora_rank else "config.json"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: {name} is missing; the reward model was not saved completely.")
+        if config.lora_rank:
+            try:
+                base = _load_backbone(
+                    str(backbone or config.backbone), getattr(torch, config.dtype), attn_implementation
+                )
+            except UserError as error:
+                raise UserError(
+                    f"{folder}: {error} If the base model has moved, name it (`backbone`)."
+                ) from error
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        else:
+            model = _load_backbone(str(folder), torch.float32, attn_implementation)
+        model = cls._assemble(model, str(folder), config, gradient_checkpointing)
+        model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
+        return model.eval()
+
+    @classmethod
+    def _assemble(cls, backbone: nn.Module, processor: str, config: PRMConfig, checkpointing: bool):
+        """Both constructors' second half. `processor`: where tokenizer and image processor are."""
+        chain_tokenizer = ChainTokenizer(
+            _load(AutoTokenizer, processor),
+            _load(AutoImageProcessor, processor),
+            backbone.config,
+            max_length=config.max_length,
+            max_image_side=config.max_image_side,
+        )
+        if config.freeze_vision:
+            base = backbone.get_base_model() if config.lora_rank else backbone
+            base.visual.requires_grad_(False)
+        if checkpointing:
+            # The non-reentrant kind gives exact gradients also where the inputs need none (frozen base).
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return cls(backbone, chain_tokenizer, config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model in Hugging Face's layout: backbone (or LoRA adapter), processors, head, config."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without the option peft asks the hub whether the vocabulary has grown, network or not.
+        options = {"save_embedding_layers": False} if self.config.lora_rank else {}
+        self.backbone.save_pretrained(folder, **options)
+        self.chain_tokenizer.save_pretrained(folder)
+        head = {name: tensor.cpu() for name, tensor in self.score_head.state_dict().items()}
+        save_file(head, folder / HEAD_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Step logits z [B, S] in float32; 0 where there is no step. Under the caller's autocast."""
+        hidden = self.backbone(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
+        ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
+        at_ends = hidden.gather(1, ends)  # [B, S, D]
+        # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
+        return logits.masked_fill(~batch.step_mask, 0.0)
+
+    @torch.inference_mode()
+    def chain_logits(
+        self, chains: Sequence[Chain], batch_size: int = 8, pixels=None
+    ) -> tuple[Tensor, Tensor]:
+        """Step logits [N, S] and step mask [N, S] of N chains on the CPU, `batch_size` chains at a time.
+
+        Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
+        images. Raises UserError as `ChainTokenizer.encode` does.
+        """
+        steps = max(len(chain.steps) for chain in chains)
+        logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(chains), batch_size):
+                part = chains[start : start + batch_size]
+                batch = collate([self.chain_tokenizer.encode(chain, pixels) for chain in part])
+                z = self(batch.to(self.score_head.weight.device))
+                logits[start : start + len(part), : z.shape[1]] = z.cpu()
+                mask[start : start + len(part), : z.shape[1]] = batch.step_mask
+        finally:
+            self.train(was_training)
+        return logits, mask
+
+    def score(
+        self, image: str | Path | Image.Image | None, question: str, steps: str | Sequence[str]
+    ) -> list[float]:
+        """One score in (0, 1) per step: how likely the reasoning up to there still ends right.
+
+        `steps`: a list of steps, or a response that is cut at its `Step N` markers.
+        Raises UserError for an unreadable image, a text longer than the model takes, or no step.
+        """
+        steps = split_response(steps) if isinstance(steps, str) else steps
+        if not steps:
+            raise UserError("there is no step to score.")
+        pixels = None if image is None else self.chain_tokenizer.read_image(image)
+        logits, _ = self.chain_logits([Chain(question.strip(), tuple(steps))], pixels=pixels)
+        return logits[0].sigmoid().tolist()
+
+    def rank(
+        self,
+        image: str | Path | Image.Image | None,
+        question: str,
+        responses: Sequence[str],
+        aggregation: str | None = None,
+        batch_size: int = 8,
+    ) -> list[int]:
+        """Indices of the responses, best first (equals stay in order).
+
+        `aggregation`: a name of `aggregation.AGGREGATIONS`; None: the one the model was trained for.
+        Raises UserError as `score` does.
+        """
+        if not responses:
+            return []
+        pixels = None if image is None else self.chain_tokenizer.read_image(image)
+        chains = [Chain(question.strip(), tuple(split_response(text))) for text in responses]
+        logits, mask = self.chain_logits(chains, batch_size, pixels)
+        values = aggregate(logits, mask, aggregation or self.config.aggregation)  # [N]
+        return values.argsort(descending=True, stable=True).tolist()
+
+
+def _read_config(folder: Path) -> PRMConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved."
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(PRMConfig)}
+        return PRMConfig(**{key: value for key, value in values.items() if key in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _load_backbone(name: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
+    _load(AutoConfig, name)  # first, since the weights' own errors say less
+    backbone, info = _load(
+        AutoModel,
+        name,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,  # a pickle runs whatever code it holds
+        output_loading_info=True,
+    )
+    # transformers only warns, and goes on with random weights.
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"the backbone {name} lacks {len(missing)} of its tensors, {missing[0]} for one.")
+    return backbone
+
+
+def _load(auto_class, name: str, **options):
+    """auto_class.from_pretrained, its many kinds of error in one line that says what to do."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if Path(name).is_dir():
+            problem = f"the folder {name} cannot be loaded by transformers' {auto_class.__name__}"
+        else:
+            problem = f"there is no folder {name}, and no model of that name came from the Hugging Face hub"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{problem} ({reason[0]}).") from error

@@ -1,0 +1,66 @@
+"""Which chains a step sees: a pure function of (seed, step), so that a run can resume anywhere.
+
+The lower level draws single-domain micro-batches. A window is the `slots` micro-batches between two updates of the
+weights; every domain stands in every window, the first `slots % K` of a rotating order once more than the others.
+Within a domain, chains come in epochs, each a fresh permutation.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+from reweighting.errors import UserError
+
+
+class EpochStream:
+    """An endless stream over `size` items in epochs, each a permutation of its own."""
+
+    def __init__(self, size: int, *key: int):
+        """key: whole numbers that name this stream, among them the seed."""
+        self.size, self.key = size, key
+        self._permutation = lru_cache(maxsize=4)(self._permute)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((*self.key, epoch)).permutation(self.size)
+
+    def batch(self, number: int, batch_size: int) -> list[int]:
+        """Items [number * batch_size, (number + 1) * batch_size) of the stream, as indices."""
+        places = range(number * batch_size, (number + 1) * batch_size)
+        return [int(self._permutation(place // self.size)[place % self.size]) for place in places]
+
+
+class WindowSampler:
+    """Draws the chains of each micro-batch of the lower level.
+
+    members: for each domain the indices of its chains, none empty. slots: micro-batches in a window.
+    Raises UserError if a window has fewer slots than there are domains.
+    """
+
+    def __init__(self, members: list[list[int]], batch_size: int, slots: int, seed: int):
+        if slots < len(members):
+            raise UserError(
+                f"a window of --unroll_steps x --gradiant_accumulation = {slots} micro-batches cannot hold each of "
+                f"the {len(members)} domains once; raise one of the two until their product is at least {len(members)}"
+            )
+        self.members, self.batch_size, self.slots, self.seed = members, batch_size, slots, seed
+        self.streams = [EpochStream(len(chains), seed, 1, domain) for domain, chains in enumerate(members)]
+        self._window = lru_cache(maxsize=2)(self._draw_window)
+
+    def _draw_window(self, window: int) -> list[tuple[int, int]]:
+        """The slots of a window in order: (domain, number of earlier micro-batches of that domain)."""
+        domains = len(self.members)
+        every, extra = divmod(self.slots, domains)
+        slots = []
+        for domain in range(domains):
+            earlier_extras = len(range(domain, window * extra, domains))
+            repeats = every + len(range(domain, (window + 1) * extra, domains)) - earlier_extras
+            slots += [(domain, window * every + earlier_extras + i) for i in range(repeats)]
+        order = np.random.default_rng((self.seed, 2, window)).permutation(len(slots))
+        return [slots[i] for i in order]
+
+    def draw(self, micro_step: int) -> tuple[int, list[int]]:
+        """The domain and the chain indices of a micro-batch; micro_step counts from 0."""
+        window, slot = divmod(micro_step, self.slots)
+        domain, number = self._window(window)[slot]
+        chains = self.members[domain]
+        return domain, [chains[i] for i in self.streams[domain].batch(number, self.batch_size)]
