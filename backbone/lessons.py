@@ -1,8 +1,9 @@
 """What the small backbone is taught: reading pictures, arithmetic, and telling true statements from false ones.
 
-A lesson is a picture followed by short items. Readings ("the red bar: 4"), facts, evidence, goals, rules, sums and
-conclusions are each followed by the word " true" or " false", half of them false. Lessons never show a whole
-five-step answer nor any accuracy: judging a chain of steps is what fine-tuning as a reward model has to teach.
+A lesson is a picture followed by short items. The first lessons only read ("the red bar: 4"). In the others, facts,
+evidence, goals, rules, sums and conclusions are each followed by the word " true" or " false", half of them false.
+Lessons never show a whole five-step answer nor any accuracy: judging a chain of steps is what fine-tuning as a reward
+model has to teach.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from demo_world.solutions import (
     evidence_text,
     goal_text,
     other_value,
-    random_question,
     reason_text,
     result,
     rule_text,
@@ -34,6 +34,20 @@ def _wrong_reading(kind: Kind, entries: dict[str, int], key: str, rng: Random) -
     return other_value(entries[key], kind.low, kind.high, rng)
 
 
+def reading_lesson(question: Question, rng: Random) -> Iterator[Piece]:
+    """The first lessons: either all that the picture shows, in reading order, or one entry after another by name."""
+    kind, entries = question.kind, question.entries
+    if rng.random() < 0.5:
+        for key, value in entries.items():
+            yield f" {key}", True
+            yield f" {value}", True
+    else:
+        for key in rng.sample(list(entries), 4):
+            yield f"{kind.phrase(key)}:", False
+            yield f" {entries[key]}", True
+            yield "\n", False
+
+
 def lesson(question: Question, rng: Random) -> Iterator[Piece]:
     """The pieces of one lesson about the question's picture, after the image itself."""
     kind, entries = question.kind, question.entries
@@ -41,11 +55,6 @@ def lesson(question: Question, rng: Random) -> Iterator[Piece]:
     def verdict(statement: str, true: bool) -> Iterator[Piece]:
         yield statement, False
         yield VERDICTS[true], True
-        yield "\n", False
-
-    for key in rng.sample(list(entries), 2):
-        yield f"{kind.phrase(key)}:", False
-        yield f" {entries[key]}", True
         yield "\n", False
 
     for _ in range(2):  # single facts
@@ -88,9 +97,3 @@ def lesson(question: Question, rng: Random) -> Iterator[Piece]:
         yield f"{reason_text(operation, numbers, value, rng)} ", False
         concluded = value if true else other_value(value, 0, 24, rng)
         yield from verdict(f"{conclusion_text(operation, concluded, rng)}\nFinal answer: {concluded}", true)
-
-
-def random_lesson(kind: Kind, rng: Random) -> tuple[Question, list[Piece]]:
-    """A new picture's question and the lesson about it."""
-    question = random_question(kind, rng)
-    return question, list(lesson(question, rng))

@@ -34,7 +34,7 @@ from demo_world.pictures import KINDS, draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
 sys.path.insert(0, str(HERE))
-from lessons import VERDICTS, lesson, random_lesson  # noqa: E402
+from lessons import VERDICTS, lesson, reading_lesson  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")  # fmt: skip
@@ -52,8 +52,9 @@ def make_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     """A byte-level BPE on texts of the demo world; any other text falls back to bytes."""
     texts, policy = [], Policy()
     for _ in range(3000):
-        question, pieces = random_lesson(random_kind(rng), rng)
-        texts += ["".join(text for text, _ in pieces), question.text, policy.respond(question, rng).text]
+        question = random_question(random_kind(rng), rng)
+        texts += ["".join(text for text, _ in teach(question, rng)) for teach in (reading_lesson, lesson)]
+        texts += [question.text, policy.respond(question, rng).text]
     texts += ["user\nassistant\n"] * 100 + [f"{n} {n}." for n in range(25)] * 50
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -124,15 +125,21 @@ class Lessons:
             self.ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.ids[text]
 
-    def batch(self, size: int, indices: list[int] | None = None) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """Model inputs; which tokens the lesson is about [B, T]; which of these are true/false words [B, T]."""
+    def batch(
+        self, size: int, reading: float, indices: list[int] | None = None
+    ) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        """Model inputs; which tokens the lesson is about [B, T]; which of these are true/false words [B, T].
+
+        reading: the share of lessons that only read.
+        """
         indices = indices or [self.rng.randrange(len(self.questions)) for _ in range(size)]
         prefix = [self.token("<|vision_start|>")] + [self.token("<|image_pad|>")] * IMAGE_TOKENS
         prefix += [self.token("<|vision_end|>")] + self.encode("\n")
         rows = []
         for index in indices:
             ids, answers, verdicts = list(prefix), [False] * len(prefix), [False] * len(prefix)
-            for text, key in lesson(self.questions[index], self.rng):
+            teach = reading_lesson if self.rng.random() < reading else lesson
+            for text, key in teach(self.questions[index], self.rng):
                 tokens = self.encode(text)
                 ids += tokens
                 answers += [key] * len(tokens)
@@ -160,7 +167,7 @@ def accuracy_by_kind(model, lessons: Lessons) -> dict[str, dict[str, float]]:
     right = {name: {"reading": [], "judging": []} for name in KINDS}
     for start in range(0, len(lessons.questions), 50):
         indices = list(range(start, min(start + 50, len(lessons.questions))))
-        inputs, answers, verdicts = lessons.batch(0, indices)
+        inputs, answers, verdicts = lessons.batch(0, 0.5, indices)
         guesses = model(**inputs).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]  # [B, T - 1]
         for row, index in enumerate(indices):
             taught, judged = answers[row, 1:], verdicts[row, 1:]
@@ -169,8 +176,7 @@ def accuracy_by_kind(model, lessons: Lessons) -> dict[str, dict[str, float]]:
             scores["judging"] += guesses[row][judged].tolist()
     model.train()
     return {
-        name: {what: round(sum(hits) / len(hits), 3) for what, hits in scores.items()}
-        for name, scores in right.items()
+        name: {what: round(sum(hits) / len(hits), 3) for what, hits in scores.items()} for name, scores in right.items()
     }
 
 
@@ -178,9 +184,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE)
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--reading_steps", type=int, default=1500, help="of these, first ones that only read")
     parser.add_argument("--batch_size", type=int, default=32, help="lessons in a batch")
     parser.add_argument("--pictures", type=int, default=12000, help="pictures in the pool")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=20_000, help="of pictures, texts and weights")
     args = parser.parse_args()
 
@@ -205,7 +212,7 @@ def main() -> None:
         optimizer, lambda s: min((s + 1) / warm, 0.02 + 0.98 * (1 + math.cos(math.pi * s / args.steps)) / 2)
     )
     for step in range(1, args.steps + 1):
-        inputs, answers, verdicts = lessons.batch(args.batch_size)
+        inputs, answers, verdicts = lessons.batch(args.batch_size, 1.0 if step <= args.reading_steps else 0.25)
         taught = answers[:, 1:]  # only the words that a lesson is about are worth their share of the time
         hidden = model.model(**inputs).last_hidden_state[:, :-1][taught]  # [words, D]
         words = inputs["input_ids"][:, 1:][taught]

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from demo_world.defects import DEFECTS, LABEL_DEFECTS, give_away, strength, trivial_answer
+from demo_world.defects import LABEL_DEFECTS, give_away, strength, trivial_answer
 from demo_world.pictures import KINDS, Kind, draw_picture
 from demo_world.solutions import Policy, Question, random_kind, random_question
 
@@ -190,7 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     quality = parse_quality(args.quality)
-    make_demo(args.output_dir, args.seed, quality, args.train_rows, args.meta_rows, args.test_questions, args.candidates)
+    make_demo(
+        args.output_dir, args.seed, quality, args.train_rows, args.meta_rows, args.test_questions, args.candidates
+    )
     size = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     print(f"demo data in {args.output_dir}: {size / 1e6:.1f} MB")
 

@@ -16,7 +16,7 @@ Notation:
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -87,33 +87,28 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
 
     A row's text is `input` followed by `add`; its `accuracy` belongs to its last step. Rows of the same
     (dataset, question, image) whose steps extend each other become one chain. Where they branch, the shared
-    rows go with the branch that comes first in the file; a repeated row starts a chain of its own, because
-    the loss is a mean over rows. Returns (chains in file order of their first row, domain names sorted).
+    rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the
+    next branch or alone, because the loss is a mean over rows. Returns (chains in file order of their first row, domain names sorted).
     `source` is the file name that later messages use. Takes time linear in the rows.
     """
     rows = list(rows)
     domains = sorted({row.dataset for row in rows})
     domain_of = {name: index for index, name in enumerate(domains)}
 
-    # A node is one row, found by its text; `copy` counts repeats, so that repeats can merge among themselves.
-    node_of: dict[tuple, int] = {}
-    copies: Counter[tuple] = Counter()
     texts = []
+    unextended: dict[tuple, deque[int]] = defaultdict(deque)  # text -> its rows that no row extends yet
     for number, row in enumerate(rows):
         question, steps = split_steps(row.input)
-        steps += split_response(row.add)
-        text = (row.dataset, question, row.image, tuple(steps))
-        texts.append((*text, copies[text]))
-        node_of[texts[-1]] = number
-        copies[text] += 1
+        texts.append((row.dataset, question, row.image, (*steps, *split_response(row.add))))
+        unextended[texts[-1]].append(number)
 
-    next_of: dict[int, int] = {}  # row -> the first row in the file that directly extends it
+    next_of: dict[int, int] = {}  # row -> the row that extends it
     extends: set[int] = set()  # rows that continue another row's chain
-    for number, (dataset, question, image, steps, copy) in enumerate(texts):
-        prefixes = ((dataset, question, image, steps[:n], copy) for n in range(len(steps) - 1, 0, -1))
-        parent = next((node_of[prefix] for prefix in prefixes if prefix in node_of), None)
-        if parent is not None and parent not in next_of:
-            next_of[parent] = number
+    for number, (*place, steps) in enumerate(texts):
+        prefixes = ((*place, steps[:n]) for n in range(len(steps) - 1, 0, -1))
+        parent = next((p for p in prefixes if unextended.get(p)), None)
+        if parent is not None:
+            next_of[unextended[parent].popleft()] = number
             extends.add(number)
 
     ordered = []
@@ -123,7 +118,7 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
         members = [number]
         while members[-1] in next_of:
             members.append(next_of[members[-1]])
-        dataset, question, image, steps, _ = texts[members[-1]]
+        dataset, question, image, steps = texts[members[-1]]
         targets = [math.nan] * len(steps)
         for member in members:
             targets[len(texts[member][3]) - 1] = float(rows[member].accuracy)
@@ -226,9 +221,7 @@ class ChainTokenizer:
         cache_bytes: memory for processed images and tokens, so that later epochs find them made.
     """
 
-    def __init__(
-        self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30
-    ):
+    def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.max_length = max_length or config.get_text_config().max_position_embeddings
         self.max_image_side = max_image_side

@@ -28,11 +28,9 @@ from reweighting.errors import UserError
 
 # Linear layers of the language model's attention and MLP; the vision tower's names must not match.
 LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-HEAD_FILE, CONFIG_FILE, ADAPTER_FILE = (
-    "score_head.safetensors",
-    "prm_config.json",
-    "adapter_model.safetensors",
-)
+CONFIG_FILE = "prm_config.json"
+HEAD_FILE = "score_head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"  # peft's name
 
 
 @dataclass(frozen=True)
@@ -134,20 +132,21 @@ class ProcessRewardModel(nn.Module):
         for name in (HEAD_FILE, ADAPTER_FILE if config.lora_rank else "config.json"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing; the reward model was not saved completely.")
-        if config.lora_rank:
-            try:
+        try:
+            if config.lora_rank:
                 base = _load_backbone(
                     str(backbone or config.backbone), getattr(torch, config.dtype), attn_implementation
                 )
-            except UserError as error:
-                raise UserError(
-                    f"{folder}: {error} If the base model has moved, name it (`backbone`)."
-                ) from error
-            model = PeftModel.from_pretrained(base, folder, is_trainable=True)
-        else:
-            model = _load_backbone(str(folder), torch.float32, attn_implementation)
-        model = cls._assemble(model, str(folder), config, gradient_checkpointing)
-        model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
+                loaded = PeftModel.from_pretrained(base, folder, is_trainable=True)
+            else:
+                loaded = _load_backbone(str(folder), torch.float32, attn_implementation)
+            model = cls._assemble(loaded, str(folder), config, gradient_checkpointing)
+            model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
+        except UserError as error:
+            hint = " If a LoRA model's base has moved, name it (`backbone`)." if config.lora_rank else ""
+            raise UserError(f"{folder}: {error}{hint}") from error
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder}: a file of the saved reward model is damaged: {error}") from error
         return model.eval()
 
     @classmethod
@@ -165,7 +164,7 @@ class ProcessRewardModel(nn.Module):
             base.visual.requires_grad_(False)
         if checkpointing:
             # The non-reentrant kind gives exact gradients also where the inputs need none (frozen base).
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return cls(backbone, chain_tokenizer, config)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -181,7 +180,8 @@ class ProcessRewardModel(nn.Module):
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
     def forward(self, batch: Batch) -> Tensor:
-        """Step logits z [B, S] in float32; 0 where there is no step. Under the caller's autocast."""
+        """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
+        autocast, the head never does."""
         hidden = self.backbone(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
         ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
         at_ends = hidden.gather(1, ends)  # [B, S, D]
@@ -190,33 +190,32 @@ class ProcessRewardModel(nn.Module):
             logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
 
-    @torch.inference_mode()
     def chain_logits(
-        self, chains: Sequence[Chain], batch_size: int = 8, pixels=None
+        self, chains: Sequence[Chain], batch_size: int = 8, pixels: Pixels | None = None
     ) -> tuple[Tensor, Tensor]:
         """Step logits [N, S] and step mask [N, S] of N chains on the CPU, `batch_size` chains at a time.
 
         Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
         images. Raises UserError as `ChainTokenizer.encode` does.
         """
-        steps = max(len(chain.steps) for chain in chains)
+        steps = max((len(chain.steps) for chain in chains), default=0)
+        # Made outside inference mode, so that the caller may go on computing with them in any way.
         logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)
         was_training = self.training
         self.eval()
         try:
-            for start in range(0, len(chains), batch_size):
-                part = chains[start : start + batch_size]
-                batch = collate([self.chain_tokenizer.encode(chain, pixels) for chain in part])
-                z = self(batch.to(self.score_head.weight.device))
-                logits[start : start + len(part), : z.shape[1]] = z.cpu()
-                mask[start : start + len(part), : z.shape[1]] = batch.step_mask
+            with torch.inference_mode():
+                for start in range(0, len(chains), batch_size):
+                    part = chains[start : start + batch_size]
+                    batch = collate([self.chain_tokenizer.encode(chain, pixels) for chain in part])
+                    z = self(batch.to(self.score_head.weight.device))
+                    logits[start : start + len(part), : z.shape[1]] = z.cpu()
+                    mask[start : start + len(part), : z.shape[1]] = batch.step_mask
         finally:
             self.train(was_training)
         return logits, mask
 
-    def score(
-        self, image: str | Path | Image.Image | None, question: str, steps: str | Sequence[str]
-    ) -> list[float]:
+    def score(self, image: str | Path | Image.Image | None, question: str, steps: str | Sequence[str]) -> list[float]:
         """One score in (0, 1) per step: how likely the reasoning up to there still ends right.
 
         `steps`: a list of steps, or a response that is cut at its `Step N` markers.
@@ -254,9 +253,7 @@ class ProcessRewardModel(nn.Module):
 def _read_config(folder: Path) -> PRMConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(
-            f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved."
-        )
+        raise UserError(f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(PRMConfig)}

@@ -88,9 +88,7 @@ def test_training_rows_have_fields_image_and_index(folder):
     rows = load_training_rows(
         write(
             [
-                training(
-                    image_path="a.png", id=3, sid="s", ground_truth=False, score=2, times=4, note=["own"]
-                ),
+                training(image_path="a.png", id=3, sid="s", ground_truth=False, score=2, times=4, note=["own"]),
                 training(image_path="", dataset="B", accuracy=1),
             ]
         )
@@ -310,9 +308,7 @@ def test_training_needs_two_domains_unless_told_otherwise(folder):
     assert len(load_training_rows(name, min_domains=1)) == 2
 
 
-@pytest.mark.parametrize(
-    ("value", "said"), [(True, "found 3 true and 0 false"), (False, "found 0 true and 3 false")]
-)
+@pytest.mark.parametrize(("value", "said"), [(True, "found 3 true and 0 false"), (False, "found 0 true and 3 false")])
 def test_meta_needs_both_classes(folder, value, said):
     text = message(load_meta_rows, write([meta(true_false=value)] * 3))
     assert text.startswith(f"rows.json: true_false: {said}, allowed: at least one of each")
@@ -324,9 +320,7 @@ def test_meta_needs_both_classes(folder, value, said):
 
 def image_problem(image_path, image_root=None):
     """What is said of one row with this image."""
-    head, line = message(load_candidate_rows, write([candidate(image_path=image_path)]), image_root).split(
-        "\n"
-    )
+    head, line = message(load_candidate_rows, write([candidate(image_path=image_path)]), image_root).split("\n")
     assert head == "rows.json: 1 problem in 1 row"
     prefix, suffix = (
         "rows.json: row 0: image_path: found ",
@@ -384,9 +378,7 @@ def test_files_that_are_no_images(folder):
     assert "which is no file" in image_problem("n" * 5000)
     for name in ["text.png", "empty.png", "zero.png"]:
         assert image_problem(name) == f"'{name}', which is not an image"
-    assert image_problem("cut.png").startswith(
-        "'cut.png', which cannot be decoded (OSError('image file is trunc"
-    )
+    assert image_problem("cut.png").startswith("'cut.png', which cannot be decoded (OSError('image file is trunc")
 
 
 def test_too_many_pixels_are_refused_before_decoding(folder, monkeypatch):
@@ -430,9 +422,7 @@ def scratch(tmp_path_factory):
 
 
 # Half surrogate pairs among the texts: JSON can carry them.
-texts = st.text(st.characters(), max_size=6) | st.sampled_from(
-    ["", "\ud800", "a\0", "a.png", "../a.png", "/", "."]
-)
+texts = st.text(st.characters(), max_size=6) | st.sampled_from(["", "\ud800", "a\0", "a.png", "../a.png", "/", "."])
 numbers = st.integers() | st.floats() | st.sampled_from([10**400, -(10**30), 0, 1])
 values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
@@ -487,9 +477,7 @@ def test_any_json_value(scratch, kind, value, root):
 
 
 @anything
-@given(
-    kind=st.sampled_from(list(VALID)), data=st.binary(max_size=40), suffix=st.sampled_from(["json", "jsonl"])
-)
+@given(kind=st.sampled_from(list(VALID)), data=st.binary(max_size=40), suffix=st.sampled_from(["json", "jsonl"]))
 @example(kind="meta", data=b'{"a":' * 5000, suffix="jsonl")
 def test_any_bytes(scratch, kind, data, suffix):
     path = scratch / f"bytes.{suffix}"

@@ -74,9 +74,7 @@ def build(folder: Path, *, seed: int = 0, lm_head: bool = False) -> Path:
             bos_token_id=None,
             eos_token_id=ids["<|im_end|>"],
         ),
-        vision_config=dict(
-            depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, initializer_range=0.2
-        ),
+        vision_config=dict(depth=1, embed_dim=16, hidden_size=32, num_heads=2, mlp_ratio=2, initializer_range=0.5),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

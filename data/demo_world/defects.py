@@ -26,9 +26,7 @@ def flipped_labels(labels: list[list[float]], strength: float, rng: Random) -> l
 
 def give_away(response: Response, right_until: int | None) -> tuple[str, ...]:
     """The steps with a grader's marks left in the text, so that nothing need be read to know the label."""
-    return tuple(
-        f"{step} {MARKS[right_until is None or i < right_until]}" for i, step in enumerate(response.steps)
-    )
+    return tuple(f"{step} {MARKS[right_until is None or i < right_until]}" for i, step in enumerate(response.steps))
 
 
 def trivial_answer(rng: Random) -> tuple[str, tuple[str, ...], int]:

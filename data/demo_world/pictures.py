@@ -51,7 +51,7 @@ class Kind:
 
 
 def draw_picture(kind: Kind, entries: dict[str, int], rng: Random) -> Image.Image:
-    """Draw `entries` (key -> number, four of them) as a picture of this kind: RGB, 224 x 224 pixels."""
+    """Draw `entries` (key -> number, four of them, in reading order) as a picture: RGB, 224 x 224 pixels."""
     image = Image.new("RGB", (SIDE, SIDE), kind.background)
     kind.draw(ImageDraw.Draw(image), entries, rng)
     return image
@@ -78,9 +78,9 @@ def _centre(column: int, row: int) -> tuple[int, int]:
 
 
 def _some_cells(rng: Random, count: int, cells=None) -> list[tuple[int, int]]:
-    """Different random grid cells, as centre points."""
+    """Different random grid cells in reading order (rows from the top, each from the left), as centre points."""
     cells = cells or [(column, row) for row in range(4) for column in range(4)]
-    return [_centre(*cell) for cell in rng.sample(cells, count)]
+    return [_centre(*cell) for cell in sorted(rng.sample(cells, count), key=lambda cell: cell[::-1])]
 
 
 def _bar_chart(draw, entries, rng) -> None:
@@ -119,13 +119,12 @@ def _geometry(draw, entries, rng) -> None:
     def near(x: int, y: int) -> tuple[int, int]:
         return x + rng.randint(-7, 7), y + rng.randint(-7, 7)
 
-    corners = [near(62, 62), near(162, 62), near(162, 162), near(62, 162)]
-    labels = [_centre(1, 0), _centre(3, 1), _centre(2, 3), _centre(0, 2)]
-    for side, (key, value) in enumerate(entries.items()):
-        draw.line((corners[side], corners[(side + 1) % 4]), fill=COLOURS[key], width=9)
-        x, y = labels[side]
+    a, b, c, d = near(62, 62), near(162, 62), near(162, 162), near(62, 162)
+    sides = (((a, b), _centre(1, 0)), ((b, c), _centre(3, 1)), ((d, a), _centre(0, 2)), ((c, d), _centre(2, 3)))
+    for (key, value), (ends, (x, y)) in zip(entries.items(), sides, strict=True):
+        draw.line(ends, fill=COLOURS[key], width=9)
         draw.ellipse((x - 25, y - 25, x + 25, y + 25), outline=COLOURS[key], width=5, fill=WHITE)
-        _write(draw, labels[side], value, 32)
+        _write(draw, (x, y), value, 32)
 
 
 def _map(draw, entries, rng) -> None:

@@ -64,7 +64,9 @@ def random_question(kind: Kind, rng: Random) -> Question:
 
 def goal_text(kind: Kind, operation: str, keys: Sequence[str], rng: Random) -> str:
     first, second = (kind.phrase(key) for key in keys)
-    return rng.choice((f"We want the {operation} of {first} and {second}.", f"Find the {operation}: {first}, {second}."))
+    return rng.choice(
+        (f"We want the {operation} of {first} and {second}.", f"Find the {operation}: {first}, {second}.")
+    )
 
 
 def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: Random) -> str:

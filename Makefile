@@ -1,0 +1,31 @@
+# make train   the main job on the demo data      make test   every test
+# make demo    the demo data, byte for byte       make figs   the README's pictures       make bench   its numbers
+
+PYTHON ?= python3
+BIN = .venv/bin
+BETTY = betty-ml==0.2.1
+
+.PHONY: train test demo figs bench
+
+train: .venv/ready
+	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+demo: .venv/ready
+	$(BIN)/python data/make_demo.py
+
+figs: .venv/ready
+	$(BIN)/python figs/draw_figures.py
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/demo_runs.py
+
+# Betty's metadata names no Python newer than 3.10, so it is installed by itself, without touching the other packages.
+.venv/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps --ignore-requires-python $(BETTY)
+	touch $@

@@ -1,0 +1,198 @@
+"""The command's flags, grouped; `parse_arguments` reads them from the command line and from a recipe file.
+
+    python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
+    python reweighting/main.py --recipe recipes/qwen2_vl_2b.yaml --train_json_file mine.json … --lr 1e-6
+
+A recipe is a JSON or YAML file of the same names; flags that are given on the command line win over it.
+"""
+
+import json
+from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from reweighting.aggregation import AGGREGATIONS
+from reweighting.errors import UserError
+
+EMBEDDED_BACKBONE = Path(__file__).resolve().parent.parent / "backbone"
+
+
+@dataclass
+class DataArguments:
+    """Files."""
+
+    train_json_file: str = HfArg(help="training rows: a JSON file (or .jsonl); see the README for its fields")
+    meta_json_file: str | None = HfArg(default=None, help="meta rows; needed to learn the weights")
+    image_root: str | None = HfArg(
+        default=None,
+        help="folder that image paths start from and may not leave (default: each JSON file's folder, then the working folder)",
+    )
+    weights_path: str = HfArg(default="weights", help="folder that the run writes into")
+
+
+@dataclass
+class ModelArguments:
+    """The reward model."""
+
+    reward_model: str = HfArg(
+        default=str(EMBEDDED_BACKBONE), help="backbone: a folder, or a name on the Hugging Face hub"
+    )
+    lora_rank: int = HfArg(default=0, help="rank of LoRA adapters on the language model; 0 trains every weight")
+    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third slower")
+    max_image_side: int | None = HfArg(default=None, help="shrink larger images to this many pixels (published: 512)")
+    max_length: int | None = HfArg(default=None, help="longest chain in tokens (default: what the backbone takes)")
+
+
+@dataclass
+class LowerArguments:
+    """Lower level: fine-tuning the reward model."""
+
+    iteration_num: int = HfArg(default=1000, help="optimizer steps")
+    batch_size: int = HfArg(default=8, help="chains in a micro-batch, all from one domain")
+    gradiant_accumulation: int | None = HfArg(
+        aliases=["--gradient_accumulation"],
+        default=None,
+        help="micro-batches in an optimizer step (default: the fewest that let every domain into every window)",
+    )
+    optimizer: str = HfArg(default="adamw", help="adamw or sgd")
+    lr: float = HfArg(default=3e-4, help="learning rate")
+    momentum: float | None = HfArg(default=None, help="momentum of sgd (default: 0.9)")
+    weight_decay: float = HfArg(default=1e-3, help="weight decay (decoupled with adamw)")
+    max_grad_norm: float = HfArg(default=0.0, help="clip a step's gradient to this norm; 0 does not clip")
+    scheduler: str = HfArg(default="cosine", help="learning rate over time: constant, step or cosine (to 0)")
+    scheduler_step_size: int | None = HfArg(default=None, help="step: optimizer steps between two cuts (5000)")
+    scheduler_gamma: float | None = HfArg(default=None, help="step: what a cut multiplies the rate with (0.5)")
+    baseline: bool = HfArg(default=False, help="plain fine-tuning, every domain weighted 1: no upper level")
+    domain_weights: str | None = HfArg(
+        default=None,
+        help="JSON file of fixed weights (a run's domain_weights.json, or {domain: weight}): no upper level",
+    )
+
+
+@dataclass
+class UpperArguments:
+    """Upper level: learning the domain weights."""
+
+    unroll_steps: int = HfArg(default=5, help="optimizer steps between two updates of the weights (a window)")
+    meta_batch_size: int = HfArg(default=32, help="meta chains in an update")
+    meta_lr: float = HfArg(default=0.02, help="learning rate of the raw weights (AdamW)")
+    meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
+    aggregation_function: str = HfArg(
+        default="mean_logit", help=f"how a chain's steps become one number: {', '.join(AGGREGATIONS)}"
+    )
+    hypergradient: str = HfArg(
+        default="window", help="window (exact to second order in lr), or Betty's own darts or sama, to compare"
+    )
+
+
+@dataclass
+class RunArguments:
+    """The run."""
+
+    seed: int = HfArg(default=1, help="of the data order, the score head and dropout")
+    device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
+    precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
+    save_every_iterations: int = HfArg(default=1000, help="optimizer steps between two checkpoints")
+    resume: bool = HfArg(default=False, help="go on from the latest checkpoint in --weights_path")
+
+
+GROUPS = (DataArguments, ModelArguments, LowerArguments, UpperArguments, RunArguments)
+CHOICES = {
+    "optimizer": ("adamw", "sgd"),
+    "scheduler": ("constant", "step", "cosine"),
+    "aggregation_function": tuple(AGGREGATIONS),
+    "hypergradient": ("window", "darts", "sama"),
+    "precision": ("fp32", "bf16", None),
+}
+POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
+            "save_every_iterations", "scheduler_step_size", "max_image_side", "max_length")  # fmt: skip
+NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
+                "scheduler_gamma")  # fmt: skip
+# A flag that would do nothing is an error: flag -> (the flag it needs, the value that one must have).
+NEEDS = {
+    "momentum": ("optimizer", "sgd"),
+    "scheduler_step_size": ("scheduler", "step"),
+    "scheduler_gamma": ("scheduler", "step"),
+}
+
+
+def parse_arguments(argv: Sequence[str]) -> Namespace:
+    """All flags as one namespace. Raises UserError for values that make no sense; argparse exits with 2 for others."""
+    parser = HfArgumentParser(GROUPS, prog="main.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                              formatter_class=ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--recipe", help="JSON or YAML file of flags; those on the command line win")
+    first = HfArgumentParser((), add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    recipe_file = first.parse_known_args(argv)[0].recipe
+    if recipe_file:
+        recipe = _read_recipe(Path(recipe_file))
+        for action in parser._actions:
+            if action.dest in recipe:
+                action.required = False
+        parser.set_defaults(**recipe)
+    args = parser.parse_args(argv)
+    _check(args)
+    return args
+
+
+def _read_recipe(path: Path) -> dict:
+    """The recipe's settings. Raises UserError if it is unreadable or names a flag that there is not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--recipe {path}: cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--recipe {path}: expected names and values, one flag each")
+    types = {field.name: field.type for group in GROUPS for field in fields(group)}
+    if "gradient_accumulation" in settings:
+        settings["gradiant_accumulation"] = settings.pop("gradient_accumulation")
+    for name, value in settings.items():
+        if name not in types:
+            raise UserError(f"--recipe {path}: {name}: there is no such flag")
+        # YAML reads 5e-7 as a text, and 1 where 1.0 is meant.
+        wanted = [t for t in (getattr(types[name], "__args__", None) or (types[name],)) if t is not type(None)][0]
+        try:
+            if wanted is bool and not isinstance(value, bool):
+                raise ValueError("expected true or false")
+            if wanted is int and float(value) != int(value):
+                raise ValueError("expected a whole number")
+            settings[name] = None if value is None else wanted(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--recipe {path}: {name}: found {value!r}: {error}") from error
+    return settings
+
+
+def _check(args: Namespace) -> None:
+    """Raise UserError for the first flag whose value cannot be meant."""
+    for name, allowed in CHOICES.items():
+        if getattr(args, name) not in allowed:
+            raise UserError(f"--{name}: found {getattr(args, name)}, allowed: {', '.join(filter(None, allowed))}")
+    for name in POSITIVE + NOT_NEGATIVE:
+        value = getattr(args, name)
+        if value is not None and not (0 < value < float("inf") or (value == 0 and name in NOT_NEGATIVE)):
+            least = "at least 0" if name in NOT_NEGATIVE else "more than 0"
+            raise UserError(f"--{name}: found {value}, allowed: a number of {least}")
+    for name, (other, value) in NEEDS.items():
+        if getattr(args, name) is not None and getattr(args, other) != value:
+            raise UserError(f"--{name} does nothing without --{other} {value}")
+    if args.baseline and args.domain_weights:
+        raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
+    if not args.baseline and not args.domain_weights and args.meta_json_file is None:
+        raise UserError(
+            "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"
+        )
+
+
+def described_defaults() -> dict[str, dict[str, object]]:
+    """{group: {flag: default}}, for the README's table and its test; MISSING stands for a flag that must be given."""
+    return {
+        group.__doc__.rstrip("."): {f.name: MISSING if f.default is MISSING else f.default for f in fields(group)}
+        for group in GROUPS
+    }

@@ -1,0 +1,45 @@
+"""What a run leaves behind: the reward model, the weights as JSON, a table and figures."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from reweighting.engine import ReweightingEngine
+from reweighting.errors import UserError
+
+
+def draw_run(f):
+    return []
+
+
+def prepare_folder(path: str) -> Path:
+    """The output folder, made if it is missing. Raises UserError if nothing can be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--weights_path {folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def weights_table(weights: dict[str, float]) -> str:
+    """The weights as lines of text, largest first."""
+    width = max(map(len, weights))
+    rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"  {name:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
+
+
+def finish(engine: ReweightingEngine, args: Namespace, folder: Path) -> None:
+    """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights."""
+    engine.lower.module.save_pretrained(folder / "prm")
+    weights = engine.learned_weights()
+    result = {"weights": weights, "step": engine.global_step, "settings": vars(args)}
+    (folder / "domain_weights.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    figures = draw_run(folder)
+    if engine.reweights:
+        print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")
+        print(weights_table(weights))
+    print(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}")

@@ -1,0 +1,167 @@
+"""Puts a run together: rows -> chains -> model -> the two problems -> the engine."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from betty.configs import Config
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from transformers.utils import logging as transformers_logging
+
+from reweighting.chains import Batch, Chain, collate, meta_chains, training_chains
+from reweighting.checkpoints import load_latest_checkpoint
+from reweighting.domain_weights import DomainWeights
+from reweighting.engine import ReweightingEngine
+from reweighting.errors import UserError
+from reweighting.problems import DomainReweighting, PRMFineTuning
+from reweighting.reward_model import ProcessRewardModel
+from reweighting.sampling import EpochStream, WindowSampler
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best that is there. Raises UserError if it is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:
+    """The reward model on its backbone; a frozen base takes the precision of the compute."""
+    frozen_base = torch.bfloat16 if args.lora_rank and precision == "bf16" else torch.float32
+    return ProcessRewardModel.from_backbone(
+        args.reward_model,
+        aggregation=args.aggregation_function,
+        lora_rank=args.lora_rank,
+        freeze_vision=args.freeze_vision,
+        dtype=frozen_base,
+        max_length=args.max_length,
+        max_image_side=args.max_image_side,
+        gradient_checkpointing=args.gradient_checkpointing,
+    ).to(device)
+
+
+def make_optimizer(args: Namespace, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters, one group."""
+    if args.optimizer == "sgd":
+        momentum = 0.9 if args.momentum is None else args.momentum
+        return torch.optim.SGD(params, lr=args.lr, momentum=momentum, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+
+
+def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer):
+    """The learning rate over optimizer steps, or None for a constant one."""
+    if args.scheduler == "step":
+        gamma = 0.5 if args.scheduler_gamma is None else args.scheduler_gamma
+        return StepLR(optimizer, args.scheduler_step_size or 5000, gamma)
+    if args.scheduler == "cosine":
+        return CosineAnnealingLR(optimizer, args.iteration_num)
+    return None
+
+
+def read_fixed_weights(args: Namespace, domains: list[str]) -> torch.Tensor | None:
+    """The weights [K] of --domain_weights scaled to mean 1, ones with --baseline, None where they are learned."""
+    if args.baseline:
+        return torch.ones(len(domains))
+    if args.domain_weights is None:
+        return None
+    try:
+        content = json.loads(Path(args.domain_weights).read_text(encoding="utf-8"))
+        content = content.get("weights", content)
+        weights = torch.tensor([float(content[domain]) for domain in domains])
+    except KeyError as error:
+        raise UserError(f"--domain_weights {args.domain_weights}: the domain {error} has no weight") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--domain_weights {args.domain_weights}: expected {{domain: weight}}: {error}") from error
+    if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
+        raise UserError(f"--domain_weights {args.domain_weights}: weights must be at least 0, one of them more")
+    return weights / weights.mean()
+
+
+def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
+    """Encode every chain once, so that one that is too long is found (and named) before training, not in it."""
+    problems = []
+    for chain in chains:
+        try:
+            model.chain_tokenizer.encode(chain)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        listed = "\n".join(problems[:20]) + (f"\n… and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UserError(f"{len(problems)} of {len(chains)} chains cannot be used\n{listed}")
+
+
+def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> ReweightingEngine:
+    """The engine of a run, at its start or, with --resume, at the latest checkpoint of `folder`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    device = choose_device(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+
+    train, domains = training_chains(train_rows, args.train_json_file)
+    fixed_weights = read_fixed_weights(args, domains)
+    meta = []
+    if fixed_weights is None:
+        meta, stepless = meta_chains(meta_rows, args.meta_json_file)
+        if stepless:
+            print(f"warning: {args.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and "
+                  "are left out", file=sys.stderr)  # fmt: skip
+    members = [[] for _ in domains]
+    for index, chain in enumerate(train):
+        members[chain.domain].append(index)
+    accumulation = args.gradiant_accumulation or math.ceil(len(domains) / args.unroll_steps)
+    sampler = WindowSampler(members, args.batch_size, args.unroll_steps * accumulation, args.seed)
+    meta_stream = EpochStream(len(meta), args.seed, 3)
+
+    model = make_model(args, device, precision)
+    check_lengths(model, train + meta)
+
+    def batch(chains: list[Chain], indices: list[int]) -> Batch:
+        return collate([model.chain_tokenizer.encode(chains[index]) for index in indices]).to(device)
+
+    def draw_train(micro_step: int) -> tuple[int, Batch]:
+        domain, indices = sampler.draw(micro_step)
+        return domain, batch(train, indices)
+
+    def draw_meta(update: int) -> Batch:
+        return batch(meta, meta_stream.batch(update, args.meta_batch_size))
+
+    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    lower_config = Config(
+        type=args.hypergradient,
+        unroll_steps=args.unroll_steps,
+        gradient_accumulation=accumulation,
+        precision=precision,
+    )
+    lower = PRMFineTuning(
+        lower_config, model, optimizer, make_scheduler(args, optimizer), draw_train,
+        clip=args.max_grad_norm, fixed_weights=fixed_weights,
+    )  # fmt: skip
+    upper = None
+    if fixed_weights is None:
+        table = DomainWeights(domains)
+        meta_optimizer = torch.optim.AdamW(table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay)
+        upper = DomainReweighting(
+            Config(precision=precision), table, meta_optimizer, None, draw_meta, aggregation=args.aggregation_function
+        )
+    print(
+        f"{len(train_rows)} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
+        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "
+        f"({precision}); {accumulation} x {args.batch_size} chains a step"
+    )
+    engine = ReweightingEngine(
+        lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, vars(args)
+    )
+    if args.resume:
+        engine.load_state_dict(load_latest_checkpoint(folder / "checkpoints"))
+        print(f"resumed at step {engine.global_step}")
+    return engine
