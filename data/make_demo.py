@@ -64,9 +64,8 @@ class Images:
         return path.relative_to(self.folder.parent).as_posix()
 
 
-def domain_rows(kind: Kind, defect: str, quality: float, rows: int, images: Images, rng: Random) -> list[dict]:
-    """The step rows of one domain: `rows` of them, five to a response, spoilt by its defect to this quality."""
-    struck_share = strength(defect, quality)
+def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images: Images, rng: Random) -> list[dict]:
+    """The step rows of one domain: `rows` of them, five to a response; the defect strikes `struck_share` of it."""
     responses = []  # one a response: everything about it but the labels
     labels: list[list[float]] = []  # [responses][5], right answers among TIMES rollouts
     for number in range(-(-rows // (5 * RESPONSES))):
@@ -166,7 +165,8 @@ def make_demo(folder: Path, seed: int, quality: dict[str, float], train: int, me
     rows = []
     for name, kind in KINDS.items():
         # A stream of its own for each part: changing one domain's quality leaves all the others as they were.
-        rows += domain_rows(kind, DEFECT[name], quality[name], per_domain, images, Random(f"{seed} {name}"))
+        struck_share = strength(DEFECT[name], quality[name])
+        rows += domain_rows(kind, DEFECT[name], struck_share, per_domain, images, Random(f"{seed} {name}"))
     files = {
         "train.json": rows,
         "meta.json": meta_rows(meta, images, Random(f"{seed} meta")),

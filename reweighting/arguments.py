@@ -30,7 +30,7 @@ class DataArguments:
     meta_json_file: str | None = HfArg(default=None, help="meta rows; needed to learn the weights")
     image_root: str | None = HfArg(
         default=None,
-        help="folder that image paths start from and may not leave (default: each JSON file's folder, then the working folder)",
+        help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
     )
     weights_path: str = HfArg(default="weights", help="folder that the run writes into")
 
@@ -71,7 +71,7 @@ class LowerArguments:
     baseline: bool = HfArg(default=False, help="plain fine-tuning, every domain weighted 1: no upper level")
     domain_weights: str | None = HfArg(
         default=None,
-        help="JSON file of fixed weights (a run's domain_weights.json, or {domain: weight}): no upper level",
+        help="fixed weights: a run's domain_weights.json, or {domain: weight}; no upper level",
     )
 
 

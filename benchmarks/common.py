@@ -1,0 +1,159 @@
+"""What the benchmarks share: running the real command, scoring a trained PRM, and saying on what they ran."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+from demo_world.pictures import draw_picture  # noqa: E402
+from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
+
+from reweighting.best_of_n import best_of_n_accuracy, score_candidates  # noqa: E402
+from reweighting.chains import Chain  # noqa: E402
+from reweighting.records import load_candidate_rows  # noqa: E402
+from reweighting.reward_model import ProcessRewardModel  # noqa: E402
+
+
+def machine() -> dict[str, object]:
+    """Processor and versions, for the head of a result file."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def make_data(folder: Path, seed: int, quality: dict[str, float]) -> None:
+    """Demo data of this seed and these qualities in `folder`, unless it is there already."""
+    if not (folder / "quality.json").exists():
+        words = [f"{domain}={value}" for domain, value in quality.items()]
+        script = [sys.executable, str(ROOT / "data" / "make_demo.py"), "--output_dir", str(folder), "--seed", str(seed)]
+        subprocess.run([*script, "--quality", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def train(data: Path, output: Path, seed: int, *flags: str) -> float:
+    """Run the command on `data` into `output`, unless it has run before; the seconds that it took."""
+    done = output / "seconds.json"
+    if not done.exists():
+        command = [sys.executable, str(ROOT / "reweighting" / "main.py"), "--train_json_file", str(data / "train.json")]
+        command += ["--weights_path", str(output), "--seed", str(seed), *flags]
+        if "--baseline" not in flags and "--domain_weights" not in flags:
+            command += ["--meta_json_file", str(data / "meta.json")]
+        started = time.time()
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{run.stderr[-3000:]}")
+        done.write_text(json.dumps(time.time() - started))
+    return json.loads(done.read_text())
+
+
+def learned_weights(output: Path) -> dict[str, float]:
+    """The weights that a run wrote."""
+    return json.loads((output / "domain_weights.json").read_text())["weights"]
+
+
+def ranks(values) -> np.ndarray:
+    """Ranks from 0, equals sharing their mean rank."""
+    values = np.asarray(values, float)
+    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
+
+
+def spearman(a, b) -> float:
+    """Spearman's rank correlation."""
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def auc(scores, truth) -> float:
+    """The probability that a true one scores higher than a false one (ties count half)."""
+    truth = np.asarray(truth, bool)
+    right, wrong = int(truth.sum()), int((~truth).sum())
+    order = np.argsort(scores, kind="stable")
+    sorted_scores = np.asarray(scores)[order]
+    place = np.empty(len(truth))
+    # Equal scores share the mean of the places they take.
+    starts = np.flatnonzero(np.r_[True, sorted_scores[1:] != sorted_scores[:-1]])
+    ends = np.r_[starts[1:], len(truth)]
+    for start, end in zip(starts, ends, strict=True):
+        place[order[start:end]] = (start + end - 1) / 2
+    return float((place[truth].sum() - right * (right - 1) / 2) / (right * wrong))
+
+
+def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str, float]:
+    """How the weights rank the domains: Spearman with quality, and AUC of telling the better half from the worse."""
+    names = sorted(quality)
+    w, q = [weights[n] for n in names], [quality[n] for n in names]
+    return {"spearman": spearman(w, q), "better_half_auc": auc(w, np.array(q) > np.median(q))}
+
+
+def held_out_chains(count: int, seed: int = 987_654) -> tuple[list[Chain], list, list[int | None]]:
+    """Clean answers to new questions: chains without an image file, their pictures, each one's first wrong step."""
+    rng, policy = Random(seed), Policy()
+    chains, pictures, slips = [], [], []
+    for _ in range(count):
+        question = random_question(random_kind(rng), rng)
+        response = policy.respond(question, rng)
+        chains.append(Chain(question.text, response.steps))
+        pictures.append(draw_picture(question.kind, question.entries, rng).quantize(32))
+        slips.append(response.first_slip)
+    return chains, pictures, slips
+
+
+def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
+    """AUC of the step scores on held-out clean answers: over all steps, and over those that need the image.
+
+    A step is true if no step up to it is wrong. The steps that need the image are the evidence steps after a right
+    first step: nothing in their text tells a misread number from a right one.
+    """
+    chains, pictures, slips = held_out_chains(count)
+    scores, truth, needs_image = [], [], []
+    for chain, picture, slip in zip(chains, pictures, slips, strict=True):
+        logits, _ = model.chain_logits([chain], pixels=model.chain_tokenizer.read_image(picture))
+        scores += logits[0].tolist()
+        truth += [slip is None or step < slip for step in range(len(chain.steps))]
+        needs_image += [step == 1 and slip != 0 for step in range(len(chain.steps))]
+    scores, truth, needs_image = np.array(scores), np.array(truth), np.array(needs_image)
+    return {"all": auc(scores, truth), "needs_image": auc(scores[needs_image], truth[needs_image])}
+
+
+def best_of(model: ProcessRewardModel, data: Path) -> dict[str, float]:
+    """Accuracy of the chosen answer among the first N on `test.json`, and what needs no model to compare with."""
+    rows = load_candidate_rows(data / "test.json")
+    scored, right = score_candidates(model, rows), [row.true_false for row in rows]
+
+    def majority(row) -> float:
+        counts = Counter(row.answers)
+        top = [answer for answer, votes in counts.items() if votes == max(counts.values())]
+        return sum(dict(zip(row.answers, row.true_false, strict=True))[answer] for answer in top) / len(top)
+
+    result = {f"best_of_{n}": best_of_n_accuracy(scored, right, n) for n in (1, 2, 4, 8)}
+    return result | {
+        "pass@1": float(np.mean([np.mean(r) for r in right])),
+        "majority_of_8": float(np.mean([majority(row) for row in rows])),
+        "pass@8": float(np.mean([any(r) for r in right])),
+    }
+
+
+def write_results(name: str, content: dict) -> Path:
+    """Write `benchmarks/results/<name>.json` with the machine in its head."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    return path

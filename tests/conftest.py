@@ -1,0 +1,19 @@
+"""Shared by the tests: one thread each, no network, and a small demo world."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+import pytest
+import torch
+from make_demo import QUALITY, make_demo
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder with a demo world of 200 step rows, 20 meta rows and 6 questions with 4 candidates each."""
+    folder = tmp_path_factory.mktemp("demo")
+    make_demo(folder, seed=5, quality=QUALITY, train=200, meta=20, test=6, n=4)
+    return folder

@@ -1,0 +1,140 @@
+"""The two Betty problems in their engine, against the same mathematics written out plainly."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from betty.configs import Config
+from torch.func import functional_call
+
+from reweighting.chains import Chain, collate
+from reweighting.domain_weights import DomainWeights
+from reweighting.engine import ReweightingEngine
+from reweighting.errors import UserError
+from reweighting.problems import DomainReweighting, PRMFineTuning, check_finite
+from reweighting.reward_model import ProcessRewardModel
+from tests.tiny import tiny_backbone
+
+DOMAINS, LR, UNROLL, ACCUMULATION = ["a", "b", "c"], 1e-3, 2, 2
+
+
+def random_chain(generator: torch.Generator, domain: int = -1, label: float = math.nan) -> Chain:
+    def number() -> int:
+        return int(torch.randint(100, (1,), generator=generator))
+
+    count = 1 + number() % 3
+    steps = tuple(f"Step {i}: {number()} is {number()}." for i in range(1, count + 1))
+    targets = tuple(number() / 100 for _ in range(count)) if domain >= 0 else ()
+    return Chain(f"What is {number()}?", steps, None, targets, label, domain)
+
+
+class Fixture:
+    """A double-precision tiny model and the batches of a run, by micro-step and by update."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        self.model = ProcessRewardModel.from_backbone(tiny_backbone(), attn_implementation="eager").double()
+        torch.nn.init.normal_(self.model.score_head.weight, std=0.3)
+        generator = torch.Generator().manual_seed(4)
+        self.train = [
+            (i % 3, self.batch([random_chain(generator, i % 3) for _ in range(3)])) for i in range(4 * ACCUMULATION)
+        ]
+        self.meta = [self.batch([random_chain(generator, label=float(j % 2)) for j in range(4)]) for _ in range(2)]
+
+    def batch(self, chains):
+        return collate([self.model.chain_tokenizer.encode(chain) for chain in chains])
+
+    def engine(self, folder: Path, hypergradient: str = "window", fixed_weights=None, iterations: int = UNROLL):
+        optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=LR)
+        config = Config(type=hypergradient, unroll_steps=UNROLL, gradient_accumulation=ACCUMULATION)
+        lower = PRMFineTuning(
+            config, self.model, optimizer, None, self.train.__getitem__, fixed_weights=fixed_weights
+        )
+        upper = None
+        if fixed_weights is None:
+            table = DomainWeights(DOMAINS).double()
+            table.alpha.data = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64)
+            meta_optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+            upper = DomainReweighting(Config(), table, meta_optimizer, None, self.meta.__getitem__)
+        return ReweightingEngine(lower, upper, DOMAINS, torch.device("cpu"), folder, iterations, 100, {})
+
+
+def plain_lower_loss(model, params, batch):
+    scores = functional_call(model, params, (batch,)).sigmoid()
+    errors = [
+        (scores[row, step] - batch.targets[row, step]) ** 2
+        for row in range(len(scores))
+        for step in range(scores.shape[1])
+        if batch.target_mask[row, step]
+    ]
+    return sum(errors) / len(errors)
+
+
+def plain_meta_loss(model, params, batch):
+    logits = functional_call(model, params, (batch,))
+    losses = []
+    for row in range(len(logits)):
+        count = int(batch.step_mask[row].sum())
+        losses.append((logits[row, :count].mean().sigmoid() - batch.labels[row]) ** 2)
+    return sum(losses) / len(losses)
+
+
+def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path):
+    fixture = Fixture()
+    model = fixture.model
+    params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    engine = fixture.engine(tmp_path)
+    alpha = engine.upper.module.alpha
+    start = alpha.detach().clone().requires_grad_()
+
+    positive = torch.log1p(start.exp())
+    weights = positive / positive.mean()
+    current = params
+    for step in range(UNROLL):  # autograd through every step
+        part = fixture.train[step * ACCUMULATION : (step + 1) * ACCUMULATION]
+        loss = sum(weights[d] * plain_lower_loss(model, current, batch) for d, batch in part) / ACCUMULATION
+        grads = torch.autograd.grad(loss, list(current.values()), create_graph=True, allow_unused=True)
+        current = {
+            name: value if grad is None else value - LR * grad
+            for (name, value), grad in zip(current.items(), grads, strict=True)
+        }
+    meta = plain_meta_loss(model, current, fixture.meta[0])
+    exact = torch.autograd.grad(meta, start)[0]
+
+    engine.run()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), current[name].detach(), rtol=0, atol=1e-12)
+    ours = start.detach() - alpha.detach()  # SGD with learning rate 1: the step is the gradient
+    assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
+    assert 0.98 <= ours.norm() / exact.norm() <= 1.02
+    assert abs(ours.sum()) > 0 and engine.updates == 1
+
+
+def test_fixed_weights_train_the_weighted_sum(tmp_path):
+    fixture = Fixture()
+    weights = torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64)
+    params = {name: p.detach().clone().requires_grad_() for name, p in fixture.model.named_parameters()}
+    part = fixture.train[:ACCUMULATION]
+    loss = sum(weights[d] * plain_lower_loss(fixture.model, params, batch) for d, batch in part) / ACCUMULATION
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+    fixture.engine(tmp_path, fixed_weights=weights, iterations=1).run()
+    for (name, parameter), grad in zip(fixture.model.named_parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.detach(), (params[name] - LR * grad).detach(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("hypergradient", ["darts", "sama"])
+def test_bettys_own_hypergradients_can_be_chosen(tmp_path, hypergradient):
+    fixture = Fixture()
+    engine = fixture.engine(tmp_path, hypergradient)
+    before = engine.upper.module.alpha.detach().clone()
+    engine.run()
+    assert engine.upper.module.alpha.isfinite().all()
+    assert not torch.equal(engine.upper.module.alpha, before)
+
+
+def test_non_finite_losses_are_named():
+    check_finite("meta", 0.5, 3)
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match="the meta loss is .* at step 7"):
+            check_finite("meta", value, 7)
