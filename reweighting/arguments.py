@@ -9,7 +9,7 @@ A recipe is a JSON or YAML file of the same names; flags that are given on the c
 import json
 from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -189,10 +189,3 @@ def _check(args: Namespace) -> None:
             "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"
         )
 
-
-def described_defaults() -> dict[str, dict[str, object]]:
-    """{group: {flag: default}}, for the README's table and its test; MISSING stands for a flag that must be given."""
-    return {
-        group.__doc__.rstrip("."): {f.name: MISSING if f.default is MISSING else f.default for f in fields(group)}
-        for group in GROUPS
-    }

@@ -6,10 +6,7 @@ from pathlib import Path
 
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
-
-
-def draw_run(f):
-    return []
+from reweighting.figures import draw_run
 
 
 def prepare_folder(path: str) -> Path:

@@ -1,0 +1,249 @@
+"""The real command on a small demo world: what it leaves behind, repeats, resumes and refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reweighting.errors import UserError
+from reweighting.main import main
+from reweighting.reward_model import ProcessRewardModel
+
+ROOT = Path(__file__).resolve().parent.parent
+DOMAINS = 10
+
+
+def flags(demo: Path, output: Path, *more: str) -> list[str]:
+    """A run of 10 steps, two windows, with small batches; flags in `more` win."""
+    files = ["--train_json_file", str(demo / "train.json"), "--meta_json_file", str(demo / "meta.json")]
+    sizes = ["--iteration_num", "10", "--batch_size", "2", "--meta_batch_size", "4", "--unroll_steps", "5"]
+    return [*files, "--weights_path", str(output), *sizes, "--save_every_iterations", "5", *more]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    script = [sys.executable, str(ROOT / "reweighting" / "main.py")]
+    return subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def history(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def without_times(folder: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in history(folder)]
+
+
+def weights(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "domain_weights.json").read_text())["weights"]
+
+
+@pytest.fixture(scope="module")
+def finished(demo, tmp_path_factory):
+    """A finished run of the real command, and its output."""
+    folder = tmp_path_factory.mktemp("run")
+    done = command(*flags(demo, folder))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, done.stderr
+
+
+def test_what_a_run_leaves_behind(finished, demo):
+    folder, stdout, stderr = finished
+    lines = history(folder)
+    assert [line["step"] for line in lines] == [5, 10]
+    assert {"train_loss", "meta_loss", "weights", "rows_seen", "seconds"} <= lines[0].keys()
+    assert lines[1]["rows_seen"] > lines[0]["rows_seen"] > 0
+    saved = json.loads((folder / "domain_weights.json").read_text())
+    assert saved["step"] == 10 and saved["settings"]["meta_batch_size"] == 4
+    assert len(saved["weights"]) == DOMAINS
+    assert sum(saved["weights"].values()) / DOMAINS == pytest.approx(1, abs=1e-5)
+    assert len(set(saved["weights"].values())) > 1, "nothing was learned"
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == [
+        "domain_weights.png",
+        "losses.png",
+        "weights_over_time.png",
+    ]
+    for path in (folder / "figures").iterdir():
+        Image.open(path).load()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000005", "step-00000010"]
+
+    table = [line.split() for line in stdout.split("(mean 1):")[1].splitlines() if "█" in line]
+    values = [float(row[1]) for row in table]
+    assert len(table) == DOMAINS and values == sorted(values, reverse=True)
+    assert "train=" in stderr and "meta=" in stderr and "low=" in stderr and "high=" in stderr  # the progress bar
+    assert "Traceback" not in stderr and "Warning" not in stderr
+
+    rows = json.loads((demo / "test.json").read_text())
+    model = ProcessRewardModel.from_pretrained(folder / "prm")
+    scores = model.score(demo / rows[0]["image_path"], rows[0]["input"], rows[0]["candidates"][0])
+    assert len(scores) == 5 and all(0 < score < 1 for score in scores)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(finished, demo, tmp_path):
+    folder, _, _ = finished
+    main(flags(demo, tmp_path / "again"))
+    assert without_times(tmp_path / "again") == without_times(folder)
+    assert weights(tmp_path / "again") == weights(folder)
+    for file in ("model.safetensors", "score_head.safetensors"):
+        assert (tmp_path / "again" / "prm" / file).read_bytes() == (folder / "prm" / file).read_bytes()
+    main(flags(demo, tmp_path / "other", "--seed", "2"))
+    assert weights(tmp_path / "other") != weights(folder)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--lora_rank", "2", "--precision", "bf16"), ("--optimizer", "sgd", "--scheduler", "constant")],
+    ids=["plain", "lora-bf16", "sgd"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(demo, tmp_path, more):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(flags(demo, whole, *more))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000010")  # as if it had been stopped after step 5
+    main(flags(demo, cut, *more, "--resume"))
+    assert without_times(cut) == without_times(whole)
+    assert weights(cut) == weights(whole)
+    for file in (whole / "prm").glob("*.safetensors"):
+        assert (cut / "prm" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_baseline_and_fixed_weights(demo, finished, tmp_path):
+    main(flags(demo, tmp_path / "baseline", "--baseline"))
+    assert set(weights(tmp_path / "baseline").values()) == {1.0}
+    assert "meta_loss" not in history(tmp_path / "baseline")[0]
+    fixed = finished[0] / "domain_weights.json"
+    main(flags(demo, tmp_path / "fixed", "--domain_weights", str(fixed)))
+    assert weights(tmp_path / "fixed") == pytest.approx(weights(finished[0]), abs=1e-5)
+    assert without_times(tmp_path / "fixed")[0]["train_loss"] != without_times(tmp_path / "baseline")[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--freeze_vision", "--gradient_checkpointing", "--max_grad_norm", "0.5"),
+        ("--hypergradient", "darts"),
+        ("--hypergradient", "sama", "--scheduler", "step", "--scheduler_step_size", "3"),
+        ("--gradient_accumulation", "3", "--aggregation_function", "min"),
+    ],
+    ids=lambda more: more[0].lstrip("-"),
+)
+def test_other_ways_to_train(demo, tmp_path, more):
+    main(flags(demo, tmp_path, *more))
+    assert len(set(weights(tmp_path).values())) > 1
+
+
+def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
+    from reweighting.arguments import parse_arguments
+
+    published = parse_arguments(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
+                                 "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
+    assert published.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.precision == "bf16"
+    assert published.weight_decay == 1e-3 and published.lr == 1e-6 and published.batch_size == 1
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"train_json_file": "t", "baseline": True, "gradient_accumulation": 4}))
+    args = parse_arguments(["--recipe", str(recipe)])
+    assert args.baseline is True and args.gradiant_accumulation == 4 and args.train_json_file == "t"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lrr": 1}, "lrr: there is no such flag"),
+        ({"lr": "fast"}, "lr: found 'fast'"),
+        ({"batch_size": 1.5}, "batch_size: found 1.5"),
+        ({"baseline": "yes"}, "baseline: found 'yes'"),
+        ([1], "expected names and values"),
+    ],
+)
+def test_bad_recipes(tmp_path, settings, message):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        main(["--recipe", str(recipe), "--train_json_file", "t", "--meta_json_file", "m"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lr", "0"), "--lr: found 0.0, allowed: a number of more than 0"),
+        (("--lr", "nan"), "--lr: found nan"),
+        (("--batch_size", "-1"), "--batch_size: found -1"),
+        (("--scheduler", "linear"), "--scheduler: found linear, allowed: constant, step, cosine"),
+        (("--momentum", "0.5"), "--momentum does nothing without --optimizer sgd"),
+        (("--unroll_steps", "3", "--gradiant_accumulation", "3"), "cannot hold each of the 10 domains once"),
+        (("--device", "tpu9"), "--device tpu9"),
+        (("--reward_model", "/nowhere/model"), "/nowhere/model"),
+        (("--max_length", "60"), "60"),
+        (("--image_root", "/nowhere"), "/nowhere"),
+        (("--resume",), "there is no checkpoint"),
+        (("--baseline", "--domain_weights", "x"), "leave out --domain_weights"),
+        (("--domain_weights", "missing.json"), "missing.json"),
+    ],
+)
+def test_flags_that_make_no_sense(demo, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        main(flags(demo, tmp_path, *more))
+    assert not (tmp_path / "domain_weights.json").exists()
+
+
+def test_a_too_long_row_is_named(demo, tmp_path):
+    rows = json.loads((demo / "train.json").read_text())
+    rows[7]["add"] += " and so on" * 3000
+    (demo / "long.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"long.json: rows? .*\b7\b.*tokens, but the model takes 4096"):
+        main(flags(demo, tmp_path, "--train_json_file", str(demo / "long.json")))
+
+
+def one_class(rows):
+    for row in rows:
+        row["true_false"] = True
+
+
+def one_domain(rows):
+    for row in rows:
+        row["dataset"] = "dice"
+
+
+def missing_image(rows):
+    rows[3]["image_path"] = "images/none.png"
+
+
+def bad_accuracy(rows):
+    rows[5]["accuracy"] = 1.5
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("train.json", bad_accuracy, ["row 5", "accuracy", "1.5", "0 to 1"]),
+        ("train.json", one_domain, ["dice", "at least 2 domains"]),
+        ("train.json", missing_image, ["row 3", "image_path", "images/none.png"]),
+        ("meta.json", one_class, ["true_false"]),
+    ],
+)
+def test_bad_data_ends_with_code_2_and_no_traceback(demo, tmp_path, name, spoil, words):
+    spoilt = demo / f"spoilt_{name}"
+    rows = json.loads((demo / name).read_text())
+    spoil(rows)
+    spoilt.write_text(json.dumps(rows))
+    flag = "--train_json_file" if name == "train.json" else "--meta_json_file"
+    done = command(*flags(demo, tmp_path / "never", flag, str(spoilt)))
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in [str(spoilt), *words]:
+        assert word in done.stderr
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_unwritable_folder(demo, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--weights_path .* cannot be written"):
+        main(flags(demo, tmp_path / "file"))
+
+
+def test_unknown_flags_end_with_code_2():
+    done = command("--train_json_file", "x", "--learning_rate", "1")
+    assert done.returncode == 2 and "--learning_rate" in done.stderr
