@@ -1,9 +1,9 @@
 """What the small backbone is taught: reading pictures, arithmetic, and telling true statements from false ones.
 
-A lesson is a picture followed by short items. The first lessons only read ("the red bar: 4"). In the others, facts,
-evidence, goals, rules, sums and conclusions are each followed by the word " true" or " false", half of them false.
-Lessons never show a whole five-step answer nor any accuracy: judging a chain of steps is what fine-tuning as a reward
-model has to teach.
+A lesson is a picture followed by short items. The first lessons only read ("the red bar: 4"); the second judge single
+facts; in the last, facts, evidence, goals, rules, sums and conclusions are judged. Judging is to write the word " true"
+or " false" after a statement; half of the statements are false. Lessons never show a whole five-step answer nor any
+accuracy: judging a chain of steps is what fine-tuning as a reward model has to teach.
 """
 
 from collections.abc import Iterator
@@ -48,19 +48,33 @@ def reading_lesson(question: Question, rng: Random) -> Iterator[Piece]:
             yield "\n", False
 
 
-def lesson(question: Question, rng: Random) -> Iterator[Piece]:
-    """The pieces of one lesson about the question's picture, after the image itself."""
+def _judged(statement: str, true: bool) -> Iterator[Piece]:
+    """A statement and its verdict."""
+    yield statement, False
+    yield VERDICTS[true], True
+    yield "\n", False
+
+
+def _fact(kind: Kind, entries: dict[str, int], key: str, rng: Random) -> Iterator[Piece]:
+    """A single fact and its verdict: " true", or the number that would be. To correct is easier learned than to doubt."""
+    true = rng.random() < 0.5
+    value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
+    yield f"{kind.phrase(key).capitalize()} shows {value}.", False
+    yield VERDICTS[1] if true else f" {entries[key]}", True
+    yield "\n", False
+
+
+def fact_lesson(question: Question, rng: Random) -> Iterator[Piece]:
+    """The second lessons: single facts about each entry of the picture."""
+    for key in rng.sample(list(question.entries), 4):
+        yield from _fact(question.kind, question.entries, key, rng)
+
+
+def step_lesson(question: Question, rng: Random) -> Iterator[Piece]:
+    """The last lessons: sentences as they stand in the steps of an answer, each judged by itself."""
     kind, entries = question.kind, question.entries
-
-    def verdict(statement: str, true: bool) -> Iterator[Piece]:
-        yield statement, False
-        yield VERDICTS[true], True
-        yield "\n", False
-
-    for _ in range(2):  # single facts
-        key, true = rng.choice(list(entries)), rng.random() < 0.5
-        value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
-        yield from verdict(f"{kind.phrase(key).capitalize()} shows {value}.", true)
+    for key in rng.sample(list(entries), 2):
+        yield from _fact(kind, entries, key, rng)
 
     for _ in range(2):  # two readings at once, both needed
         keys, true = rng.sample(list(entries), 2), rng.random() < 0.5
@@ -68,7 +82,7 @@ def lesson(question: Question, rng: Random) -> Iterator[Piece]:
         if not true:
             wrong = rng.randrange(2)
             values[wrong] = _wrong_reading(kind, entries, keys[wrong], rng)
-        yield from verdict(evidence_text(kind, keys, values, rng), true)
+        yield from _judged(evidence_text(kind, keys, values, rng), true)
 
     true = rng.random() < 0.5  # does the goal fit the question?
     goal, keys = question.operation, list(question.keys)
@@ -78,22 +92,18 @@ def lesson(question: Question, rng: Random) -> Iterator[Piece]:
         else:
             keys[rng.randrange(2)] = rng.choice([key for key in entries if key not in keys])
     yield f"{question.text}\n", False
-    yield from verdict(goal_text(kind, goal, keys, rng), true)
+    yield from _judged(goal_text(kind, goal, keys, rng), true)
 
     operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
     rule = operation if true else rng.choice([o for o in OPERATIONS if o != operation])
-    yield from verdict(rule_text(operation, rule, rng), true)
+    yield from _judged(rule_text(operation, rule, rng), true)
 
-    operation = rng.choice(OPERATIONS)
+    operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
     numbers = [rng.randint(1, 12 if rng.random() < 0.3 else 9) for _ in range(2)]
     value = result(operation, *numbers)
-    if rng.random() < 0.5:  # arithmetic, then a conclusion from it that may forget what was found
-        true = rng.random() < 0.5
-        yield from verdict(
-            reason_text(operation, numbers, value if true else other_value(value, 0, 24, rng), rng), true
-        )
+    stated = value if true else other_value(value, 0, 24, rng)
+    if rng.random() < 0.5:  # arithmetic, or a conclusion from it that may forget what was found
+        yield from _judged(reason_text(operation, numbers, stated, rng), true)
     else:
-        true = rng.random() < 0.5
         yield f"{reason_text(operation, numbers, value, rng)} ", False
-        concluded = value if true else other_value(value, 0, 24, rng)
-        yield from verdict(f"{conclusion_text(operation, concluded, rng)}\nFinal answer: {concluded}", true)
+        yield from _judged(f"{conclusion_text(operation, stated, rng)}\nFinal answer: {stated}", true)

@@ -10,8 +10,8 @@ hundred); with transformers' defaults for both a model of this width stays at ch
 """
 
 import argparse
+import copy
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ from random import Random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoTokenizer,
@@ -34,7 +35,7 @@ from demo_world.pictures import KINDS, draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
 sys.path.insert(0, str(HERE))
-from lessons import VERDICTS, lesson, reading_lesson  # noqa: E402
+from lessons import VERDICTS, fact_lesson, reading_lesson, step_lesson  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")  # fmt: skip
@@ -45,6 +46,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LESSONS = (reading_lesson, fact_lesson, step_lesson)
+STAGES = ((1.0, 0.0, 0.0), (0.3, 0.7, 0.0), (0.1, 0.1, 0.8))  # the lessons' shares, early to late
 IMAGE_TOKENS = 16  # 112 x 112 pixels, patches of 14, merged 2 x 2
 
 
@@ -53,7 +56,7 @@ def make_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     texts, policy = [], Policy()
     for _ in range(3000):
         question = random_question(random_kind(rng), rng)
-        texts += ["".join(text for text, _ in teach(question, rng)) for teach in (reading_lesson, lesson)]
+        texts += ["".join(text for text, _ in teach(question, rng)) for teach in LESSONS]
         texts += [question.text, policy.respond(question, rng).text]
     texts += ["user\nassistant\n"] * 100 + [f"{n} {n}." for n in range(25)] * 50
     tokenizer = Tokenizer(models.BPE())
@@ -71,7 +74,7 @@ def make_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
-    """The untrained model: 4 text layers of width 128, 3 vision layers of width 96."""
+    """The untrained model: 4 text layers of width 128 (`grow` adds 2), 3 vision layers of width 96."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
         text_config={
@@ -107,6 +110,22 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGener
     return Qwen2VLForConditionalGeneration(config)
 
 
+def grow(model: Qwen2VLForConditionalGeneration, layers: int) -> None:
+    """Add text layers at the top that do nothing yet: judging needs depth above what reading has learned to use."""
+    text, width = model.model.language_model, model.config.text_config.initializer_range
+    for _ in range(layers):
+        layer = copy.deepcopy(text.layers[-1])
+        for parameter in layer.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=width)
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        layer.self_attn.layer_idx = len(text.layers)
+        text.layers.append(layer)
+    model.config.text_config.num_hidden_layers = len(text.layers)
+    model.config.text_config.layer_types = ["full_attention"] * len(text.layers)
+
+
 class Lessons:
     """An endless stream of batches of lessons over a pool of pictures."""
 
@@ -125,20 +144,17 @@ class Lessons:
             self.ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.ids[text]
 
-    def batch(
-        self, size: int, reading: float, indices: list[int] | None = None
-    ) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    def batch(self, shares: tuple[float, ...], indices: list[int]) -> tuple[dict, Tensor, Tensor]:
         """Model inputs; which tokens the lesson is about [B, T]; which of these are true/false words [B, T].
 
-        reading: the share of lessons that only read.
+        shares: of each of LESSONS. indices: of the pictures.
         """
-        indices = indices or [self.rng.randrange(len(self.questions)) for _ in range(size)]
         prefix = [self.token("<|vision_start|>")] + [self.token("<|image_pad|>")] * IMAGE_TOKENS
         prefix += [self.token("<|vision_end|>")] + self.encode("\n")
         rows = []
         for index in indices:
             ids, answers, verdicts = list(prefix), [False] * len(prefix), [False] * len(prefix)
-            teach = reading_lesson if self.rng.random() < reading else lesson
+            teach = self.rng.choices(LESSONS, shares)[0]
             for text, key in teach(self.questions[index], self.rng):
                 tokens = self.encode(text)
                 ids += tokens
@@ -167,8 +183,8 @@ def accuracy_by_kind(model, lessons: Lessons) -> dict[str, dict[str, float]]:
     right = {name: {"reading": [], "judging": []} for name in KINDS}
     for start in range(0, len(lessons.questions), 50):
         indices = list(range(start, min(start + 50, len(lessons.questions))))
-        inputs, answers, verdicts = lessons.batch(0, 0.5, indices)
-        guesses = model(**inputs).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]  # [B, T - 1]
+        inputs, answers, verdicts = lessons.batch((1, 0, 1), indices)
+        guesses = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]  # [B, T - 1]
         for row, index in enumerate(indices):
             taught, judged = answers[row, 1:], verdicts[row, 1:]
             scores = right[lessons.questions[index].kind.name]
@@ -183,8 +199,9 @@ def accuracy_by_kind(model, lessons: Lessons) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE)
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
-    parser.add_argument("--reading_steps", type=int, default=1500, help="of these, first ones that only read")
+    parser.add_argument("--steps", type=int, default=3800, help="optimizer steps")
+    parser.add_argument("--reading_steps", type=int, default=1000, help="of these, the first ones, that only read")
+    parser.add_argument("--fact_steps", type=int, default=900, help="then those that judge single facts too")
     parser.add_argument("--batch_size", type=int, default=32, help="lessons in a batch")
     parser.add_argument("--pictures", type=int, default=12000, help="pictures in the pool")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
@@ -200,28 +217,32 @@ def main() -> None:
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
     image_processor.save_pretrained(args.output_dir)
     model = make_model(tokenizer).train()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters, {len(tokenizer)} tokens")
     lessons = Lessons(tokenizer, image_processor, args.pictures, rng)
     fresh = Lessons(tokenizer, image_processor, 1000, Random(args.seed + 1))
     print(f"pictures drawn after {time.time() - started:.0f} s", flush=True)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
-    warm = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warm, 0.02 + 0.98 * (1 + math.cos(math.pi * s / args.steps)) / 2)
-    )
+    def new_optimizer(lr: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+
+    warm, decay = 100, (args.steps - args.reading_steps) // 3
+    optimizer, base_lr, since = new_optimizer(args.lr), args.lr, 0
     for step in range(1, args.steps + 1):
-        inputs, answers, verdicts = lessons.batch(args.batch_size, 1.0 if step <= args.reading_steps else 0.25)
+        if step == args.reading_steps + 1:
+            grow(model, 2)
+            optimizer, base_lr, since = new_optimizer(2 * args.lr), 2 * args.lr, args.reading_steps
+        for group in optimizer.param_groups:
+            group["lr"] = base_lr * min((step - since) / warm, 1.0, 0.02 + (args.steps - step) / decay)
+        shares = STAGES[0] if step <= args.reading_steps else STAGES[1 + (step > args.reading_steps + args.fact_steps)]
+        pictures = [lessons.rng.randrange(args.pictures) for _ in range(args.batch_size)]
+        inputs, answers, verdicts = lessons.batch(shares, pictures)
         taught = answers[:, 1:]  # only the words that a lesson is about are worth their share of the time
-        hidden = model.model(**inputs).last_hidden_state[:, :-1][taught]  # [words, D]
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][taught]  # [words, D]
         words = inputs["input_ids"][:, 1:][taught]
         logits = model.lm_head(hidden)
         loss = F.cross_entropy(logits, words)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 100 == 0:
             judged, hits = verdicts[:, 1:][taught], (logits.argmax(-1) == words).float()
@@ -235,7 +256,7 @@ def main() -> None:
             report = {
                 "steps": step,
                 "seconds": round(time.time() - started),
-                "parameters": parameters,
+                "parameters": model.num_parameters(),
                 "seed": args.seed,
                 "torch": torch.__version__,
                 "accuracy": accuracy_by_kind(model, fresh),

@@ -74,7 +74,7 @@ def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: R
     return rng.choice(
         (
             f"{first.capitalize()} shows {values[0]} and {second} shows {values[1]}.",
-            f"We read {values[0]} for {first} and {values[1]} for {second}.",
+            f"For {first} we read {values[0]} and for {second} {values[1]}.",
         )
     )
 
