@@ -56,7 +56,7 @@ def _judged(statement: str, true: bool) -> Iterator[Piece]:
 
 
 def _fact(kind: Kind, entries: dict[str, int], key: str, rng: Random) -> Iterator[Piece]:
-    """A single fact and its verdict: " true", or the number that would be. To correct is easier learned than to doubt."""
+    """A single fact and its verdict: " true", or the right number, since correcting is learned sooner than doubting."""
     true = rng.random() < 0.5
     value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
     yield f"{kind.phrase(key).capitalize()} shows {value}.", False
