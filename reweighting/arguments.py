@@ -188,4 +188,3 @@ def _check(args: Namespace) -> None:
         raise UserError(
             "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"
         )
-

@@ -88,9 +88,9 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
     A row's text is `input` followed by `add`; its `accuracy` belongs to its last step. Rows of the same
     (dataset, question, image) whose steps extend each other become one chain. Where they branch, the shared
     rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the
-    next branch or alone, because the loss is a mean over rows. Returns (chains in file order of their first row, domain names
-    sorted).
-    `source` is the file name that later messages use. Takes time linear in the rows.
+    next branch or alone, because the loss is a mean over rows. Returns (chains in file order of their first
+    row, domain names sorted). `source` is the file name that later messages use. Takes time linear in the
+    rows.
     """
     rows = list(rows)
     domains = sorted({row.dataset for row in rows})

@@ -48,9 +48,7 @@ class Fixture:
     def engine(self, folder: Path, hypergradient: str = "window", fixed_weights=None, iterations: int = UNROLL):
         optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=LR)
         config = Config(type=hypergradient, unroll_steps=UNROLL, gradient_accumulation=ACCUMULATION)
-        lower = PRMFineTuning(
-            config, self.model, optimizer, None, self.train.__getitem__, fixed_weights=fixed_weights
-        )
+        lower = PRMFineTuning(config, self.model, optimizer, None, self.train.__getitem__, fixed_weights=fixed_weights)
         upper = None
         if fixed_weights is None:
             table = DomainWeights(DOMAINS).double()

@@ -1,0 +1,67 @@
+"""The data order: every domain in every window, every chain once an epoch, a pure function of (seed, step)."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reweighting.errors import UserError
+from reweighting.sampling import EpochStream, WindowSampler
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    more=st.integers(0, 9),
+    batch_size=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+def test_windows(sizes, more, batch_size, seed):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    members = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    slots = len(sizes) + more
+    sampler = WindowSampler(members, batch_size, slots, seed)
+    windows = 2 * len(sizes)
+    draws = [sampler.draw(step) for step in range(windows * slots)]
+
+    per_domain: Counter[int] = Counter()
+    seen: list[list[int]] = [[] for _ in sizes]
+    for window in range(windows):
+        domains = [domain for domain, _ in draws[window * slots : (window + 1) * slots]]
+        assert set(domains) == set(range(len(sizes)))
+        assert max(Counter(domains).values()) - min(Counter(domains).values()) <= 1
+        per_domain.update(domains)
+    assert max(per_domain.values()) == min(per_domain.values())  # over 2 K windows the extras even out
+    numbers: Counter[int] = Counter()
+    for window in range(windows):  # within a window the order is shuffled, but numbers never repeat or skip
+        batches: dict[int, list[list[int]]] = {}
+        for domain, chains in draws[window * slots : (window + 1) * slots]:
+            assert set(chains) <= set(members[domain])
+            batches.setdefault(domain, []).append(chains)
+        for domain, found in batches.items():
+            stream = sampler.streams[domain]
+            expected = [
+                [members[domain][i] for i in stream.batch(numbers[domain] + j, batch_size)] for j in range(len(found))
+            ]
+            assert sorted(found) == sorted(expected)
+            numbers[domain] += len(found)
+            seen[domain] += [chain for batch in expected for chain in batch]
+    for domain, chains in enumerate(seen):
+        size = sizes[domain]
+        for epoch in range(len(chains) // size):
+            assert sorted(chains[epoch * size : (epoch + 1) * size]) == members[domain]
+
+    again = WindowSampler(members, batch_size, slots, seed)
+    for step in reversed(range(len(draws))):  # any order, any start
+        assert again.draw(step) == draws[step]
+
+
+def test_streams_differ_by_key():
+    batches = {tuple(EpochStream(50, *key).batch(0, 50)) for key in ((1, 1), (1, 2), (2, 1))}
+    assert len(batches) == 3
+
+
+def test_a_window_too_small_is_refused():
+    with pytest.raises(UserError, match="--unroll_steps x --gradiant_accumulation = 2 .* at least 3"):
+        WindowSampler([[0], [1], [2]], 1, 2, 0)
