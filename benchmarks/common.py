@@ -24,6 +24,7 @@ from demo_world.solutions import Policy, random_kind, random_question  # noqa: E
 
 from reweighting.best_of_n import best_of_n_accuracy, score_candidates  # noqa: E402
 from reweighting.chains import Chain  # noqa: E402
+from reweighting.figures import ranks, spearman  # noqa: E402
 from reweighting.records import load_candidate_rows  # noqa: E402
 from reweighting.reward_model import ProcessRewardModel  # noqa: E402
 
@@ -70,30 +71,11 @@ def learned_weights(output: Path) -> dict[str, float]:
     return json.loads((output / "domain_weights.json").read_text())["weights"]
 
 
-def ranks(values) -> np.ndarray:
-    """Ranks from 0, equals sharing their mean rank."""
-    values = np.asarray(values, float)
-    return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
-
-
-def spearman(a, b) -> float:
-    """Spearman's rank correlation."""
-    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
 def auc(scores, truth) -> float:
     """The probability that a true one scores higher than a false one (ties count half)."""
     truth = np.asarray(truth, bool)
     right, wrong = int(truth.sum()), int((~truth).sum())
-    order = np.argsort(scores, kind="stable")
-    sorted_scores = np.asarray(scores)[order]
-    place = np.empty(len(truth))
-    # Equal scores share the mean of the places they take.
-    starts = np.flatnonzero(np.r_[True, sorted_scores[1:] != sorted_scores[:-1]])
-    ends = np.r_[starts[1:], len(truth)]
-    for start, end in zip(starts, ends, strict=True):
-        place[order[start:end]] = (start + end - 1) / 2
-    return float((place[truth].sum() - right * (right - 1) / 2) / (right * wrong))
+    return float((ranks(np.asarray(scores))[truth].sum() - right * (right + 1) / 2) / (right * wrong))
 
 
 def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str, float]:

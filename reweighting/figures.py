@@ -121,12 +121,12 @@ def draw_weights_against_quality(
 
 def spearman(x, y) -> float:
     """Spearman's rank correlation, ties given their mean rank; NaN if either side is constant."""
-    x, y = (ranks - ranks.mean() for ranks in (_ranks(np.asarray(x)), _ranks(np.asarray(y))))
+    x, y = (r - r.mean() for r in (ranks(np.asarray(x)), ranks(np.asarray(y))))
     scale = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / scale) if scale > 0 else float("nan")
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1; equal values share the mean of theirs."""
     return (values < values[:, None]).sum(1) + ((values == values[:, None]).sum(1) + 1) / 2
 

@@ -1,6 +1,7 @@
 """The real command on a small demo world: what it leaves behind, repeats, resumes and refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def test_what_a_run_leaves_behind(finished, demo):
     model = ProcessRewardModel.from_pretrained(folder / "prm")
     scores = model.score(demo / rows[0]["image_path"], rows[0]["input"], rows[0]["candidates"][0])
     assert len(scores) == 5 and all(0 < score < 1 for score in scores)
+
+
+def test_the_readmes_python_example_runs(finished, demo, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.S).group(1)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(code.replace("weights/prm", str(finished[0] / "prm")), names)
+    assert len(names["scores"]) == 2 and sorted(names["order"]) == [0, 1]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(finished, demo, tmp_path):
