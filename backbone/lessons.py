@@ -12,6 +12,7 @@ from random import Random
 from demo_world.pictures import Kind
 from demo_world.solutions import (
     OPERATIONS,
+    STEP_TITLES,
     Question,
     conclusion_text,
     evidence_text,
@@ -48,9 +49,9 @@ def reading_lesson(question: Question, rng: Random) -> Iterator[Piece]:
             yield "\n", False
 
 
-def _judged(statement: str, true: bool) -> Iterator[Piece]:
-    """A statement and its verdict."""
-    yield statement, False
+def _judged(step: int, statement: str, true: bool) -> Iterator[Piece]:
+    """A statement written as a step is, and its verdict: right after the newline, where a reward model scores."""
+    yield f"Step {step}: {STEP_TITLES[step - 1]}. {statement}\n", False
     yield VERDICTS[true], True
     yield "\n", False
 
@@ -59,7 +60,7 @@ def _fact(kind: Kind, entries: dict[str, int], key: str, rng: Random) -> Iterato
     """A single fact and its verdict: " true", or the right number, since correcting is learned sooner than doubting."""
     true = rng.random() < 0.5
     value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
-    yield f"{kind.phrase(key).capitalize()} shows {value}.", False
+    yield f"{kind.phrase(key).capitalize()} shows {value}.\n", False
     yield VERDICTS[1] if true else f" {entries[key]}", True
     yield "\n", False
 
@@ -71,18 +72,9 @@ def fact_lesson(question: Question, rng: Random) -> Iterator[Piece]:
 
 
 def step_lesson(question: Question, rng: Random) -> Iterator[Piece]:
-    """The last lessons: sentences as they stand in the steps of an answer, each judged by itself."""
+    """The last lessons: sentences as they stand in the steps of an answer, each judged by itself, in any order."""
     kind, entries = question.kind, question.entries
-    for key in rng.sample(list(entries), 2):
-        yield from _fact(kind, entries, key, rng)
-
-    for _ in range(2):  # two readings at once, both needed
-        keys, true = rng.sample(list(entries), 2), rng.random() < 0.5
-        values = [entries[key] for key in keys]
-        if not true:
-            wrong = rng.randrange(2)
-            values[wrong] = _wrong_reading(kind, entries, keys[wrong], rng)
-        yield from _judged(evidence_text(kind, keys, values, rng), true)
+    items = []
 
     true = rng.random() < 0.5  # does the goal fit the question?
     goal, keys = question.operation, list(question.keys)
@@ -91,19 +83,29 @@ def step_lesson(question: Question, rng: Random) -> Iterator[Piece]:
             goal = rng.choice([o for o in OPERATIONS if o != goal])
         else:
             keys[rng.randrange(2)] = rng.choice([key for key in entries if key not in keys])
-    yield f"{question.text}\n", False
-    yield from _judged(goal_text(kind, goal, keys, rng), true)
+    items.append(_judged(1, goal_text(kind, goal, keys, rng), true))
+
+    for _ in range(3):  # two readings at once, both needed
+        keys, true = rng.sample(list(entries), 2), rng.random() < 0.5
+        values = [entries[key] for key in keys]
+        if not true:
+            wrong = rng.randrange(2)
+            values[wrong] = _wrong_reading(kind, entries, keys[wrong], rng)
+        items.append(_judged(2, evidence_text(kind, keys, values, rng), true))
 
     operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
     rule = operation if true else rng.choice([o for o in OPERATIONS if o != operation])
-    yield from _judged(rule_text(operation, rule, rng), true)
+    items.append(_judged(3, rule_text(operation, rule, rng), true))
 
-    operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
-    numbers = [rng.randint(1, 12 if rng.random() < 0.3 else 9) for _ in range(2)]
-    value = result(operation, *numbers)
-    stated = value if true else other_value(value, 0, 24, rng)
-    if rng.random() < 0.5:  # arithmetic, or a conclusion from it that may forget what was found
-        yield from _judged(reason_text(operation, numbers, stated, rng), true)
-    else:
-        yield f"{reason_text(operation, numbers, value, rng)} ", False
-        yield from _judged(f"{conclusion_text(operation, stated, rng)}\nFinal answer: {stated}", true)
+    for step in (4, 5):  # arithmetic; a conclusion, stated with the sum before it, that may forget what was found
+        operation, true = rng.choice(OPERATIONS), rng.random() < 0.5
+        numbers = [rng.randint(1, 12 if rng.random() < 0.3 else 9) for _ in range(2)]
+        value = result(operation, *numbers)
+        stated = value if true else other_value(value, 0, 24, rng)
+        text = reason_text(operation, numbers, stated if step == 4 else value, rng)
+        if step == 5:
+            text = f"{text} {conclusion_text(operation, stated, rng)}\nFinal answer: {stated}"
+        items.append(_judged(step, text, true))
+    rng.shuffle(items)
+    for item in items:
+        yield from item

@@ -87,7 +87,7 @@ class UpperArguments:
         default="mean_logit", help=f"how a chain's steps become one number: {', '.join(AGGREGATIONS)}"
     )
     hypergradient: str = HfArg(
-        default="window", help="window (exact to second order in lr), or Betty's own darts or sama, to compare"
+        default="window", help="window (exact but for terms of second order in lr), or Betty's own darts or sama"
     )
 
 
@@ -98,7 +98,7 @@ class RunArguments:
     seed: int = HfArg(default=1, help="of the data order, the score head and dropout")
     device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
     precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
-    save_every_iterations: int = HfArg(default=1000, help="optimizer steps between two checkpoints")
+    save_every_iterations: int = HfArg(default=200, help="optimizer steps between two checkpoints")
     resume: bool = HfArg(default=False, help="go on from the latest checkpoint in --weights_path")
 
 
@@ -130,7 +130,7 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     first = HfArgumentParser((), add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     recipe_file = first.parse_known_args(argv)[0].recipe
-    if recipe_file:
+    if recipe_file is not None:
         recipe = _read_recipe(Path(recipe_file))
         for action in parser._actions:
             if action.dest in recipe:
@@ -141,32 +141,53 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     return args
 
 
+def learns_weights(args: Namespace) -> bool:
+    """Whether the run has an upper level."""
+    return not args.baseline and args.domain_weights is None
+
+
 def _read_recipe(path: Path) -> dict:
     """The recipe's settings. Raises UserError if it is unreadable or names a flag that there is not."""
     try:
         text = path.read_text(encoding="utf-8")
         settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--recipe {path}: cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--recipe {path}: expected names and values, one flag each")
     types = {field.name: field.type for group in GROUPS for field in fields(group)}
     if "gradient_accumulation" in settings:
-        settings["gradiant_accumulation"] = settings.pop("gradient_accumulation")
+        settings.setdefault("gradiant_accumulation", settings.pop("gradient_accumulation"))
     for name, value in settings.items():
         if name not in types:
             raise UserError(f"--recipe {path}: {name}: there is no such flag")
-        # YAML reads 5e-7 as a text, and 1 where 1.0 is meant.
-        wanted = [t for t in (getattr(types[name], "__args__", None) or (types[name],)) if t is not type(None)][0]
+        allowed = getattr(types[name], "__args__", None) or (types[name],)
         try:
-            if wanted is bool and not isinstance(value, bool):
-                raise ValueError("expected true or false")
-            if wanted is int and float(value) != int(value):
-                raise ValueError("expected a whole number")
-            settings[name] = None if value is None else wanted(value)
-        except (TypeError, ValueError) as error:
+            settings[name] = _as_flag(value, allowed)
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"--recipe {path}: {name}: found {value!r}: {error}") from error
     return settings
+
+
+def _as_flag(value, allowed: tuple[type, ...]):
+    """A recipe's value as one of the types that a flag allows. Raises ValueError or OverflowError if it is none."""
+    if value is None and type(None) in allowed:
+        return None
+    wanted = allowed[0]
+    if wanted is bool or isinstance(value, bool):
+        if wanted is not bool or not isinstance(value, bool):
+            raise ValueError("expected true or false" if wanted is bool else f"expected {wanted.__name__}")
+        return value
+    if wanted is str:
+        if not isinstance(value, str):
+            raise ValueError("expected text")
+        return value
+    if value is None or isinstance(value, list | dict):
+        raise ValueError("expected a number")
+    number = float(value)  # YAML reads 5e-7 as a text, and 1 where 1.0 is meant
+    if wanted is int and number != int(number):
+        raise ValueError("expected a whole number")
+    return wanted(number)
 
 
 def _check(args: Namespace) -> None:
@@ -182,9 +203,26 @@ def _check(args: Namespace) -> None:
     for name, (other, value) in NEEDS.items():
         if getattr(args, name) is not None and getattr(args, other) != value:
             raise UserError(f"--{name} does nothing without --{other} {value}")
-    if args.baseline and args.domain_weights:
+    if args.seed >= 2**63:
+        raise UserError(f"--seed: found {args.seed}, allowed: a number below 2 ** 63")
+    if args.baseline and args.domain_weights is not None:
         raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
-    if not args.baseline and not args.domain_weights and args.meta_json_file is None:
+    if args.lora_rank and args.freeze_vision:
+        raise UserError("--freeze_vision does nothing with --lora_rank: adapters are on the language model only")
+    if not learns_weights(args):
+        defaults = {field.name: field.default for field in fields(UpperArguments)}
+        for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "hypergradient"):
+            if getattr(args, name) != defaults[name]:
+                raise UserError(f"--{name} does nothing with --baseline or --domain_weights: no weights are learned")
+        return
+    if args.iteration_num % args.unroll_steps:
+        fewer = args.iteration_num // args.unroll_steps * args.unroll_steps
+        near = " or ".join(str(n) for n in (fewer, fewer + args.unroll_steps) if n)
+        raise UserError(
+            f"--iteration_num {args.iteration_num} is no multiple of --unroll_steps {args.unroll_steps}, so the last "
+            f"window would be cut short: use {near}"
+        )
+    if args.meta_json_file is None:
         raise UserError(
             "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"
         )

@@ -160,9 +160,9 @@ def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
 
 def candidate_chains(row, source: str = "") -> list[Chain]:
     """One chain per candidate of a best-of-N row, in the row's order."""
-    question = row.input.strip()
+    question, begun = split_steps(row.input)  # a prompt may hold the first steps already
     return [
-        Chain(question, tuple(split_response(text)), row.image, rows=(row.index,), source=source)
+        Chain(question, (*begun, *split_response(text)), row.image, rows=(row.index,), source=source)
         for text in row.candidates
     ]
 
@@ -336,7 +336,8 @@ class Batch:
     step_ends [B, S] int64: position of a step's last token (0 where there is no step); step_mask [B, S]
     bool: the step exists.
     targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
-    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown. domains [B] int64.
+    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
+    labelled: how many steps have a label.
     """
 
     input_ids: Tensor
@@ -349,12 +350,12 @@ class Batch:
     targets: Tensor
     target_mask: Tensor
     labels: Tensor
-    domains: Tensor
+    labelled: int
 
     def to(self, device) -> "Batch":
         """The same batch on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if v is not None}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -388,5 +389,5 @@ def collate(encoded: Sequence[EncodedChain]) -> Batch:
         targets=targets.nan_to_num(nan=0.0),
         target_mask=~targets.isnan(),
         labels=torch.tensor([chain.label for chain in chains]),
-        domains=torch.tensor([chain.domain for chain in chains]),
+        labelled=sum(not math.isnan(target) for chain in chains for target in chain.targets),
     )

@@ -55,6 +55,23 @@ def save_checkpoint(folder: Path, step: int, state: dict) -> Path:
     return place
 
 
+# Settings that may differ when a run resumes: they change no number that the run computes.
+FREE_SETTINGS = ("weights_path", "save_every_iterations", "resume", "recipe", "device")
+
+
+def check_same_run(state: dict, settings: dict) -> None:
+    """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
+
+    A larger --iteration_num is allowed where the learning rate does not depend on it.
+    """
+    saved = state["settings"]
+    for name in saved.keys() | settings.keys():
+        before, now = saved.get(name), settings.get(name)
+        longer = name == "iteration_num" and settings["scheduler"] != "cosine" and now >= state["step"]
+        if before != now and name not in FREE_SETTINGS and not longer:
+            raise UserError(f"--resume: {name} was {before} when the checkpoint was saved and is {now} now")
+
+
 def load_latest_checkpoint(folder: Path) -> dict:
     """The state of the newest checkpoint under `folder`. Raises UserError if there is none or it is damaged."""
     places = sorted(folder.glob("step-*"))

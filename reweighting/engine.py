@@ -7,7 +7,6 @@ Betty steps the upper level. History, progress and checkpoints are written at wi
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +19,8 @@ from reweighting.checkpoints import random_states, save_checkpoint, set_random_s
 from reweighting.problems import DomainReweighting, PRMFineTuning, check_finite
 
 get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
+
+LOWER_REMEDY = "lower --lr, set --max_grad_norm, or use --precision fp32"
 
 
 class ReweightingEngine(Engine):
@@ -65,17 +66,13 @@ class ReweightingEngine(Engine):
         """The weights that the lower level trains with now: {domain: weight}, mean 1."""
         return dict(zip(self.domains, self.lower.domain_weights().tolist(), strict=True))
 
-    def learned_weights(self) -> dict[str, float]:
-        """The weights that the run has learned."""
-        return self.weights()
-
     def train_step(self) -> None:
         """One optimizer step: as many micro-steps of the lower problem as it accumulates gradients over."""
         for _ in range(self.lower.gas):
             self.lower.step(global_step=self.global_step)
 
-    def run(self, report: Callable[[str], None] = print) -> None:
-        """Train from the current step to the last. Raises UserError if a loss is no longer finite."""
+    def run(self) -> None:
+        """Train from the current step to the last. Raises UserError if a loss or weight is no longer finite."""
         self.train()
         unroll, saved = self.lower.config.unroll_steps, self.global_step
         history = self._open_history()
@@ -98,13 +95,15 @@ class ReweightingEngine(Engine):
     def _end_window(self, history, bar: tqdm) -> None:
         """Write a line of history and show where the run is."""
         line = {"step": self.global_step, "train_loss": self.lower.mean_loss()}
-        check_finite("training", line["train_loss"], self.global_step)
+        check_finite("the training loss", line["train_loss"], self.global_step, LOWER_REMEDY)
         shown = {"train": f"{line['train_loss']:.4f}"}
         weights = self.weights()
         if self.reweights:
             self.updates += 1
             line["meta_loss"] = self.upper.mean_loss()
-            check_finite("meta", line["meta_loss"], self.global_step)
+            check_finite("the meta loss", line["meta_loss"], self.global_step, LOWER_REMEDY)
+            for domain, weight in weights.items():
+                check_finite(f"the weight of {domain}", weight, self.global_step, "lower --meta_lr")
             least, most = min(weights, key=weights.get), max(weights, key=weights.get)
             shown |= {"meta": f"{line['meta_loss']:.4f}"}
             shown |= {"low": f"{least} {weights[least]:.2f}", "high": f"{most} {weights[most]:.2f}"}
@@ -115,10 +114,10 @@ class ReweightingEngine(Engine):
     def _open_history(self):
         """The history file, without lines past the current step."""
         path = self.folder / "history.jsonl"
-        kept = []
-        if self.global_step and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.global_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        # The last line may have been cut off by a kill; it is past the checkpoint then.
+        lines = path.read_text(encoding="utf-8").splitlines() if self.global_step and path.exists() else []
+        kept = lines[: sum(line.endswith("}") and json.loads(line)["step"] <= self.global_step for line in lines)]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         return open(path, "a", buffering=1, encoding="utf-8")
 
     def state_dict(self) -> dict:

@@ -35,12 +35,12 @@ def unflatten(vector: Tensor, like) -> list[Tensor]:
 class StepRecord:
     """What one optimizer step leaves behind for the adjoint; vectors are [P].
 
-    domain_grads: (domain, weight * gradient, weight) for each micro-batch.
+    domain_grads: (domain, weight * gradient) for each micro-batch.
     grad: the summed gradient before clipping. clip: the factor (at most 1) that clipping multiplied it with.
     lr: the step's learning rate. state: the optimizer's own vectors after the step; count: its step number.
     """
 
-    domain_grads: list[tuple[int, Tensor, float]]
+    domain_grads: list[tuple[int, Tensor]]
     grad: Tensor
     clip: float
     lr: float
@@ -59,15 +59,11 @@ class Window:
             raise ValueError("the window hypergradient expects an optimizer with one parameter group")
         self.optimizer, self.records = optimizer, []
         self._adamw = isinstance(optimizer, torch.optim.AdamW)
-        self._pending: list[tuple[int, Tensor, float]] = []
+        self._pending: list[tuple[int, Tensor]] = []
 
-    def add_micro_batch(self, domain: int, grad: Tensor, weight: float) -> None:
+    def add_micro_batch(self, domain: int, grad: Tensor) -> None:
         """Keep a micro-batch's share of the step's gradient: weight * g_nk, [P]."""
-        self._pending.append((domain, grad, weight))
-
-    def step_gradient(self) -> Tensor:
-        """The gradient g_n [P] of the step that the micro-batches kept since the last step make up."""
-        return torch.stack([grad for _, grad, _ in self._pending]).sum(0)
+        self._pending.append((domain, grad))
 
     def close_step(self, grad: Tensor, clip: float, lr: float) -> None:
         """Call right after optimizer.step(), with the gradient before clipping and the learning rate it used."""
@@ -85,15 +81,15 @@ class Window:
         self.records, self._pending = [], []
 
     @torch.no_grad()
-    def hypergradient(self, v: Tensor, domains: int) -> Tensor:
-        """dL_meta / dw, [K = domains], from the meta gradient v [P] at the window's end."""
+    def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
+        """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
         backwards = self._adamw_adjoint(v) if self._adamw else self._sgd_adjoint(v)
-        result = v.new_zeros(domains)
+        result = v.new_zeros(len(weights))
         for record, u in backwards:
             u = _through_clipping(u, record)
-            for domain, grad, weight in record.domain_grads:
-                result[domain] += torch.dot(u, grad) / weight
-        return result
+            for domain, grad in record.domain_grads:
+                result[domain] += torch.dot(u, grad)
+        return result / weights.to(v.dtype)
 
     def _sgd_adjoint(self, v: Tensor):
         """(record, dL_meta / d clipped gradient [P]) from the newest step to the oldest."""

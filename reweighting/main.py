@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from reweighting.arguments import parse_arguments  # noqa: E402
+from reweighting.arguments import learns_weights, parse_arguments  # noqa: E402
 from reweighting.errors import UserError  # noqa: E402
 
 
@@ -21,22 +21,26 @@ def main(argv: list[str]) -> None:
     from reweighting.records import load_meta_rows, load_training_rows
 
     # Every row is checked before anything slow is loaded.
-    learns = not args.baseline and not args.domain_weights
+    learns = learns_weights(args)
     train_rows = load_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
     meta_rows = load_meta_rows(args.meta_json_file, args.image_root) if learns else []
 
     from reweighting.report import finish, prepare_folder
     from reweighting.run import build
 
-    folder = prepare_folder(args.weights_path)
+    folder = prepare_folder(args.weights_path, args.resume)
     engine = build(args, train_rows, meta_rows, folder)
     engine.run()
     finish(engine, args, folder)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,6 +1,6 @@
 """The two levels as Betty problems.
 
-    lower   PRM fine-tuning: minimise over phi   sum_k w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
+    lower   PRM fine-tuning: minimise over phi   mean_k w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
     upper   domain reweighting: minimise over alpha the meta loss (sigmoid(A) - r)^2 of the PRM that comes out, with A
             the aggregate of a chain's step logits and r whether its final answer is right
 
@@ -10,6 +10,7 @@ every micro-batch, knows bf16 on CUDA only and synchronises the device at every 
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,8 @@ from reweighting.hypergradient import Window, flatten, unflatten
 class OwnSystems(ImplicitProblem):
     """A Betty problem that keeps the module, optimizer, scheduler and data that it was given.
 
-    draw: micro-step (from 0) -> batch on the device. `losses`: the loss tensors since the last `mean_loss()`.
+    draw: micro-step (from 0) -> batch on the device. A `training_step` leaves the loss to report in `self.loss`;
+    `losses` are those since the last `mean_loss()`.
     """
 
     def __init__(self, name: str, config: Config, module, optimizer, scheduler, draw: Callable[[int], object]):
@@ -54,17 +56,18 @@ class OwnSystems(ImplicitProblem):
     def get_loss(self, batch) -> tuple[Tensor, dict]:
         """As Betty's, without waiting for the device."""
         loss = self.training_step_exec(batch)
-        self.losses.append(loss.detach())
+        self.losses.append(self.loss)
         return loss / self.gas, {}
 
     def state_dict(self) -> dict:
-        """Module, optimizer, schedule and step count, at a window's end."""
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "count": self._count}
+        """Trained parameters, optimizer, schedule and step count, at a window's end."""
+        module = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        state = {"module": module, "optimizer": self.optimizer.state_dict(), "count": self._count}
         return state if self.schedule is None else state | {"schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave."""
-        self.module.load_state_dict(state["module"])
+        self.module.load_state_dict(state["module"], strict=False)  # what is frozen was loaded with the backbone
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -86,7 +89,8 @@ class PRMFineTuning(OwnSystems):
     def __init__(self, *args, clip: float = 0.0, fixed_weights: Tensor | None = None):
         super().__init__("lower", *args)
         self.clip, self.fixed_weights = clip, fixed_weights
-        self.window = Window(self.optimizer)
+        self.window = Window(self.optimizer) if fixed_weights is None and self.config.type == "window" else None
+        self.gradient: Tensor | None = None  # of the step so far, [P]
         self.rows_seen = 0
 
     def domain_loss(self, batch: Batch) -> Tensor:
@@ -98,29 +102,31 @@ class PRMFineTuning(OwnSystems):
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
         """w_k times the domain's loss."""
         domain, chains = batch
-        return self.domain_weights()[domain] * self.domain_loss(chains)
+        loss = self.domain_loss(chains)
+        self.loss = loss.detach()  # without the weight, so that runs with different weights can be compared
+        return self.domain_weights()[domain] * loss
 
     def domain_weights(self) -> Tensor:
         """The weights w [K] that hold now."""
         return self.upper.module() if self.fixed_weights is None else self.fixed_weights
 
     def backward(self, loss: Tensor, params, paths, **options) -> None:
-        """Keep this micro-batch's share of the step's gradient in the window."""
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        """Add this micro-batch's share to the step's gradient, and keep it in the window."""
+        share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
         domain, chains = self.cur_batch
-        self.rows_seen += int(chains.target_mask.sum())
-        with torch.no_grad():
-            weight = self.domain_weights()[domain].item()
-        self.window.add_micro_batch(domain, flatten(grads), weight)
+        self.rows_seen += chains.labelled
+        self.gradient = share if self.gradient is None else self.gradient + share
+        if self.window is not None:
+            self.window.add_micro_batch(domain, share)
 
     def optimizer_step(self) -> None:
         """Clip, step the optimizer and the scheduler, and close the step in the window."""
-        params, grad = self.trainable_parameters(), self.window.step_gradient()
-        factor = 1.0
+        params, grad, factor = self.trainable_parameters(), self.gradient, 1.0
         if self.clip:
             norm = grad.norm().item()
             factor = min(1.0, self.clip / norm) if norm > 0 else 1.0
-        for param, piece in zip(params, unflatten(grad * factor, params), strict=True):
+        clipped = grad if factor == 1.0 else grad * factor
+        for param, piece in zip(params, unflatten(clipped, params), strict=True):
             param.grad = piece
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -129,10 +135,9 @@ class PRMFineTuning(OwnSystems):
                 self.optimizer.state[param]["last_grad"] = param.grad.clone()
         if self.schedule is not None:
             self.schedule.step()
-        if self.fixed_weights is not None or self.config.type != "window":
-            self.window.clear()
-        else:
+        if self.window is not None:
             self.window.close_step(grad, factor, lr)
+        self.gradient = None
 
 
 class DomainReweighting(OwnSystems):
@@ -145,17 +150,19 @@ class DomainReweighting(OwnSystems):
     def training_step(self, batch: Batch) -> Tensor:
         """Mean over meta chains of (sigmoid(A) - r)^2."""
         aggregates = aggregate(self.lower.module(batch), batch.step_mask, self.aggregation)  # [B]
-        return (aggregates.sigmoid() - batch.labels).square().mean()
+        loss = (aggregates.sigmoid() - batch.labels).square().mean()
+        self.loss = loss.detach()
+        return loss
 
     def backward(self, loss: Tensor, params, paths, **options) -> None:
         """Set alpha's gradient: the window hypergradient, or Betty's own (`darts`, `sama`)."""
-        if self.lower.config.type != "window":
+        if self.lower.window is None:
             super().backward(loss, params, paths, **options)
             return
         lower = self.lower.trainable_parameters()
         v = flatten(torch.autograd.grad(loss, lower, allow_unused=True, materialize_grads=True))
         weights = self.module()
-        towards = self.lower.window.hypergradient(v, len(weights))
+        towards = self.lower.window.hypergradient(v, weights)
         self.lower.window.clear()
         self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
 
@@ -164,9 +171,7 @@ class DomainReweighting(OwnSystems):
         self.optimizer.step()
 
 
-def check_finite(name: str, value: float, step: int) -> None:
-    """Raise UserError if a loss is not a finite number: nothing sensible can follow."""
-    if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(
-            f"the {name} loss is {value} at step {step}: lower --lr, set --max_grad_norm, or use --precision fp32"
-        )
+def check_finite(name: str, value: float, step: int, remedy: str) -> None:
+    """Raise UserError if a number that a run computed is not finite: nothing sensible can follow."""
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value} at step {step}: {remedy}")

@@ -1,5 +1,6 @@
 """What a run leaves behind: the reward model, the weights as JSON, a table and figures."""
 
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -8,15 +9,27 @@ from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.figures import draw_run
 
+OUTPUTS = ("checkpoints", "history.jsonl", "domain_weights.json", "prm", "figures")
 
-def prepare_folder(path: str) -> Path:
-    """The output folder, made if it is missing. Raises UserError if nothing can be written there."""
+
+def prepare_folder(path: str, resume: bool) -> Path:
+    """The output folder, made if it is missing. Unless the run resumes, what an earlier run left there is moved into
+    `earlier-1`, `earlier-2`, …: nothing is lost, and nothing of two runs is mixed. Raises UserError if nothing can be
+    written.
+    """
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.write_text("")
         probe.unlink()
+        left = [folder / name for name in OUTPUTS if (folder / name).exists()]
+        if left and not resume:
+            place = next(p for n in itertools.count(1) if not (p := folder / f"earlier-{n}").exists())
+            place.mkdir()
+            for item in left:
+                item.rename(place / item.name)
+            print(f"what an earlier run left in {folder} is now in {place}")
     except OSError as error:
         raise UserError(f"--weights_path {folder}: cannot be written: {error.strerror or error}") from error
     return folder
@@ -32,9 +45,9 @@ def weights_table(weights: dict[str, float]) -> str:
 def finish(engine: ReweightingEngine, args: Namespace, folder: Path) -> None:
     """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights."""
     engine.lower.module.save_pretrained(folder / "prm")
-    weights = engine.learned_weights()
+    weights = engine.weights()
     result = {"weights": weights, "step": engine.global_step, "settings": vars(args)}
-    (folder / "domain_weights.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "domain_weights.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     figures = draw_run(folder)
     if engine.reweights:
         print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")

@@ -92,8 +92,9 @@ class ProcessRewardModel(nn.Module):
         from torch's global generator. The model comes in training mode. Raises UserError if the backbone
         cannot be loaded.
         """
+        folder = Path(name_or_path)
         config = PRMConfig(
-            backbone=str(name_or_path),
+            backbone=str(folder.resolve() if folder.is_dir() else name_or_path),
             aggregation=aggregation,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,

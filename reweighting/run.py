@@ -1,5 +1,6 @@
 """Puts a run together: rows -> chains -> model -> the two problems -> the engine."""
 
+import hashlib
 import json
 import math
 import sys
@@ -11,8 +12,9 @@ from betty.configs import Config
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from transformers.utils import logging as transformers_logging
 
+from reweighting.arguments import learns_weights
 from reweighting.chains import Batch, Chain, collate, meta_chains, training_chains
-from reweighting.checkpoints import load_latest_checkpoint
+from reweighting.checkpoints import check_same_run, load_latest_checkpoint
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
@@ -29,8 +31,10 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UserError("--device meta: nothing can be computed there")
     return device
 
 
@@ -76,14 +80,15 @@ def read_fixed_weights(args: Namespace, domains: list[str]) -> torch.Tensor | No
     try:
         content = json.loads(Path(args.domain_weights).read_text(encoding="utf-8"))
         content = content.get("weights", content)
-        weights = torch.tensor([float(content[domain]) for domain in domains])
+        weights = torch.tensor([float(content[domain]) for domain in domains], dtype=torch.float64)
     except KeyError as error:
         raise UserError(f"--domain_weights {args.domain_weights}: the domain {error} has no weight") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"--domain_weights {args.domain_weights}: expected {{domain: weight}}: {error}") from error
-    if not (weights.isfinite().all() and (weights >= 0).all() and weights.sum() > 0):
+    scaled = (weights / weights.mean()).float()
+    if not (scaled.isfinite().all() and (scaled >= 0).all()):
         raise UserError(f"--domain_weights {args.domain_weights}: weights must be at least 0, one of them more")
-    return weights / weights.mean()
+    return scaled
 
 
 def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
@@ -99,10 +104,21 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
         raise UserError(f"{len(problems)} of {len(chains)} chains cannot be used\n{listed}")
 
 
+def data_digest(args: Namespace) -> str:
+    """A digest of the JSON files' bytes: another file of the same name is another run."""
+    names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
+    return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in names)).hexdigest()
+
+
 def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> ReweightingEngine:
     """The engine of a run, at its start or, with --resume, at the latest checkpoint of `folder`."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    settings = vars(args) | {"data": data_digest(args)}
+    state = None
+    if args.resume:
+        state = load_latest_checkpoint(folder / "checkpoints")
+        check_same_run(state, settings)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
@@ -133,7 +149,7 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
         return domain, batch(train, indices)
 
     def draw_meta(update: int) -> Batch:
-        return batch(meta, meta_stream.batch(update, args.meta_batch_size))
+        return batch(meta, meta_stream.batch(update, min(args.meta_batch_size, len(meta))))
 
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     lower_config = Config(
@@ -149,7 +165,9 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
     upper = None
     if fixed_weights is None:
         table = DomainWeights(domains)
-        meta_optimizer = torch.optim.AdamW(table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay)
+        meta_optimizer = torch.optim.AdamW(
+            table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15
+        )
         upper = DomainReweighting(
             Config(precision=precision), table, meta_optimizer, None, draw_meta, aggregation=args.aggregation_function
         )
@@ -159,9 +177,9 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
         f"({precision}); {accumulation} x {args.batch_size} chains a step"
     )
     engine = ReweightingEngine(
-        lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, vars(args)
+        lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings
     )
-    if args.resume:
-        engine.load_state_dict(load_latest_checkpoint(folder / "checkpoints"))
+    if state is not None:
+        engine.load_state_dict(state)
         print(f"resumed at step {engine.global_step}")
     return engine

@@ -341,6 +341,6 @@ def test_collate_pads_on_the_right_and_masks():
     assert torch.equal(batch.targets, torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     assert batch.target_mask.tolist() == [[True, False, True], [False, False, False]]
     assert batch.labels.isnan().tolist() == [True, False] and batch.labels[1] == 1.0
-    assert batch.domains.tolist() == [1, -1]
+    assert batch.labelled == int(batch.target_mask.sum())
     text_only = collate(encoded[:1])
     assert text_only.pixel_values is None and "pixel_values" not in text_only.model_inputs()

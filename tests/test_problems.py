@@ -132,7 +132,7 @@ def test_bettys_own_hypergradients_can_be_chosen(tmp_path, hypergradient):
 
 
 def test_non_finite_losses_are_named():
-    check_finite("meta", 0.5, 3)
+    check_finite("the meta loss", 0.5, 3, "lower --lr")
     for value in (math.nan, math.inf):
-        with pytest.raises(UserError, match="the meta loss is .* at step 7"):
-            check_finite("meta", value, 7)
+        with pytest.raises(UserError, match="the meta loss is .* at step 7: lower --lr"):
+            check_finite("the meta loss", value, 7, "lower --lr")
