@@ -50,8 +50,8 @@ def reading_lesson(question: Question, rng: Random) -> Iterator[Piece]:
 
 
 def _judged(step: int, statement: str, true: bool) -> Iterator[Piece]:
-    """A statement written as a step is, and its verdict: right after the newline, where a reward model scores."""
-    yield f"Step {step}: {STEP_TITLES[step - 1]}. {statement}\n", False
+    """A statement written as a step is, and its verdict: right after its last word, where a reward model scores."""
+    yield f"Step {step}: {STEP_TITLES[step - 1]}. {statement}", False
     yield VERDICTS[true], True
     yield "\n", False
 
@@ -60,7 +60,7 @@ def _fact(kind: Kind, entries: dict[str, int], key: str, rng: Random) -> Iterato
     """A single fact and its verdict: " true", or the right number, since correcting is learned sooner than doubting."""
     true = rng.random() < 0.5
     value = entries[key] if true else _wrong_reading(kind, entries, key, rng)
-    yield f"{kind.phrase(key).capitalize()} shows {value}.\n", False
+    yield f"{kind.phrase(key).capitalize()} shows {value}.", False
     yield VERDICTS[1] if true else f" {entries[key]}", True
     yield "\n", False
 

@@ -234,7 +234,7 @@ def main() -> None:
         return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
 
     warm, decay = 100, (args.steps - args.reading_steps) // 3
-    optimizer, base_lr, since = new_optimizer(args.lr), args.lr, 0
+    optimizer, base_lr, since = new_optimizer(args.lr), args.lr * (2 if args.continue_from else 1), 0
     for step in range(1, args.steps + 1):
         if step == args.reading_steps + 1 and not args.continue_from:
             grow(model, 2)

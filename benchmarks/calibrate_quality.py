@@ -55,7 +55,7 @@ def main() -> None:
                 value = json.loads(scored.read_text())
                 table.setdefault(defect, {}).setdefault(str(strength), []).append(value)
                 print(
-                    f"seed {seed} {defect} {strength}: AUC {value['all']:.3f}, on images {value['needs_image']:.3f}",
+                    f"seed {seed} {defect} {strength}: AUC {value['steps']:.3f}, on images {value['needs_image']:.3f}",
                     flush=True,
                 )
     print(write_results("calibrate_quality", {"rows": 1000, "steps": 300, "seeds": args.seeds, "auc": table}))

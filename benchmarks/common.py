@@ -99,20 +99,25 @@ def held_out_chains(count: int, seed: int = 987_654) -> tuple[list[Chain], list,
 
 
 def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
-    """AUC of the step scores on held-out clean answers: over all steps, and over those that need the image.
+    """AUC of the step scores on held-out clean answers: the mean over the five steps, and on steps that need the image.
 
-    A step is true if no step up to it is wrong. The steps that need the image are the evidence steps after a right
-    first step: nothing in their text tells a misread number from a right one.
+    A step is true if no step up to it is wrong. Steps of one number are compared with each other only: the chance to
+    end right, which a PRM learns, is lower at a right first step than at a right last one. The steps that need the
+    image are the evidence steps after a right first step: nothing in their text tells a misread number from a right
+    one.
     """
     chains, pictures, slips = held_out_chains(count)
-    scores, truth, needs_image = [], [], []
+    scores, truth = [], []
     for chain, picture, slip in zip(chains, pictures, slips, strict=True):
         logits, _ = model.chain_logits([chain], pixels=model.chain_tokenizer.read_image(picture))
-        scores += logits[0].tolist()
-        truth += [slip is None or step < slip for step in range(len(chain.steps))]
-        needs_image += [step == 1 and slip != 0 for step in range(len(chain.steps))]
-    scores, truth, needs_image = np.array(scores), np.array(truth), np.array(needs_image)
-    return {"all": auc(scores, truth), "needs_image": auc(scores[needs_image], truth[needs_image])}
+        scores.append(logits[0].tolist())
+        truth.append([slip is None or step < slip for step in range(len(chain.steps))])
+    scores, truth = np.array(scores), np.array(truth)  # [answers, 5]
+    after_right_start = truth[:, 0]
+    return {
+        "steps": float(np.mean([auc(scores[:, step], truth[:, step]) for step in range(truth.shape[1])])),
+        "needs_image": auc(scores[after_right_start, 1], truth[after_right_start, 1]),
+    }
 
 
 def best_of(model: ProcessRewardModel, data: Path) -> dict[str, float]:

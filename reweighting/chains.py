@@ -239,7 +239,7 @@ class ChainTokenizer:
         self._cache_bytes_left = cache_bytes
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
-        """Tokens of a chain: the chat template's user turn, then each step and a newline, piece by piece.
+        """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
 
         `pixels` stands in for `chain.image` where the image is no file. Raises UserError (naming the rows)
         if the image cannot be read or the chain is longer than `max_length` tokens.
@@ -288,7 +288,9 @@ class ChainTokenizer:
         if image_tokens:
             at = before.index(self.image_token_id)
             before = before[:at] + [self.image_token_id] * image_tokens + before[at + 1 :]
-        question_ids, *steps_ids = self._tokenize([question, *(step.strip() + "\n" for step in steps)])
+        # The newline goes before a step, so that a score is read at the last word of the step itself.
+        pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
+        question_ids, *steps_ids = self._tokenize([question, *pieces])
         ids, step_ends = before + question_ids + after, []
         for step_ids in steps_ids:
             ids = ids + step_ids

@@ -169,11 +169,11 @@ def test_a_meta_set_of_one_class_is_refused_with_numbers():
         meta_chains(rows[1:])
 
 
-def test_candidate_chains_keep_order_and_question():
-    row = SimpleNamespace(index=4, input=" Q\nStep 1: of the question ", image=None, candidates=["x", "Step 1: y"])
+def test_candidate_chains_keep_order_and_steps_that_the_prompt_holds():
+    row = SimpleNamespace(index=4, input=" Q\nStep 1: begun ", image=None, candidates=["x", "Step 2: y"])
     assert [(c.question, c.steps) for c in candidate_chains(row)] == [
-        ("Q\nStep 1: of the question", ("x",)),
-        ("Q\nStep 1: of the question", ("Step 1: y",)),
+        ("Q", ("Step 1: begun", "x")),
+        ("Q", ("Step 1: begun", "Step 2: y")),
     ]
 
 
@@ -187,11 +187,11 @@ def test_tokens_are_the_chat_template_with_the_image_then_the_steps():
     assert tokenizer.decode(encoded.input_ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>How many?<|im_end|>\n"
-        "<|im_start|>assistant\nStep 1: a\nStep 2: b\n"
+        "<|im_start|>assistant\nStep 1: a\nStep 2: b"
     )
     assert encoded.is_image.sum() == 4
     ends = [tokenizer.decode(encoded.input_ids[: end + 1]) for end in encoded.step_ends]
-    assert ends[0].endswith("Step 1: a\n") and ends[1].endswith("Step 2: b\n")
+    assert ends[0].endswith("Step 1: a") and ends[1].endswith("Step 2: b")
 
 
 def test_template_pieces_equal_the_template_tokenised_in_one():
@@ -200,7 +200,7 @@ def test_template_pieces_equal_the_template_tokenised_in_one():
     messages = [{"role": "user", "content": "How many red cells?"}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     encoded = chain_tokenizer().encode(Chain("How many red cells?", ("x",)))
-    assert encoded.input_ids[: -len("x\n")].tolist() == tokenizer.encode(prompt)
+    assert encoded.input_ids[: -len("x")].tolist() == tokenizer.encode(prompt)
 
 
 def test_a_prefix_of_a_chain_has_a_prefix_of_its_tokens():
@@ -232,7 +232,7 @@ def test_without_a_chat_template_a_plain_form_is_used():
     plain = chain_tokenizer(tokenizer)
     image = plain.read_image(Image.new("RGB", (56, 56)))
     text = tokenizer.decode(plain.encode(Chain("Q", ("a",)), image).input_ids)
-    assert text == "User: <|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Q\nAssistant: a\n"
+    assert text == "User: <|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Q\nAssistant: a"
 
 
 @pytest.mark.parametrize(

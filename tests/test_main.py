@@ -120,6 +120,31 @@ def test_a_resumed_run_equals_the_uninterrupted_one(demo, tmp_path, more):
         assert (cut / "prm" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_resuming_another_run_is_refused_and_an_earlier_run_is_set_aside(demo, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    for more, word in (("--lr", "1e-5"), "lr was 0.0003"), (("--baseline",), "baseline was False"):
+        with pytest.raises(UserError, match=word):
+            main(flags(demo, folder, *more, "--resume"))
+    rows = json.loads((demo / "train.json").read_text())
+    (demo / "other.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(UserError, match="train_json_file was|data was"):
+        main(flags(demo, folder, "--train_json_file", str(demo / "other.json"), "--resume"))
+    main(flags(demo, folder, "--seed", "3"))
+    assert weights(folder / "earlier-1") == weights(finished[0]) != weights(folder)
+    assert [line["step"] for line in history(folder)] == [5, 10]
+
+
+def test_a_history_line_cut_off_by_a_kill_does_not_matter(demo, finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "step-00000010")
+    path = folder / "history.jsonl"
+    path.write_text(path.read_text()[:-40])
+    main(flags(demo, folder, "--resume"))
+    assert without_times(folder) == without_times(finished[0])
+
+
 def test_baseline_and_fixed_weights(demo, finished, tmp_path):
     main(flags(demo, tmp_path / "baseline", "--baseline"))
     assert set(weights(tmp_path / "baseline").values()) == {1.0}
@@ -165,6 +190,10 @@ def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
         ({"lr": "fast"}, "lr: found 'fast'"),
         ({"batch_size": 1.5}, "batch_size: found 1.5"),
         ({"baseline": "yes"}, "baseline: found 'yes'"),
+        ({"lr": None}, "lr: found None"),
+        ({"lr": True}, "lr: found True"),
+        ({"iteration_num": 1e999}, "iteration_num: found inf"),
+        ({"weights_path": ["a"]}, "weights_path: found"),
         ([1], "expected names and values"),
     ],
 )
@@ -182,6 +211,13 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--lr", "nan"), "--lr: found nan"),
         (("--batch_size", "-1"), "--batch_size: found -1"),
         (("--scheduler", "linear"), "--scheduler: found linear, allowed: constant, step, cosine"),
+        (("--iteration_num", "12"), "--iteration_num 12 is no multiple of --unroll_steps 5, .* use 10 or 15"),
+        (("--iteration_num", "3"), "use 5"),
+        (("--lora_rank", "2", "--freeze_vision"), "--freeze_vision does nothing with --lora_rank"),
+        (("--baseline", "--meta_lr", "9"), "--meta_lr does nothing with --baseline"),
+        (("--seed", "9" * 30), "--seed"),
+        (("--device", "meta"), "--device meta"),
+        (("--meta_lr", "1000"), "the weight of .* lower --meta_lr"),
         (("--momentum", "0.5"), "--momentum does nothing without --optimizer sgd"),
         (("--unroll_steps", "3", "--gradiant_accumulation", "3"), "cannot hold each of the 10 domains once"),
         (("--device", "tpu9"), "--device tpu9"),
