@@ -12,7 +12,7 @@ train: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 demo: .venv/ready
 	$(BIN)/python data/make_demo.py

@@ -16,8 +16,8 @@ from demo_world.defects import DEFECTS
 from demo_world.pictures import KINDS
 from make_demo import Images, domain_rows
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
-FLAGS = ("--baseline", "--iteration_num", "300", "--save_every_iterations", "100000")
+STRENGTHS = (0.0, 0.5, 0.75, 0.9, 1.0)
+FLAGS = ("--baseline", "--iteration_num", "200", "--save_every_iterations", "100000")
 
 
 def strengths(defect: str) -> tuple[float, ...]:
@@ -58,7 +58,7 @@ def main() -> None:
                     f"seed {seed} {defect} {strength}: AUC {value['steps']:.3f}, on images {value['needs_image']:.3f}",
                     flush=True,
                 )
-    print(write_results("calibrate_quality", {"rows": 1000, "steps": 300, "seeds": args.seeds, "auc": table}))
+    print(write_results("calibrate_quality", {"rows": 1000, "steps": 200, "seeds": args.seeds, "auc": table}))
 
 
 if __name__ == "__main__":

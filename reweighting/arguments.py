@@ -53,7 +53,7 @@ class ModelArguments:
 class LowerArguments:
     """Lower level: fine-tuning the reward model."""
 
-    iteration_num: int = HfArg(default=1000, help="optimizer steps")
+    iteration_num: int = HfArg(default=600, help="optimizer steps")
     batch_size: int = HfArg(default=8, help="chains in a micro-batch, all from one domain")
     gradiant_accumulation: int | None = HfArg(
         aliases=["--gradient_accumulation"],
@@ -61,7 +61,7 @@ class LowerArguments:
         help="micro-batches in an optimizer step (default: the fewest that let every domain into every window)",
     )
     optimizer: str = HfArg(default="adamw", help="adamw or sgd")
-    lr: float = HfArg(default=3e-4, help="learning rate")
+    lr: float = HfArg(default=1e-3, help="learning rate")
     momentum: float | None = HfArg(default=None, help="momentum of sgd (default: 0.9)")
     weight_decay: float = HfArg(default=1e-3, help="weight decay (decoupled with adamw)")
     max_grad_norm: float = HfArg(default=0.0, help="clip a step's gradient to this norm; 0 does not clip")
@@ -81,7 +81,7 @@ class UpperArguments:
 
     unroll_steps: int = HfArg(default=5, help="optimizer steps between two updates of the weights (a window)")
     meta_batch_size: int = HfArg(default=32, help="meta chains in an update")
-    meta_lr: float = HfArg(default=0.02, help="learning rate of the raw weights (AdamW)")
+    meta_lr: float = HfArg(default=0.05, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
     aggregation_function: str = HfArg(
         default="mean_logit", help=f"how a chain's steps become one number: {', '.join(AGGREGATIONS)}"

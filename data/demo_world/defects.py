@@ -1,9 +1,8 @@
 """What spoils a domain: five defects, each graded from quality 1 (none) to 0 (no signal left, or misleading).
 
 Each domain has one defect. `STRENGTH` turns a quality into the defect's strength, the share of questions (or of
-labels) that it strikes, so that equal qualities do about equal harm: a quality q stands for the strength at which a
-PRM trained on that domain alone reaches the AUC 0.5 + q (AUC on clean data - 0.5). The table was measured by
-`benchmarks/calibrate_quality.py` and is kept in `benchmarks/results/calibrate_quality.json`.
+labels) that it strikes, so that equal qualities do about equal harm. The table is a straight line for now: it has yet
+to be calibrated by the AUC of a PRM trained on one domain alone, which `benchmarks/calibrate_quality.py` measures.
 """
 
 from collections.abc import Callable
