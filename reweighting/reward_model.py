@@ -245,11 +245,13 @@ class ProcessRewardModel(nn.Module):
         if not responses:
             return []
         pixels = None if image is None else self.chain_tokenizer.read_image(image)
-        chains = [Chain(question.strip(), tuple(split_response(text))) for text in responses]
+        # Equal responses are scored once: in a batch they could differ in the last bits.
+        distinct = list(dict.fromkeys(responses))
+        chains = [Chain(question.strip(), tuple(split_response(text))) for text in distinct]
         logits, mask = self.chain_logits(chains, batch_size, pixels)
-        values = aggregate(logits, mask, aggregation or self.config.aggregation)  # [N]
-        # Rows of a batch may differ in the last bits for the same text: such answers count as equal.
-        return values.round(decimals=5).argsort(descending=True, stable=True).tolist()
+        values = aggregate(logits, mask, aggregation or self.config.aggregation).tolist()  # of the distinct ones
+        place = {text: index for index, text in enumerate(distinct)}
+        return sorted(range(len(responses)), key=lambda i: -values[place[responses[i]]])
 
 
 def _read_config(folder: Path) -> PRMConfig:
