@@ -43,7 +43,7 @@ class ModelArguments:
         default=str(EMBEDDED_BACKBONE), help="backbone: a folder, or a name on the Hugging Face hub"
     )
     lora_rank: int = HfArg(default=0, help="rank of LoRA adapters on the language model; 0 trains every weight")
-    freeze_vision: bool = HfArg(default=False, help="do not train the vision tower")
+    freeze_vision: bool = HfArg(default=True, help="do not train the vision tower; --no_freeze_vision trains it")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third slower")
     max_image_side: int | None = HfArg(default=None, help="shrink larger images to this many pixels (published: 512)")
     max_length: int | None = HfArg(default=None, help="longest chain in tokens (default: what the backbone takes)")
@@ -207,8 +207,8 @@ def _check(args: Namespace) -> None:
         raise UserError(f"--seed: found {args.seed}, allowed: a number below 2 ** 63")
     if args.baseline and args.domain_weights is not None:
         raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
-    if args.lora_rank and args.freeze_vision:
-        raise UserError("--freeze_vision does nothing with --lora_rank: adapters are on the language model only")
+    if args.lora_rank and not args.freeze_vision:
+        raise UserError("--no_freeze_vision does nothing with --lora_rank: adapters are on the language model only")
     if not learns_weights(args):
         defaults = {field.name: field.default for field in fields(UpperArguments)}
         for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "hypergradient"):

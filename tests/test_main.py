@@ -160,7 +160,7 @@ def test_baseline_and_fixed_weights(demo, finished, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--freeze_vision", "--gradient_checkpointing", "--max_grad_norm", "0.5"),
+        ("--no_freeze_vision", "--gradient_checkpointing", "--max_grad_norm", "0.5"),
         ("--hypergradient", "darts"),
         ("--hypergradient", "sama", "--scheduler", "step", "--scheduler_step_size", "3"),
         ("--gradient_accumulation", "3", "--aggregation_function", "min"),
@@ -215,7 +215,7 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--scheduler", "linear"), "--scheduler: found linear, allowed: constant, step, cosine"),
         (("--iteration_num", "12"), "--iteration_num 12 is no multiple of --unroll_steps 5, .* use 10 or 15"),
         (("--iteration_num", "3"), "use 5"),
-        (("--lora_rank", "2", "--freeze_vision"), "--freeze_vision does nothing with --lora_rank"),
+        (("--lora_rank", "2", "--no_freeze_vision"), "--no_freeze_vision does nothing with --lora_rank"),
         (("--baseline", "--meta_lr", "9"), "--meta_lr does nothing with --baseline"),
         (("--seed", "9" * 30), "--seed"),
         (("--device", "meta"), "--device meta"),

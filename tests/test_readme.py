@@ -23,6 +23,8 @@ def flag_tables() -> str:
                 default = "`backbone/`"
             elif default is False:
                 default = "off"
+            elif default is True:
+                default = "on"
             elif default is None:
                 default = ""
             elif default != "needed":
