@@ -1,12 +1,17 @@
-"""Make the embedded backbone: a Qwen2-VL of 1.5 M parameters, pretrained on the demo world to read and to judge.
+"""Make the embedded backbone: a Qwen2-VL of 1.7 M parameters, pretrained on the demo world to read and to judge.
 
-    python backbone/make_backbone.py                # writes backbone/config.json, model.safetensors, tokenizer, …
+    python backbone/make_backbone.py --output_dir first                        # reading, facts, steps: 3,800 steps
+    python backbone/make_backbone.py --continue_from first --steps 900 --seed 30000      # steps again
 
-Twenty-five minutes on two cores (see `backbone/pretraining.json`, written at the end, for what it reached and how
-long it took). Its pictures are drawn from seeds of its own, so none of the demo data is seen here.
+About half an hour and ten minutes on two cores; `pretraining.json` says what was reached, on fresh pictures, and how
+long it took. The pictures are drawn from seeds of their own, so none of the demo data is seen here.
+
+The files beside this script were made by these two commands while the lessons were still changing: in the first one,
+statements stood outside a chat and without the steps' titles. Running both anew has not been tried yet.
 
 The recipe: `initializer_range` about 1/sqrt(width) and a rope base of 30 (head size 32, positions below a few
-hundred); with transformers' defaults for both a model of this width stays at chance for thousands of steps.
+hundred); with transformers' defaults for both a model of this width stays at chance for thousands of steps. Four text
+layers learn to read and not to judge; two more on top of them (`grow`) learn to judge within a few hundred steps.
 """
 
 import argparse
