@@ -44,7 +44,6 @@ class ReweightingEngine(Engine):
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
-        self.updates = 0
         self.seconds = 0.0
         problems = [lower] if upper is None else [upper, lower]
         edges = {} if upper is None else {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}}
@@ -60,6 +59,11 @@ class ReweightingEngine(Engine):
     def reweights(self) -> bool:
         """Whether there is an upper level."""
         return len(self.problems) == 2
+
+    @property
+    def updates(self) -> int:
+        """How often the weights have been updated."""
+        return self.upper.count if self.reweights else 0
 
     @torch.no_grad()
     def weights(self) -> dict[str, float]:
@@ -99,7 +103,6 @@ class ReweightingEngine(Engine):
         shown = {"train": f"{line['train_loss']:.4f}"}
         weights = self.weights()
         if self.reweights:
-            self.updates += 1
             line["meta_loss"] = self.upper.mean_loss()
             check_finite("the meta loss", line["meta_loss"], self.global_step, LOWER_REMEDY)
             for domain, weight in weights.items():
@@ -125,17 +128,15 @@ class ReweightingEngine(Engine):
         return {
             "step": self.global_step,
             "seconds": self.seconds,
-            "updates": self.updates,
             "rows_seen": self.lower.rows_seen,
             "settings": self.settings,
-            "domains": self.domains,
             "random": random_states(),
             "problems": {problem.name: problem.state_dict() for problem in self.problems},
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave."""
-        self.global_step, self.seconds, self.updates = state["step"], state["seconds"], state["updates"]
+        self.global_step, self.seconds = state["step"], state["seconds"]
         for problem in self.problems:
             problem.load_state_dict(state["problems"][problem.name])
         self.lower.rows_seen = state["rows_seen"]

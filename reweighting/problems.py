@@ -166,10 +166,6 @@ class DomainReweighting(OwnSystems):
         self.lower.window.clear()
         self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
 
-    def optimizer_step(self) -> None:
-        """Step the optimizer of alpha."""
-        self.optimizer.step()
-
 
 def check_finite(name: str, value: float, step: int, remedy: str) -> None:
     """Raise UserError if a number that a run computed is not finite: nothing sensible can follow."""

@@ -19,6 +19,7 @@ from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.problems import DomainReweighting, PRMFineTuning
+from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.sampling import EpochStream, WindowSampler
 
@@ -100,7 +101,8 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
         except UserError as error:
             problems.append(str(error))
     if problems:
-        listed = "\n".join(problems[:20]) + (f"\n… and {len(problems) - 20} more" if len(problems) > 20 else "")
+        more = len(problems) - LISTED_PROBLEMS
+        listed = "\n".join(problems[:LISTED_PROBLEMS]) + (f"\n… and {more} more" if more > 0 else "")
         raise UserError(f"{len(problems)} of {len(chains)} chains cannot be used\n{listed}")
 
 
@@ -165,6 +167,7 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
     upper = None
     if fixed_weights is None:
         table = DomainWeights(domains)
+        # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
         meta_optimizer = torch.optim.AdamW(
             table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15
         )
