@@ -1,13 +1,10 @@
 """Make the embedded backbone: a Qwen2-VL of 1.7 M parameters, pretrained on the demo world to read and to judge.
 
-    python backbone/make_backbone.py --output_dir first                        # reading, facts, steps: 3,800 steps
-    python backbone/make_backbone.py --continue_from first --steps 900 --seed 30000      # steps again
+    python backbone/make_backbone.py                                    # every file beside this script again
+    python backbone/make_backbone.py --output_dir /tmp/b --scale 0.01   # a quick try
 
-About half an hour and ten minutes on two cores; `pretraining.json` says what was reached, on fresh pictures, and how
-long it took. The pictures are drawn from seeds of their own, so none of the demo data is seen here.
-
-The files beside this script were made by these two commands while the lessons were still changing: in the first one,
-statements stood outside a chat and without the steps' titles. Running both anew has not been tried yet.
+`pretraining.json` says what was reached, on fresh pictures, and how long it took. The pictures are drawn from seeds of
+their own, so none of the demo data is seen here.
 
 The recipe: `initializer_range` about 1/sqrt(width) and a rope base of 30 (head size 32, positions below a few
 hundred); with transformers' defaults for both a model of this width stays at chance for thousands of steps. Four text
@@ -19,6 +16,7 @@ import copy
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -27,7 +25,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -40,7 +37,7 @@ from demo_world.pictures import KINDS, draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
 sys.path.insert(0, str(HERE))
-from lessons import VERDICTS, fact_lesson, reading_lesson, step_lesson  # noqa: E402
+from lessons import SKILLS, correcting_lesson, fact_lesson, judging_lesson, reading_lesson  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")  # fmt: skip
@@ -51,8 +48,26 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LESSONS = (reading_lesson, fact_lesson, step_lesson)
-STAGES = ((1.0, 0.0, 0.0), (0.3, 0.7, 0.0), (0.1, 0.1, 0.8))  # the lessons' shares, early to late
+LESSONS = (reading_lesson, fact_lesson, correcting_lesson, judging_lesson)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the pretraining: its optimizer steps, the shares of LESSONS in it, its learning rate."""
+
+    steps: int
+    shares: tuple[float, ...]
+    lr: float
+    new_layers: int = 0  # text layers put on top at its start
+
+
+STAGES = (
+    Stage(900, (1.0, 0.0, 0.0, 0.0), 1e-3),
+    Stage(700, (0.3, 0.7, 0.0, 0.0), 2e-3, new_layers=2),
+    Stage(1500, (0.1, 0.0, 0.9, 0.0), 2e-3),
+    Stage(1200, (0.05, 0.0, 0.0, 0.95), 2e-3),
+)
+BATCH, PICTURES, WARM_UP = 32, 12_000, 100  # lessons in a batch, pictures in the pool, steps
 IMAGE_TOKENS = 16  # 112 x 112 pixels, patches of 14, merged 2 x 2
 
 
@@ -137,9 +152,7 @@ class Lessons:
     def __init__(self, tokenizer, image_processor, pictures: int, rng: Random):
         self.tokenizer, self.rng, self.ids = tokenizer, rng, {}
         self.token = tokenizer.convert_tokens_to_ids
-        # Where key and number stand in different cells, reading is harder: such pictures come twice as often.
-        kinds = [*KINDS.values(), KINDS["table"], KINDS["price_tags"]]
-        self.questions = [random_question(rng.choice(kinds), rng) for _ in range(pictures)]
+        self.questions = [random_question(random_kind(rng), rng) for _ in range(pictures)]
         pixels = []
         for question in self.questions:
             picture = draw_picture(question.kind, question.entries, rng)
@@ -151,8 +164,8 @@ class Lessons:
             self.ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.ids[text]
 
-    def batch(self, shares: tuple[float, ...], indices: list[int]) -> tuple[dict, Tensor, Tensor]:
-        """Model inputs; which tokens the lesson is about [B, T]; which of these are true/false words [B, T].
+    def batch(self, shares: tuple[float, ...], indices: list[int]) -> tuple[dict, Tensor]:
+        """Model inputs, and the skill that each token tests [B, T]: an index of SKILLS, or -1 if it is only context.
 
         shares: of each of LESSONS. indices: of the pictures.
         """
@@ -161,19 +174,17 @@ class Lessons:
         for index in indices:
             prompt = f"<|im_start|>user\n{image}{self.questions[index].text}<|im_end|>\n<|im_start|>assistant\n"
             ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answers, verdicts = [False] * len(ids), [False] * len(ids)
+            skills = [-1] * len(ids)
             teach = self.rng.choices(LESSONS, shares)[0]
-            for text, key in teach(self.questions[index], self.rng):
+            for text, skill in teach(self.questions[index], self.rng):
                 tokens = self.encode(text)
                 ids += tokens
-                answers += [key] * len(tokens)
-                verdicts += [text in VERDICTS] * len(tokens)
-            rows.append((ids, answers, verdicts))
-        length = max(len(ids) for ids, _, _ in rows)
+                skills += [SKILLS.index(skill) if skill else -1] * len(tokens)
+            rows.append((ids, skills))
+        length = max(len(ids) for ids, _ in rows)
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([r[0] + [pad] * (length - len(r[0])) for r in rows])  # [B, T]
-        answers = torch.tensor([r[1] + [False] * (length - len(r[1])) for r in rows])
-        verdicts = torch.tensor([r[2] + [False] * (length - len(r[2])) for r in rows])
+        ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])  # [B, T]
+        skills = torch.tensor([skills + [-1] * (length - len(skills)) for _, skills in rows])  # [B, T]
         inputs = {
             "input_ids": ids,
             "attention_mask": (ids != pad).long(),
@@ -181,39 +192,37 @@ class Lessons:
             "pixel_values": self.pixels[indices].float().flatten(0, 1),
             "image_grid_thw": torch.tensor([[1, 8, 8]] * len(indices)),
         }
-        return inputs, answers, verdicts
+        return inputs, skills
+
+
+def shares_right(hits: dict[str, list[bool]]) -> dict[str, float]:
+    """{name: share of hits}, of the names that have any."""
+    return {name: round(sum(found) / len(found), 3) for name, found in hits.items() if found}
 
 
 @torch.inference_mode()
-def accuracy_by_kind(model, lessons: Lessons) -> dict[str, dict[str, float]]:
-    """On fresh pictures: share of read numbers, and of true/false words, that the model gets right."""
+def accuracy(model, lessons: Lessons) -> dict[str, dict]:
+    """On fresh pictures: the share of tested words that the model gets right, by skill, and by kind of picture."""
     model.eval()
-    right = {name: {"reading": [], "judging": []} for name in KINDS}
+    by_skill = {skill: [] for skill in SKILLS}
+    by_kind = {kind: {"reading": [], "evidence": []} for kind in KINDS}
     for start in range(0, len(lessons.questions), 50):
         indices = list(range(start, min(start + 50, len(lessons.questions))))
-        inputs, answers, verdicts = lessons.batch((1, 0, 1), indices)
-        guesses = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]  # [B, T - 1]
-        for row, index in enumerate(indices):
-            taught, judged = answers[row, 1:], verdicts[row, 1:]
-            scores = right[lessons.questions[index].kind.name]
-            scores["reading"] += guesses[row][taught & ~judged].tolist()
-            scores["judging"] += guesses[row][judged].tolist()
+        inputs, skills = lessons.batch((1, 0, 0, 1), indices)
+        hits = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1) == inputs["input_ids"][:, 1:]  # [B, T - 1]
+        for row, place in (skills[:, 1:] >= 0).nonzero().tolist():
+            skill, kind = SKILLS[skills[row, place + 1]], lessons.questions[indices[row]].kind.name
+            by_skill[skill].append(hits[row, place].item())
+            if skill in by_kind[kind]:
+                by_kind[kind][skill].append(hits[row, place].item())
     model.train()
-    return {
-        name: {what: round(sum(hits) / len(hits), 3) for what, hits in scores.items()} for name, scores in right.items()
-    }
+    return {"skills": shares_right(by_skill), "kinds": {kind: shares_right(hits) for kind, hits in by_kind.items()}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=HERE)
-    parser.add_argument("--continue_from", type=Path, help="a backbone that has gone through the first two stages")
-    parser.add_argument("--steps", type=int, default=3800, help="optimizer steps")
-    parser.add_argument("--reading_steps", type=int, default=1000, help="of these, the first ones, that only read")
-    parser.add_argument("--fact_steps", type=int, default=900, help="then those that judge single facts too")
-    parser.add_argument("--batch_size", type=int, default=32, help="lessons in a batch")
-    parser.add_argument("--pictures", type=int, default=12000, help="pictures in the pool")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the stages' lengths and the number of pictures")
     parser.add_argument("--seed", type=int, default=20_000, help="of pictures, texts and weights")
     args = parser.parse_args()
 
@@ -221,65 +230,58 @@ def main() -> None:
     rng = Random(args.seed)
     torch.manual_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    if not args.continue_from:
-        make_tokenizer(rng).save_pretrained(args.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(args.continue_from or args.output_dir)
+    tokenizer = make_tokenizer(rng)
+    tokenizer.save_pretrained(args.output_dir)
     image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112)
     image_processor.save_pretrained(args.output_dir)
-    if args.continue_from:
-        args.reading_steps = args.fact_steps = 0
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.continue_from).train()
-    else:
-        model = make_model(tokenizer).train()
-    lessons = Lessons(tokenizer, image_processor, args.pictures, rng)
+    model = make_model(tokenizer).train()
+    lessons = Lessons(tokenizer, image_processor, round(PICTURES * args.scale), rng)
     fresh = Lessons(tokenizer, image_processor, 1000, Random(args.seed + 1))
     print(f"pictures drawn after {time.time() - started:.0f} s", flush=True)
 
-    def new_optimizer(lr: float) -> torch.optim.AdamW:
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-
-    warm, decay = 100, (args.steps - args.reading_steps) // 3
-    optimizer, base_lr, since = new_optimizer(args.lr), args.lr * (2 if args.continue_from else 1), 0
-    for step in range(1, args.steps + 1):
-        if step == args.reading_steps + 1 and not args.continue_from:
-            grow(model, 2)
-            optimizer, base_lr, since = new_optimizer(2 * args.lr), 2 * args.lr, args.reading_steps
-        for group in optimizer.param_groups:
-            group["lr"] = base_lr * min((step - since) / warm, 1.0, 0.02 + (args.steps - step) / decay)
-        shares = STAGES[0] if step <= args.reading_steps else STAGES[1 + (step > args.reading_steps + args.fact_steps)]
-        pictures = [lessons.rng.randrange(args.pictures) for _ in range(args.batch_size)]
-        inputs, answers, verdicts = lessons.batch(shares, pictures)
-        taught = answers[:, 1:]  # only the words that a lesson is about are worth their share of the time
-        hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1][taught]  # [words, D]
-        words = inputs["input_ids"][:, 1:][taught]
-        logits = model.lm_head(hidden)
+    def train_on_batch(optimizer: torch.optim.Optimizer, shares: tuple[float, ...]) -> tuple[float, dict[str, float]]:
+        """One optimizer step: the loss, and the share of right words by skill."""
+        inputs, skills = lessons.batch(shares, lessons.rng.sample(range(len(lessons.questions)), BATCH))
+        tested = skills[:, 1:] >= 0  # only the words that a lesson is about are worth their share of the time
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        words = inputs["input_ids"][:, 1:][tested]
+        logits = model.lm_head(hidden[:, :-1][tested])  # [words, V]
         loss = F.cross_entropy(logits, words)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0:
-            judged, hits = verdicts[:, 1:][taught], (logits.argmax(-1) == words).float()
-            print(
-                f"step {step} loss {loss:.3f} reading {hits[~judged].mean():.3f} judging {hits[judged].mean():.3f} "
-                f"{time.time() - started:.0f} s",
-                flush=True,
-            )
-        if step % 500 == 0 or step == args.steps:
-            model.save_pretrained(args.output_dir)
-            report = {
-                "steps": step,
-                "continued_from": json.loads((args.continue_from / "pretraining.json").read_text())["steps"]
-                if args.continue_from
-                else 0,
-                "seconds": round(time.time() - started),
-                "parameters": model.num_parameters(),
-                "seed": args.seed,
-                "torch": torch.__version__,
-                "accuracy": accuracy_by_kind(model, fresh),
-            }
-            (args.output_dir / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
-            print(json.dumps(report["accuracy"]), flush=True)
+        hits, found = logits.argmax(-1) == words, skills[:, 1:][tested]
+        return loss.item(), shares_right({skill: hits[found == i].tolist() for i, skill in enumerate(SKILLS)})
+
+    for number, stage in enumerate(STAGES, start=1):
+        grow(model, stage.new_layers)
+        if number == 1 or stage.new_layers:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
+            warm = WARM_UP
+        else:
+            warm = 1
+        steps = max(1, round(stage.steps * args.scale))
+        decay = steps // 2 if stage is STAGES[-1] else steps  # the last stage ends slowly
+        for step in range(1, steps + 1):
+            end = 0.02 + (steps - step) / decay if stage is STAGES[-1] else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr * min(step / warm, 1.0, end)
+            loss, right = train_on_batch(optimizer, stage.shares)
+            if step % 50 == 0:
+                print(f"stage {number} step {step} loss {loss:.3f} {right} {time.time() - started:.0f} s", flush=True)
+        model.save_pretrained(args.output_dir)
+        print(f"stage {number} ends: {json.dumps(accuracy(model, fresh))}", flush=True)
+    report = {
+        "seconds": round(time.time() - started),
+        "parameters": model.num_parameters(),
+        "steps": [stage.steps for stage in STAGES],
+        "scale": args.scale,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "accuracy": accuracy(model, fresh),
+    }
+    (args.output_dir / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def machine() -> dict[str, object]:
     }
 
 
+def share_cores(runs: int) -> None:
+    """Give each of `runs` runs at a time its share of the cores: they would wait for each other otherwise."""
+    threads = max(1, os.cpu_count() // runs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
+    torch.set_num_threads(threads)  # of the scoring
+
+
 def make_data(folder: Path, seed: int, quality: dict[str, float]) -> None:
     """Demo data of this seed and these qualities in `folder`, unless it is there already."""
     if not (folder / "quality.json").exists():
@@ -99,7 +106,8 @@ def held_out_chains(count: int, seed: int = 987_654) -> tuple[list[Chain], list,
 
 
 def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
-    """AUC of the step scores on held-out clean answers: the mean over the five steps, and on steps that need the image.
+    """AUC on held-out clean answers: of the step scores (the mean over the five steps), of those on steps that need the
+    image, and of the whole answers' mean logits.
 
     A step is true if no step up to it is wrong. Steps of one number are compared with each other only: the chance to
     end right, which a PRM learns, is lower at a right first step than at a right last one. The steps that need the
@@ -117,6 +125,7 @@ def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
     return {
         "steps": float(np.mean([auc(scores[:, step], truth[:, step]) for step in range(truth.shape[1])])),
         "needs_image": auc(scores[after_right_start, 1], truth[after_right_start, 1]),
+        "answers": auc(scores.mean(1), truth[:, -1]),
     }
 
 

@@ -23,6 +23,7 @@ from common import (
     best_of,
     learned_weights,
     make_data,
+    share_cores,
     step_auc,
     train,
     write_results,
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (wall times are then not comparable)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    share_cores(args.parallel)
     with ThreadPoolExecutor(args.parallel) as pool:
         content = {
             "parallel": args.parallel,

@@ -128,7 +128,6 @@ class ReweightingEngine(Engine):
         return {
             "step": self.global_step,
             "seconds": self.seconds,
-            "rows_seen": self.lower.rows_seen,
             "settings": self.settings,
             "random": random_states(),
             "problems": {problem.name: problem.state_dict() for problem in self.problems},
@@ -139,5 +138,4 @@ class ReweightingEngine(Engine):
         self.global_step, self.seconds = state["step"], state["seconds"]
         for problem in self.problems:
             problem.load_state_dict(state["problems"][problem.name])
-        self.lower.rows_seen = state["rows_seen"]
         set_random_states(state["random"])

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     folder = prepare_folder(args.weights_path, args.resume)
     engine = build(args, train_rows, meta_rows, folder)
     engine.run()
-    finish(engine, args, folder)
+    finish(engine, folder)
 
 
 if __name__ == "__main__":

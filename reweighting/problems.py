@@ -119,6 +119,15 @@ class PRMFineTuning(OwnSystems):
         if self.window is not None:
             self.window.add_micro_batch(domain, share)
 
+    def state_dict(self) -> dict:
+        """As every problem's, and the rows seen."""
+        return super().state_dict() | {"rows_seen": self.rows_seen}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
+        super().load_state_dict(state)
+        self.rows_seen = state["rows_seen"]
+
     def optimizer_step(self) -> None:
         """Clip, step the optimizer and the scheduler, and close the step in the window."""
         params, grad, factor = self.trainable_parameters(), self.gradient, 1.0

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from argparse import Namespace
 from pathlib import Path
 
 from reweighting.engine import ReweightingEngine
@@ -42,11 +41,11 @@ def weights_table(weights: dict[str, float]) -> str:
     return "\n".join(f"  {name:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
 
 
-def finish(engine: ReweightingEngine, args: Namespace, folder: Path) -> None:
+def finish(engine: ReweightingEngine, folder: Path) -> None:
     """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights."""
     engine.lower.module.save_pretrained(folder / "prm")
     weights = engine.weights()
-    result = {"weights": weights, "step": engine.global_step, "settings": vars(args)}
+    result = {"weights": weights, "step": engine.global_step, "settings": engine.settings}
     (folder / "domain_weights.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     figures = draw_run(folder)
     if engine.reweights:

@@ -137,8 +137,12 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
     for index, chain in enumerate(train):
         members[chain.domain].append(index)
     accumulation = args.gradiant_accumulation or math.ceil(len(domains) / args.unroll_steps)
+    if args.max_grad_norm and accumulation == 1 and fixed_weights is None:
+        print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
+              "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
     sampler = WindowSampler(members, args.batch_size, args.unroll_steps * accumulation, args.seed)
-    meta_stream = EpochStream(len(meta), args.seed, 3)
+    # Right and wrong answers in equal shares in every batch: else the sign of the meta gradient is partly chance.
+    meta_stream = EpochStream(len(meta), args.seed, 3, classes=[chain.label for chain in meta])
 
     model = make_model(args, device, precision)
     check_lengths(model, train + meta)

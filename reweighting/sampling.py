@@ -5,6 +5,7 @@ weights; every domain stands in every window, the first `slots % K` of a rotatin
 Within a domain, chains come in epochs, each a fresh permutation.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -13,15 +14,25 @@ from reweighting.errors import UserError
 
 
 class EpochStream:
-    """An endless stream over `size` items in epochs, each a permutation of its own."""
+    """An endless stream over `size` items in epochs, each a permutation of its own.
 
-    def __init__(self, size: int, *key: int):
+    classes: [size], where every batch shall hold each class in its share of the whole (to one item), so that batches
+    differ less from each other; None for no such care.
+    """
+
+    def __init__(self, size: int, *key: int, classes: Sequence | None = None):
         """key: whole numbers that name this stream, among them the seed."""
         self.size, self.key = size, key
+        self.classes = np.zeros(size) if classes is None else np.asarray(classes)
         self._permutation = lru_cache(maxsize=4)(self._permute)
 
     def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((*self.key, epoch)).permutation(self.size)
+        order = np.random.default_rng((*self.key, epoch)).permutation(self.size)
+        place = np.zeros(self.size)  # of an item in its class, as a share of the class
+        for name in np.unique(self.classes):
+            members = order[self.classes[order] == name]
+            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+        return order[np.argsort(place[order], kind="stable")]
 
     def batch(self, number: int, batch_size: int) -> list[int]:
         """Items [number * batch_size, (number + 1) * batch_size) of the stream, as indices."""

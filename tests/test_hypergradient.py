@@ -58,8 +58,6 @@ def unrolled(kind, model, params, state, weights, steps, clip, momentum):
 @pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_window_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed):
-    if clip and accumulation == 1:
-        pytest.skip("a clipped gradient of one domain does not depend on its weight: the hypergradient is 0")
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     params = list(model.parameters())
@@ -104,6 +102,9 @@ def test_window_equals_autograd_through_the_optimizer(kind, momentum, count, acc
     v = flatten(torch.autograd.grad(toy_loss(model, dict(model.named_parameters()), meta), params))
     ours = window.hypergradient(v, weights)
 
+    if clip and accumulation == 1:  # a clipped gradient of one domain does not depend on its weight
+        assert exact.abs().max() < 1e-9 and ours.abs().max() < 1e-9
+        return
     assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
     assert 0.98 <= ours.norm() / exact.norm() <= 1.02
 

@@ -57,6 +57,21 @@ def test_windows(sizes, more, batch_size, seed):
         assert again.draw(step) == draws[step]
 
 
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(classes=st.lists(st.sampled_from("abc"), min_size=1, max_size=60), seed=st.integers(0, 5))
+def test_every_stretch_of_an_epoch_holds_each_class_in_its_share(classes, seed):
+    stream = EpochStream(len(classes), seed, classes=classes)
+    for epoch in range(2):
+        order = stream.batch(epoch, len(classes))
+        assert sorted(order) == list(range(len(classes)))
+        for start in range(0, len(classes), 8):
+            stretch = Counter(classes[i] for i in order[start : start + 8])
+            for name, count in Counter(classes).items():
+                expected = count * min(8, len(classes) - start) / len(classes)
+                assert abs(stretch[name] - expected) < 2
+    assert stream.batch(0, len(classes)) == EpochStream(len(classes), seed, classes=classes).batch(0, len(classes))
+
+
 def test_streams_differ_by_key():
     batches = {tuple(EpochStream(50, *key).batch(0, 50)) for key in ((1, 1), (1, 2), (2, 1))}
     assert len(batches) == 3

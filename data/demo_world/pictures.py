@@ -105,14 +105,17 @@ def _pie_chart(draw, entries, rng) -> None:
 
 
 def _table(draw, entries, rng) -> None:
-    draw.rectangle((CELL, 0, 2 * CELL, SIDE), fill=(226, 234, 246))
+    column = rng.randrange(4)
+    left, right = CELL * column + 1, CELL * (column + 1) - 1
+    draw.rectangle((left, 0, left + CELL // 2, SIDE), fill=(214, 226, 244))
     for row, (key, value) in enumerate(entries.items()):
-        _write(draw, _centre(1, row), key)
-        _write(draw, _centre(2, row), value)
-    for x in (CELL, 2 * CELL, 3 * CELL):
+        x, y = _centre(column, row)
+        _write(draw, (x - 13, y), key, 28)
+        _write(draw, (x + 14, y), value, 30)
+    for x in (left, left + CELL // 2, right):
         draw.line((x, 1, x, SIDE - 2), fill=INK, width=2)
     for y in (1, CELL, 2 * CELL, 3 * CELL, SIDE - 2):
-        draw.line((CELL, y, 3 * CELL, y), fill=INK, width=2)
+        draw.line((left, y, right, y), fill=INK, width=2)
 
 
 def _geometry(draw, entries, rng) -> None:
@@ -174,18 +177,15 @@ def _polygon(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
 
 
 def _price_tags(draw, entries, rng) -> None:
-    for (key, value), column in zip(entries.items(), range(4), strict=True):
-        shelf = rng.choice((0, 2))
-        x, y = _centre(column, shelf)
-        fill = COLOURS[rng.choice(list(COLOURS))]
+    for y in range(CELL, SIDE, CELL):
+        draw.line((0, y - 1, SIDE, y - 1), fill=(215, 200, 175), width=3)
+    for (key, value), (x, y) in zip(entries.items(), _some_cells(rng, 4), strict=True):
+        rim = COLOURS[rng.choice(list(COLOURS))]
         if key == "circle":
-            draw.ellipse((x - 21, y - 21, x + 21, y + 21), fill=fill)
+            draw.ellipse((x - 24, y - 24, x + 24, y + 24), fill=(255, 244, 190), outline=rim, width=4)
         else:
-            draw.polygon(_polygon(key, x, y, 26), fill=fill)
-        draw.rectangle((x - 22, y + 34, x + 22, y + 78), fill=(255, 250, 214), outline=INK)
-        _write(draw, (x, y + CELL), value)
-    for y in (CELL, 3 * CELL):
-        draw.line((0, y, SIDE, y), fill=(150, 110, 70), width=4)
+            draw.polygon(_polygon(key, x, y, 27), fill=(255, 244, 190), outline=rim, width=4)
+        _write(draw, (x, y + 3), value, 28)
 
 
 _SEGMENTS = {  # top, upper right, lower right, bottom, lower left, upper left, middle
