@@ -102,8 +102,8 @@ def test_window_equals_autograd_through_the_optimizer(kind, momentum, count, acc
     v = flatten(torch.autograd.grad(toy_loss(model, dict(model.named_parameters()), meta), params))
     ours = window.hypergradient(v, weights)
 
-    if clip and accumulation == 1:  # a clipped gradient of one domain does not depend on its weight
-        assert exact.abs().max() < 1e-9 and ours.abs().max() < 1e-9
+    if clip and accumulation == 1 and exact.norm() < 1e-9:  # a clipped gradient of one domain has no weight in it
+        assert ours.norm() < 1e-9
         return
     assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
     assert 0.98 <= ours.norm() / exact.norm() <= 1.02
