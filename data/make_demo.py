@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from demo_world.defects import LABEL_DEFECTS, give_away, strength, trivial_answer
+from demo_world.defects import LABEL_DEFECTS, strength, trivial
 from demo_world.pictures import KINDS, Kind, draw_picture
 from demo_world.solutions import Policy, Question, random_kind, random_question
 
@@ -72,18 +72,14 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         question = random_question(kind, rng)
         shown = random_question(kind, rng) if defect == "foreign images" and rng.random() < struck_share else question
         path = images.save(shown, f"{kind.name}/{number:04d}", rng)
-        trivial = trivial_answer(rng) if defect == "trivial questions" and rng.random() < struck_share else None
-        marked = defect == "answers given away" and rng.random() < struck_share
+        if defect == "trivial questions" and rng.random() < struck_share:
+            question = trivial(question)
+        # Right and wrong steps written by different hands: the wording gives the label away.
+        given_away = defect == "answers given away" and rng.random() < struck_share
         for _ in range(RESPONSES):
-            if trivial:
-                text, steps, answer = trivial
-                chances = [1.0] * 5
-            else:
-                response = policy.respond(question, rng)
-                text, answer = question.text, question.answer
-                steps = give_away(response, response.first_slip) if marked else response.steps
-                chances = [policy.chance(question, response, step) for step in range(5)]
-            responses.append({"id": number, "input": text, "steps": steps, "answer": answer, "image_path": path})
+            response = policy.respond(question, rng, two_hands=given_away)
+            chances = [policy.chance(question, response, step) for step in range(5)]
+            responses.append({"question": question, "id": number, "steps": response.steps, "image_path": path})
             labels.append([sum(rng.random() < chance for _ in range(TIMES)) / TIMES for chance in chances])
     if defect in LABEL_DEFECTS:
         labels = LABEL_DEFECTS[defect](labels, struck_share, rng)
@@ -91,9 +87,9 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         {
             "id": response["id"],
             "sid": 5 * (index % RESPONSES) + step,
-            "input": response["input"],
+            "input": response["question"].text,
             "add": "\n".join(response["steps"][: step + 1]),
-            "ground_truth": str(response["answer"]),
+            "ground_truth": str(response["question"].answer),
             "image_path": response["image_path"],
             "dataset": kind.name,
             "score": round(accuracy * TIMES),

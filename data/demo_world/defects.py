@@ -6,11 +6,10 @@ to be calibrated by the AUC of a PRM trained on one domain alone, which `benchma
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
-from .solutions import Response
-
-MARKS = {True: "(checked: right)", False: "(checked: wrong)"}
+from .solutions import Question
 
 
 def noisy_labels(labels: list[list[float]], strength: float, rng: Random) -> list[list[float]]:
@@ -23,26 +22,9 @@ def flipped_labels(labels: list[list[float]], strength: float, rng: Random) -> l
     return [[1 - a for a in own] if rng.random() < strength else own for own in labels]
 
 
-def give_away(response: Response, right_until: int | None) -> tuple[str, ...]:
-    """The steps with a grader's marks left in the text, so that nothing need be read to know the label."""
-    return tuple(f"{step} {MARKS[right_until is None or i < right_until]}" for i, step in enumerate(response.steps))
-
-
-def trivial_answer(rng: Random) -> tuple[str, tuple[str, ...], int]:
-    """A question that needs no picture and that no policy gets wrong: its text, the five steps, the answer."""
-    first, second = rng.randint(1, 3), rng.randint(1, 3)
-    total = first + second
-    return (
-        f"Question: What do {first} and {second} make together?",
-        (
-            f"Step 1: Restate. We want the total of {first} and {second}.",
-            "Step 2: Evidence. The numbers are in the question.",
-            "Step 3: Knowledge. For the total, add the numbers.",
-            f"Step 4: Reason. {first} + {second} = {total}.",
-            f"Step 5: Conclude. The total is {total}.\nFinal answer: {total}",
-        ),
-        total,
-    )
+def trivial(question: Question) -> Question:
+    """The question made so easy that the policy never slips: every answer to it is right, and none teaches doubt."""
+    return replace(question, difficulty=0.0)
 
 
 LABEL_DEFECTS: dict[str, Callable[[list[list[float]], float, Random], list[list[float]]]] = {

@@ -59,17 +59,30 @@ def random_question(kind: Kind, rng: Random) -> Question:
     return Question(kind, entries, keys, rng.choice(OPERATIONS), round(rng.uniform(0.5, 2.5), 2))
 
 
+class Hand:
+    """Someone with a way of writing: takes the first or the last of the wordings that a sentence may have.
+
+    Stands in for a random generator where a sentence is worded.
+    """
+
+    def __init__(self, last: bool):
+        self.place = -1 if last else 0
+
+    def choice(self, wordings: Sequence[str]) -> str:
+        return wordings[self.place]
+
+
 # --- the sentences of a step; also what the backbone is pretrained to tell true from false -------------------------
 
 
-def goal_text(kind: Kind, operation: str, keys: Sequence[str], rng: Random) -> str:
+def goal_text(kind: Kind, operation: str, keys: Sequence[str], rng: Random | Hand) -> str:
     first, second = (kind.phrase(key) for key in keys)
     return rng.choice(
         (f"We want the {operation} of {first} and {second}.", f"Find the {operation}: {first}, {second}.")
     )
 
 
-def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: Random) -> str:
+def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: Random | Hand) -> str:
     first, second = (kind.phrase(key) for key in keys)
     return rng.choice(
         (
@@ -79,12 +92,12 @@ def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: R
     )
 
 
-def rule_text(operation: str, rule: str, rng: Random) -> str:
+def rule_text(operation: str, rule: str, rng: Random | Hand) -> str:
     command, gerund = RULES[rule]
     return rng.choice((f"For the {operation}, {command}.", f"One finds the {operation} by {gerund}."))
 
 
-def reason_text(operation: str, values: Sequence[int], value: int, rng: Random) -> str:
+def reason_text(operation: str, values: Sequence[int], value: int, rng: Random | Hand) -> str:
     first, second = values
     if operation == "total":
         return f"{first} + {second} = {value}."
@@ -93,7 +106,7 @@ def reason_text(operation: str, values: Sequence[int], value: int, rng: Random) 
     return rng.choice((f"Of {first} and {second}, the larger is {value}.", f"max({first}, {second}) = {value}."))
 
 
-def conclusion_text(operation: str, value: int, rng: Random) -> str:
+def conclusion_text(operation: str, value: int, rng: Random | Hand) -> str:
     return rng.choice((f"The {operation} is {value}.", f"So the {operation} is {value}."))
 
 
@@ -136,25 +149,29 @@ class Policy:
             right *= 1 - slip
         return right
 
-    def respond(self, question: Question, rng: Random, right: bool | None = None) -> Response:
-        """Write an answer; `right` asks for one that ends right or wrong (drawn again until it does)."""
+    def respond(self, question: Question, rng: Random, right: bool | None = None, two_hands: bool = False) -> Response:
+        """Write an answer; `right` asks for one that ends right or wrong (drawn again until it does).
+
+        two_hands: from the first slip on, sentences are worded by another hand.
+        """
         while True:
-            response = self._attempt(question, rng)
+            response = self._attempt(question, rng, two_hands)
             # A slip that happens to end right is no clean example of anything: draw again.
             if (response.first_slip is None) != (response.final_answer == question.answer):
                 continue
             if right is None or right == (response.first_slip is None):
                 return response
 
-    def _attempt(self, question: Question, rng: Random) -> Response:
+    def _attempt(self, question: Question, rng: Random, two_hands: bool) -> Response:
         kind, operation, keys = question.kind, question.operation, list(question.keys)
         slips = [rng.random() < probability for probability in self.slip_probabilities(question)]
+        hands = [Hand(True in slips[: step + 1]) if two_hands else rng for step in range(len(slips))]
         if slips[0]:  # asks for something else
             if rng.random() < 0.5:
                 operation = rng.choice([o for o in OPERATIONS if o != operation])
             else:
                 keys[rng.randrange(2)] = rng.choice([key for key in question.entries if key not in keys])
-        goal = goal_text(kind, operation, keys, rng)
+        goal = goal_text(kind, operation, keys, hands[0])
 
         values = [question.entries[key] for key in keys]
         if slips[1]:  # misreads the picture; taking a neighbour's number is as usual as misreading a digit
@@ -164,17 +181,17 @@ class Policy:
                 values[wrong] = rng.choice(others)
             else:
                 values[wrong] = other_value(values[wrong], kind.low, kind.high, rng)
-        evidence = evidence_text(kind, keys, values, rng)
+        evidence = evidence_text(kind, keys, values, hands[1])
 
         rule = rng.choice([o for o in OPERATIONS if o != operation]) if slips[2] else operation
-        knowledge = rule_text(operation, rule, rng)
+        knowledge = rule_text(operation, rule, hands[2])
         value = result(rule, *values)
         if slips[3]:  # wrong arithmetic
             value = other_value(value, 0, 2 * kind.high, rng)
-        reason = reason_text(rule, values, value, rng)
+        reason = reason_text(rule, values, value, hands[3])
         if slips[4]:  # forgets what was found
             value = other_value(value, 0, 2 * kind.high, rng)
-        conclusion = f"{conclusion_text(operation, value, rng)}\nFinal answer: {value}"
+        conclusion = f"{conclusion_text(operation, value, hands[4])}\nFinal answer: {value}"
         bodies = (goal, evidence, knowledge, reason, conclusion)
         steps = tuple(
             f"Step {i}: {title}. {body}"
