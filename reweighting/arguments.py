@@ -61,7 +61,7 @@ class LowerArguments:
         help="micro-batches in an optimizer step (default: the fewest that let every domain into every window)",
     )
     optimizer: str = HfArg(default="adamw", help="adamw or sgd")
-    lr: float = HfArg(default=1e-3, help="learning rate")
+    lr: float = HfArg(default=3e-4, help="learning rate")
     momentum: float | None = HfArg(default=None, help="momentum of sgd (default: 0.9)")
     weight_decay: float = HfArg(default=1e-3, help="weight decay (decoupled with adamw)")
     max_grad_norm: float = HfArg(default=0.0, help="clip a step's gradient to this norm; 0 does not clip")
