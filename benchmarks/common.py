@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -92,17 +93,18 @@ def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str,
     return {"spearman": spearman(w, q), "better_half_auc": auc(w, np.array(q) > np.median(q))}
 
 
-def held_out_chains(count: int, seed: int = 987_654) -> tuple[list[Chain], list, list[int | None]]:
-    """Clean answers to new questions: chains without an image file, their pictures, each one's first wrong step."""
+def held_out_chains(folder: Path, count: int, seed: int = 987_654) -> tuple[list[Chain], list[int | None]]:
+    """Clean answers to new questions, and each one's first wrong step; the pictures are drawn into `folder`."""
     rng, policy = Random(seed), Policy()
-    chains, pictures, slips = [], [], []
-    for _ in range(count):
+    chains, slips = [], []
+    for number in range(count):
         question = random_question(random_kind(rng), rng)
         response = policy.respond(question, rng)
-        chains.append(Chain(question.text, response.steps))
-        pictures.append(draw_picture(question.kind, question.entries, rng).quantize(32))
+        picture = folder / f"{number}.png"
+        draw_picture(question.kind, question.entries, rng).quantize(32).save(picture)
+        chains.append(Chain(question.text, response.steps, picture))
         slips.append(response.first_slip)
-    return chains, pictures, slips
+    return chains, slips
 
 
 def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
@@ -114,13 +116,10 @@ def step_auc(model: ProcessRewardModel, count: int = 1000) -> dict[str, float]:
     image are the evidence steps after a right first step: nothing in their text tells a misread number from a right
     one.
     """
-    chains, pictures, slips = held_out_chains(count)
-    scores, truth = [], []
-    for chain, picture, slip in zip(chains, pictures, slips, strict=True):
-        logits, _ = model.chain_logits([chain], pixels=model.chain_tokenizer.read_image(picture))
-        scores.append(logits[0].tolist())
-        truth.append([slip is None or step < slip for step in range(len(chain.steps))])
-    scores, truth = np.array(scores), np.array(truth)  # [answers, 5]
+    with TemporaryDirectory() as folder:
+        chains, slips = held_out_chains(Path(folder), count)
+        scores = model.chain_logits(chains, batch_size=50)[0].numpy()  # [answers, 5]
+    truth = np.array([[slip is None or step < slip for step in range(scores.shape[1])] for slip in slips])
     after_right_start = truth[:, 0]
     return {
         "steps": float(np.mean([auc(scores[:, step], truth[:, step]) for step in range(truth.shape[1])])),

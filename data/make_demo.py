@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from random import Random
 
-from demo_world.defects import LABEL_DEFECTS, strength, trivial
+from demo_world.defects import LABEL_DEFECTS, strength
 from demo_world.pictures import KINDS, Kind, draw_picture
 from demo_world.solutions import Policy, Question, random_kind, random_question
 
@@ -72,13 +72,13 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         question = random_question(kind, rng)
         shown = random_question(kind, rng) if defect == "foreign images" and rng.random() < struck_share else question
         path = images.save(shown, f"{kind.name}/{number:04d}", rng)
-        if defect == "trivial questions" and rng.random() < struck_share:
-            question = trivial(question)
+        # So easy that a rollout ends right whatever slip it starts from: every label is 1 and says nothing.
+        trivial = defect == "trivial questions" and rng.random() < struck_share
         # Right and wrong steps written by different hands: the wording gives the label away.
         given_away = defect == "answers given away" and rng.random() < struck_share
         for _ in range(RESPONSES):
             response = policy.respond(question, rng, two_hands=given_away)
-            chances = [policy.chance(question, response, step) for step in range(5)]
+            chances = [1.0 if trivial else policy.chance(question, response, step) for step in range(5)]
             responses.append({"question": question, "id": number, "steps": response.steps, "image_path": path})
             labels.append([sum(rng.random() < chance for _ in range(TIMES)) / TIMES for chance in chances])
     if defect in LABEL_DEFECTS:
