@@ -125,7 +125,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(demo, tmp_path, more):
 def test_resuming_another_run_is_refused_and_an_earlier_run_is_set_aside(demo, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    for more, word in (("--lr", "1e-5"), "lr was 0.001"), (("--batch_size", "3"), "batch_size was 2"):
+    for more, word in (("--lr", "1e-5"), "lr was 0.0003"), (("--batch_size", "3"), "batch_size was 2"):
         with pytest.raises(UserError, match=word):
             main(flags(demo, folder, *more, "--resume"))
     rows = json.loads((demo / "train.json").read_text())
