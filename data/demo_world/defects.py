@@ -2,7 +2,8 @@
 
 Each domain has one defect. `STRENGTH` turns a quality into the defect's strength, the share of questions (or of
 labels) that it strikes, so that equal qualities do about equal harm: calibrated by the AUC of a PRM trained on one
-domain alone (`benchmarks/calibrate_quality.py`), but for trivial questions, whose straight line is a guess.
+domain alone (`benchmarks/calibrate_quality.py`), but for trivial questions, whose straight line came before their
+measurement and is milder than the others.
 """
 
 from collections.abc import Callable
