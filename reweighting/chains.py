@@ -198,6 +198,10 @@ class Pixels:
     values: Tensor
     grid: Tensor
 
+    def grid_only(self) -> "Pixels":
+        """The same place in the text, no pixels: for a model that is given the image's features."""
+        return replace(self, values=self.values[:0])
+
 
 @dataclass(frozen=True)
 class EncodedChain:
@@ -219,7 +223,8 @@ class ChainTokenizer:
         config: the backbone's; gives the image token and the default of `max_length`.
         max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
-        cache_bytes: memory for processed images and tokens, so that later epochs find them made.
+        cache_bytes: memory for processed images and tokens, so that later epochs find them made; the last image is
+            remembered in any case, since chains of one question come one after the other.
     """
 
     def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
@@ -237,6 +242,7 @@ class ChainTokenizer:
         self.around_image, self.around_text = self._template(True), self._template(False)
         self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
         self._cache_bytes_left = cache_bytes
+        self._last_image: tuple[str, Pixels] | None = None
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
         """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
@@ -262,6 +268,8 @@ class ChainTokenizer:
         key = None if isinstance(image, Image.Image) else str(image)
         if key in self._cache:
             return self._cache[key]
+        if self._last_image is not None and self._last_image[0] == key:
+            return self._last_image[1]
         opened = open_image(image, self.max_image_side)
         try:
             processed = self.image_processor(images=[opened], return_tensors="pt")
@@ -270,6 +278,7 @@ class ChainTokenizer:
         pixels = Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long())
         if key is not None:
             self._remember(key, pixels, pixels.values.nbytes)
+            self._last_image = key, pixels
         return pixels
 
     def save_pretrained(self, folder: Path | str) -> None:

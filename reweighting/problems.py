@@ -20,6 +20,7 @@ from torch import Tensor
 
 from reweighting.aggregation import aggregate
 from reweighting.chains import Batch
+from reweighting.devices import autocast
 from reweighting.errors import UserError
 from reweighting.hypergradient import Window, flatten, unflatten
 
@@ -49,8 +50,7 @@ class OwnSystems(ImplicitProblem):
 
     def training_step_exec(self, batch) -> Tensor:
         """The loss, under autocast where `--precision bf16` asks for it, on any device."""
-        device = torch.device(self.device).type
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(torch.device(self.device), self.precision):
             return self.training_step(batch)
 
     def get_loss(self, batch) -> tuple[Tensor, dict]:

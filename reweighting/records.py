@@ -7,13 +7,12 @@ out. All wrong fields and images of a file go into one `UserError`, so that they
 """
 
 import difflib
-import json
 import os
-import reprlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,9 +21,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError, ValidationError
 
 from reweighting.errors import UserError
+from reweighting.json_stream import iterate_rows, shown
 
 LISTED_PROBLEMS = 20
 IMAGE_THREADS = 4
+ROWS_AT_A_TIME = 256
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
@@ -104,7 +105,7 @@ def load_training_rows(
     domains = sorted({row.dataset for row in rows})
     if len(domains) < min_domains:
         raise UserError(
-            f"{path}: dataset: found only {', '.join(map(_shown, domains))}, allowed: at least {min_domains} "
+            f"{path}: dataset: found only {', '.join(map(shown, domains))}, allowed: at least {min_domains} "
             "domains. Weights compare domains: add rows of another, or fine-tune without reweighting."
         )
     return rows
@@ -130,80 +131,52 @@ def load_candidate_rows(path: str | Path, image_root: str | Path | None = None) 
     return _load_rows(CandidateRow, path, image_root)
 
 
+def iterate_candidate_rows(
+    path: str | Path, image_root: str | Path | None = None, *, decode_images: bool = True
+) -> Iterator[CandidateRow]:
+    """As `load_candidate_rows`, but one row after the other, in memory that does not grow with the file.
+
+    Rows behind a wrong one are checked and not given; the `UserError` comes at the end of the file and names them all.
+    decode_images: False only looks whether the images are there, for a file that has been checked before.
+    """
+    return _checked_rows(CandidateRow, path, image_root, ROWS_AT_A_TIME, decode_images)
+
+
 def _load_rows(row_type: type[AnyRow], path: str | Path, image_root: str | Path | None) -> list[AnyRow]:
+    return list(_checked_rows(row_type, path, image_root, None, True))
+
+
+def _checked_rows(
+    row_type: type[AnyRow], path: str | Path, image_root: str | Path | None, at_a_time: int | None, decode: bool
+) -> Iterator[AnyRow]:
+    """The file's rows. `at_a_time`: how many are read before their images are checked, each once; None: all."""
     path = Path(path)
     if image_root is not None:
         image_root = Path(image_root)
         if not os.path.isdir(image_root):
             raise UserError(f"image_root {image_root}: no such folder. Name the folder of the images.")
         image_root = Path(os.path.realpath(image_root))
-    raw_rows = _read_json(path)
-    images = _check_images(filter(None, map(_image_path, raw_rows)), path.parent, image_root)
 
-    rows: list[AnyRow] = []
+    count = total = 0
     problems: list[str] = []
-    for index, raw in enumerate(raw_rows):
-        row, row_problems = _check_fields(row_type, raw)
-        image = images.get(_image_path(raw))
-        if isinstance(image, str):
-            row_problems.setdefault("image_path", image)
-        if row_problems:
+    stream = iterate_rows(path)
+    while raw_rows := list(islice(stream, at_a_time)):
+        images = _check_images(filter(None, map(_image_path, raw_rows)), path.parent, image_root, decode)
+        for index, raw in enumerate(raw_rows, count):
+            row, row_problems = _check_fields(row_type, raw)
+            image = images.get(_image_path(raw))
+            if isinstance(image, str):
+                row_problems.setdefault("image_path", image)
+            total += len(row_problems)
             problems += (f"{path}: row {index}: {field}: {text}" for field, text in row_problems.items())
-        else:
-            rows.append(row.model_copy(update={"image": image, "index": index}))
-    if problems:
-        total, count = len(problems), len(raw_rows)
+            del problems[LISTED_PROBLEMS:]
+            if not total:
+                yield row.model_copy(update={"image": image, "index": index})
+        count += len(raw_rows)
+    if total:
         head = f"{path}: {total} problem{'s' * (total > 1)} in {count} row{'s' * (count > 1)}"
         cut = [f"... and {total - LISTED_PROBLEMS} more"] if total > LISTED_PROBLEMS else []
-        raise UserError("\n".join([head, *problems[:LISTED_PROBLEMS], *cut]))
-    return rows
-
-
-def _read_json(path: Path) -> list[Any]:
-    """The file's rows, not yet checked; at least one."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Check the path.") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder. Name the JSON file in it.") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: not UTF-8 (line {line}). Save it as UTF-8, say with iconv.") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{str(path)!r:.200}: cannot be read ({reason}). Check the path.") from None
-
-    if path.suffix.lower() == ".jsonl":
-        # Not splitlines(): it would also cut at characters which JSON allows inside a text.
-        lines = enumerate(text.split("\n"), 1)
-        rows = [_parse_json(path, line, number) for number, line in lines if line.strip()]
-    else:
-        rows = _parse_json(path, text, 1) if text.strip() else []
-        if not isinstance(rows, list):
-            raise UserError(
-                f"{path}: found {_shown(rows)}, allowed: a list of objects, [{{...}}, {{...}}]. "
-                "Put the rows in square brackets, or one per line in a file named .jsonl."
-            )
-    if not rows:
-        raise UserError(f"{path}: no rows in it. Check that writing it was not cut off.")
-    return rows
-
-
-def _parse_json(path: Path, text: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        remedy = "Mend that place; `python -m json.tool FILE` checks a file."
-        if error.msg == "Extra data" and path.suffix.lower() != ".jsonl":
-            remedy = "If every line holds one object, name the file .jsonl."
-        place = f"line {first_line + error.lineno - 1} column {error.colno}"
-        raise UserError(f"{path}: not JSON: {error.msg} at {place}. {remedy}") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply. A row is an object of plain values.") from None
-    except ValueError:  # Python refuses whole numbers of more than 4300 digits
-        raise UserError(f"{path}: a number with too many digits to be read. Shorten or remove it.") from None
+        raise UserError("\n".join([head, *problems, *cut]))
 
 
 def _check_fields(row_type: type[AnyRow], raw: Any) -> tuple[AnyRow | None, dict[str, str]]:
@@ -211,9 +184,9 @@ def _check_fields(row_type: type[AnyRow], raw: Any) -> tuple[AnyRow | None, dict
     fields = _file_fields(row_type)
     if not isinstance(raw, dict):
         required = ", ".join(name for name, is_required in fields.items() if is_required)
-        return None, {"the row": f"found {_shown(raw)}, allowed: an object with the fields {required}"}
+        return None, {"the row": f"found {shown(raw)}, allowed: an object with the fields {required}"}
     misspelt = _misspelt(row_type, tuple(raw))
-    problems = {_shown(key)[1:-1]: f"unknown field, did you mean {name}?" for key, name in misspelt.items()}
+    problems = {shown(key)[1:-1]: f"unknown field, did you mean {name}?" for key, name in misspelt.items()}
     row = None
     try:
         row = row_type.model_validate({name: raw[name] for name in fields if name in raw})
@@ -237,7 +210,7 @@ def _described(error: Any, allowed: str) -> str:
     # Said in words, since the character may stand where a long text is cut.
     broken = isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
     note = " (with half of a surrogate pair in it)" if broken else ""
-    return f"found {_shown(value)}{note}, allowed: {allowed}"
+    return f"found {shown(value)}{note}, allowed: {allowed}"
 
 
 @lru_cache(maxsize=64)  # nearly all rows of a file have the same keys
@@ -262,26 +235,16 @@ def _file_fields(row_type: type[Row]) -> dict[str, bool]:
     return {name: field.is_required() for name, field in fields if name not in ("image", "index")}
 
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxlong = _short.maxother = 60
-
-
-def _shown(value: Any) -> str:
-    """The value's repr on one line, at most 60 characters, however deep or long the value is."""
-    text = _short.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _image_path(raw: Any) -> str | None:
     """The image that a row names, if it names one, whether or not the rest of the row is right."""
     value = raw.get("image_path") if isinstance(raw, dict) else None
     return value if isinstance(value, str) and value else None
 
 
-def _check_images(names: Iterable[str], json_folder: Path, root: Path | None) -> dict[str, Path | str]:
-    """For each `image_path` the checked file, or a text that says what is wrong with it."""
+def _check_images(names: Iterable[str], json_folder: Path, root: Path | None, decode: bool) -> dict[str, Path | str]:
+    """For each `image_path` the file, decoded once if asked for, or a text that says what is wrong with it."""
     located = {name: _locate(name, json_folder, root) for name in dict.fromkeys(names)}
-    files = list(dict.fromkeys(file for file in located.values() if isinstance(file, Path)))
+    files = list(dict.fromkeys(file for file in located.values() if isinstance(file, Path))) if decode else []
 
     # Loading Pillow's formats inside the threads is a race: the loser may not know TIFF, say.
     Image.init()
@@ -291,8 +254,8 @@ def _check_images(names: Iterable[str], json_folder: Path, root: Path | None) ->
         reasons = dict(zip(files, pool.map(_decode, files), strict=True))
 
     for name, file in located.items():
-        if reason := file if isinstance(file, str) else reasons[file]:
-            located[name] = f"found {_shown(name)}, {reason}, allowed: an image that Pillow can read, or null"
+        if reason := file if isinstance(file, str) else reasons.get(file):
+            located[name] = f"found {shown(name)}, {reason}, allowed: an image that Pillow can read, or null"
     return located
 
 

@@ -11,7 +11,7 @@ Notation:
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reweighting.aggregation import aggregate
 from reweighting.chains import Batch, Chain, ChainTokenizer, Pixels, collate, split_response
@@ -112,7 +113,7 @@ class ProcessRewardModel(nn.Module):
         if lora_rank:
             lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
             backbone = get_peft_model(backbone, lora)  # freezes the base; the adapter is float32
-        return cls._assemble(backbone, config.backbone, config, gradient_checkpointing).train()
+        return cls._assemble(backbone, config.backbone, config, gradient_checkpointing, cache_bytes=2**30).train()
 
     @classmethod
     def from_pretrained(
@@ -141,7 +142,8 @@ class ProcessRewardModel(nn.Module):
                 loaded = PeftModel.from_pretrained(base, folder, is_trainable=True)
             else:
                 loaded = _load_backbone(str(folder), torch.float32, attn_implementation)
-            model = cls._assemble(loaded, str(folder), config, gradient_checkpointing)
+            # Whoever uses a model visits a row once: remembered images would only fill the memory.
+            model = cls._assemble(loaded, str(folder), config, gradient_checkpointing, cache_bytes=0)
             model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
         except UserError as error:
             hint = " If a LoRA model's base has moved, name it (`backbone`)." if config.lora_rank else ""
@@ -151,7 +153,7 @@ class ProcessRewardModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def _assemble(cls, backbone: nn.Module, processor: str, config: PRMConfig, checkpointing: bool):
+    def _assemble(cls, backbone: nn.Module, processor: str, config: PRMConfig, checkpointing: bool, cache_bytes: int):
         """Both constructors' second half. `processor`: where tokenizer and image processor are."""
         chain_tokenizer = ChainTokenizer(
             _load(AutoTokenizer, processor),
@@ -159,6 +161,7 @@ class ProcessRewardModel(nn.Module):
             backbone.config,
             max_length=config.max_length,
             max_image_side=config.max_image_side,
+            cache_bytes=cache_bytes,
         )
         if config.freeze_vision:
             base = backbone.get_base_model() if config.lora_rank else backbone
@@ -180,10 +183,18 @@ class ProcessRewardModel(nn.Module):
         save_file(head, folder / HEAD_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, image_features: Sequence[Tensor] | None = None) -> Tensor:
         """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
-        autocast, the head never does."""
-        hidden = self.backbone(**batch.model_inputs(), use_cache=False).last_hidden_state  # [B, T, D]
+        autocast, the head never does.
+
+        image_features: one [image tokens, D] for each of the batch's images, what the vision tower makes of it, where
+        that is known already; the batch's own `pixel_values` are then not read.
+        """
+        inputs = batch.model_inputs()
+        if image_features is not None:
+            del inputs["pixel_values"]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(image_features))}
+        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
         ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
         at_ends = hidden.gather(1, ends)  # [B, S, D]
         # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
@@ -196,7 +207,8 @@ class ProcessRewardModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Step logits [N, S] and step mask [N, S] of N chains on the CPU, `batch_size` chains at a time.
 
-        Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
+        Neighbours with the same image share its features: the vision tower sees it once, however many batches they
+        fill. Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
         images. Raises UserError as `ChainTokenizer.encode` does.
         """
         steps = max((len(chain.steps) for chain in chains), default=0)
@@ -204,12 +216,17 @@ class ProcessRewardModel(nn.Module):
         logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)
         was_training = self.training
         self.eval()
+        features = _ImageFeatures(self)
         try:
             with torch.inference_mode():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
-                    batch = collate([self.chain_tokenizer.encode(chain, pixels) for chain in part])
-                    z = self(batch.to(self.score_head.weight.device))
+                    encoded = [self.chain_tokenizer.encode(chain, pixels) for chain in part]
+                    known = features.of([item.pixels for item in encoded if item.pixels is not None])
+                    if known is not None:
+                        encoded = [replace(item, pixels=item.pixels and item.pixels.grid_only()) for item in encoded]
+                    batch = collate(encoded)
+                    z = self(batch.to(self.score_head.weight.device), known)
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask
         finally:
@@ -252,6 +269,31 @@ class ProcessRewardModel(nn.Module):
         values = aggregate(logits, mask, aggregation or self.config.aggregation).tolist()  # of the distinct ones
         place = {text: index for index, text in enumerate(distinct)}
         return sorted(range(len(responses)), key=lambda i: -values[place[responses[i]]])
+
+
+class _ImageFeatures:
+    """What the vision tower makes of images, each seen once as long as every batch asks for it again."""
+
+    def __init__(self, model: ProcessRewardModel):
+        self.model = model
+        self.known: dict[int, tuple[Pixels, Tensor]] = {}  # by id; the pixels are kept, so no other gets their id
+
+    def of(self, images: Sequence[Pixels]) -> list[Tensor] | None:
+        """Features [image tokens, D] of each image, on the model's device; None if there is no image, or if the model
+        wants more of the tower than its last layer (as Qwen3-VL does)."""
+        if not images or hasattr(self.model.backbone.config.vision_config, "deepstack_visual_indexes"):
+            return None
+        wanted = {id(image): image for image in images}
+        new = [image for key, image in wanted.items() if key not in self.known]
+        made: Sequence[Tensor] = ()
+        if new:
+            device = self.model.score_head.weight.device
+            values = torch.cat([image.values for image in new]).to(device)  # [P, C]
+            grids = torch.cat([image.grid for image in new]).to(device)  # [I, 3]
+            made = self.model.backbone.get_image_features(values, grids, return_dict=True).pooler_output
+        found = self.known | {id(image): (image, tensor) for image, tensor in zip(new, made, strict=True)}
+        self.known = {key: found[key] for key in wanted}
+        return [self.known[id(image)][1] for image in images]
 
 
 def _read_config(folder: Path) -> PRMConfig:

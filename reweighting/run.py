@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from reweighting.arguments import learns_weights
 from reweighting.chains import Batch, Chain, collate, meta_chains, training_chains
 from reweighting.checkpoints import check_same_run, load_latest_checkpoint
+from reweighting.devices import choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
@@ -22,21 +23,6 @@ from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.sampling import EpochStream, WindowSampler
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best that is there. Raises UserError if it is not there."""
-    if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise UserError("--device meta: nothing can be computed there")
-    return device
 
 
 def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:
@@ -123,7 +109,7 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
         check_same_run(state, settings)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    precision = choose_precision(args.precision, device)
 
     train, domains = training_chains(train_rows, args.train_json_file)
     fixed_weights = read_fixed_weights(args, domains)

@@ -1,0 +1,30 @@
+"""Where a model computes, and how exactly."""
+
+import torch
+
+from reweighting.errors import UserError
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the best that is there. Raises UserError if it is not there."""
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UserError("--device meta: nothing can be computed there")
+    return device
+
+
+def choose_precision(name: str | None, device: torch.device) -> str:
+    """The named precision, or bf16 on a GPU of CUDA and fp32 elsewhere."""
+    return name or ("bf16" if device.type == "cuda" else "fp32")
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which `bf16` computes in bfloat16 where that is safe, and `fp32` as it is."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
