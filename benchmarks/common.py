@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -23,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from demo_world.pictures import draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
-from reweighting.best_of_n import best_of_n_accuracy, score_candidates  # noqa: E402
+from reweighting.candidates import best_of_n_accuracy, choice_outcomes, score_candidates, stated_answers  # noqa: E402
 from reweighting.chains import Chain  # noqa: E402
-from reweighting.figures import ranks, spearman  # noqa: E402
+from reweighting.metrics import auc, spearman  # noqa: E402
 from reweighting.records import load_candidate_rows  # noqa: E402
 from reweighting.reward_model import ProcessRewardModel  # noqa: E402
 
@@ -79,13 +78,6 @@ def learned_weights(output: Path) -> dict[str, float]:
     return json.loads((output / "domain_weights.json").read_text())["weights"]
 
 
-def auc(scores, truth) -> float:
-    """The probability that a true one scores higher than a false one (ties count half)."""
-    truth = np.asarray(truth, bool)
-    right, wrong = int(truth.sum()), int((~truth).sum())
-    return float((ranks(np.asarray(scores))[truth].sum() - right * (right + 1) / 2) / (right * wrong))
-
-
 def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str, float]:
     """How the weights rank the domains: Spearman with quality, and AUC of telling the better half from the worse."""
     names = sorted(quality)
@@ -132,18 +124,10 @@ def best_of(model: ProcessRewardModel, data: Path) -> dict[str, float]:
     """Accuracy of the chosen answer among the first N on `test.json`, and what needs no model to compare with."""
     rows = load_candidate_rows(data / "test.json")
     scored, right = score_candidates(model, rows), [row.true_false for row in rows]
-
-    def majority(row) -> float:
-        counts = Counter(row.answers)
-        top = [answer for answer, votes in counts.items() if votes == max(counts.values())]
-        return sum(dict(zip(row.answers, row.true_false, strict=True))[answer] for answer in top) / len(top)
-
+    found = [choice_outcomes(*one, r, stated_answers(row), 8) for one, r, row in zip(scored, right, rows, strict=True)]
     result = {f"best_of_{n}": best_of_n_accuracy(scored, right, n) for n in (1, 2, 4, 8)}
-    return result | {
-        "pass@1": float(np.mean([np.mean(r) for r in right])),
-        "majority_of_8": float(np.mean([majority(row) for row in rows])),
-        "pass@8": float(np.mean([any(r) for r in right])),
-    }
+    names = {"pass@1": "pass@1", "majority_of_8": "majority vote", "pass@8": "pass@N"}
+    return result | {name: float(np.mean([outcomes[way] for outcomes in found])) for name, way in names.items()}
 
 
 def write_results(name: str, content: dict) -> Path:

@@ -1,34 +1,115 @@
-"""Use the reward model: choose the best of N candidate answers to a question."""
+"""Choose the best of N candidate answers to each question, and report how well that works.
 
-from collections.abc import Sequence
+python reweighting/best_of_n.py --weights_path weights --candidates_json_file data/test.json --output selections.json
+"""
 
-import torch
-from torch import Tensor
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-from reweighting.aggregation import aggregate
-from reweighting.chains import candidate_chains
-from reweighting.reward_model import ProcessRewardModel
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from reweighting.errors import run_command  # noqa: E402
+from reweighting.json_stream import iterate_rows  # noqa: E402
+from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
+from reweighting.use_arguments import BEST_OF_N, parse_use_arguments  # noqa: E402
 
-def score_candidates(model: ProcessRewardModel, rows: Sequence, batch_size: int = 32) -> list[tuple[Tensor, Tensor]]:
-    """For each row its candidates' step logits [N, S] and step mask [N, S], on the CPU.
-
-    rows: CandidateRow objects. batch_size: chains in a forward pass; it changes no score beyond rounding.
-    """
-    chains = [candidate_chains(row) for row in rows]
-    logits, mask = model.chain_logits([chain for group in chains for chain in group], batch_size)
-    counts = [len(group) for group in chains]
-    return list(zip(logits.split(counts), mask.split(counts), strict=True))
-
-
-def choose(scored: Sequence[tuple[Tensor, Tensor]], n: int, aggregation: str = "mean_logit") -> list[int]:
-    """The index of the best among each question's first `n` candidates (of equals, the first)."""
-    return [int(aggregate(z[:n], mask[:n], aggregation).argmax()) for z, mask in scored]
+BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
+SHOWN = 10  # choices in the table where nobody knows which answers are right
 
 
-def best_of_n_accuracy(
-    scored: Sequence[tuple[Tensor, Tensor]], right: Sequence[Sequence[bool]], n: int, aggregation: str = "mean_logit"
-) -> float:
-    """The share of questions whose chosen candidate is right."""
-    chosen = choose(scored, n, aggregation)
-    return torch.tensor([float(r[c]) for r, c in zip(right, chosen, strict=True)]).mean().item()
+def main(argv: list[str]) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
+    args = parse_use_arguments("best_of_n.py", __doc__, BEST_OF_N, argv)
+    count = sum(1 for _ in iterate_candidate_rows(args.candidates_json_file, args.image_root))
+
+    from reweighting.checkpoints import digest
+    from reweighting.scoring import Scorer, model_folder
+    from reweighting.selections import Selections
+
+    scorer = Scorer(args)
+    files = sorted(path for path in model_folder(args.weights_path).iterdir() if path.is_file())
+    settings = {
+        "reward model": digest(*files),
+        "input": digest(Path(args.candidates_json_file)),
+        "aggregation_function": scorer.aggregation,
+        "precision": scorer.precision,
+    }
+    selections = Selections(Path(args.output), settings)
+    if not selections.finished:
+        score_rest(scorer, args, selections, count)
+    print(f"{count} questions, choices by {scorer.aggregation}: {args.output}")
+    report(args, scorer.aggregation, Path(args.output))
+
+
+def score_rest(scorer, args, selections, count: int) -> None:
+    """Score the rows that the selections lack, and write them as they come."""
+    from tqdm import tqdm
+
+    if selections.done:
+        print(f"{args.output}: {selections.done} of {count} questions are there; going on behind them")
+    # Its images have been looked at just now.
+    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
+    with tqdm(total=count, initial=selections.done, unit=" questions", mininterval=1) as bar:
+        for block in blocks(rows, selections.done, BATCHES_IN_A_BLOCK * args.batch_size):
+            selections.append(select(scorer, block, args.batch_size, args.candidates_json_file))
+            bar.update(len(block))
+    selections.finish()
+
+
+def blocks(rows: Iterator[CandidateRow], skip: int, size: int) -> Iterator[list[CandidateRow]]:
+    """The rows behind the first `skip`, in lists of about `size` candidates together."""
+    block: list[CandidateRow] = []
+    for row in rows:
+        if row.index < skip:
+            continue
+        block.append(row)
+        if sum(len(member.candidates) for member in block) >= size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def select(scorer, rows: list[CandidateRow], batch_size: int, source: str) -> list[dict]:
+    """A row of the output for each row."""
+    from reweighting.aggregation import aggregate
+    from reweighting.candidates import score_candidates
+
+    with scorer.autocast():
+        scored = score_candidates(scorer.model, rows, batch_size, source)
+    chosen = []
+    for row, (z, mask) in zip(rows, scored, strict=True):
+        aggregates = aggregate(z, mask, scorer.aggregation)
+        # Scores in double precision: logits can be read off them again.
+        scores = [s[m].tolist() for s, m in zip(z.double().sigmoid(), mask, strict=True)]
+        best = int(aggregates.argmax())
+        chosen.append({"id": row.id, "chosen": best, "aggregates": aggregates.tolist(), "scores": scores})
+    return chosen
+
+
+def report(args, aggregation: str, output: Path) -> None:
+    """Print, and write beside the output, what each way of choosing gets; or a few choices if that is not known."""
+    import json
+
+    from reweighting.best_of_n_report import measure, table
+    from reweighting.selections import sidecar
+
+    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
+    results = measure(zip(rows, iterate_rows(output), strict=True), aggregation)
+    if not results:
+        print("no row says which candidates are right (`true_false`, or `ground_truth` and `Final answer:`)")
+        for chosen, _ in zip(iterate_rows(output), range(SHOWN), strict=False):
+            best = chosen["aggregates"][chosen["chosen"]]
+            print(f"  {chosen['id']}: candidate {chosen['chosen']} of {len(chosen['scores'])}, aggregate {best:.3f}")
+        return
+    print(table(results))
+    path = sidecar(output, ".metrics")
+    path.write_text(json.dumps({"aggregation_function": aggregation, "best_of": results}, indent=1) + "\n")
+    print(f"the same as JSON: {path}")
+
+
+if __name__ == "__main__":
+    run_command(main, "the same command goes on from there")

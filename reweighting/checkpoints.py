@@ -3,6 +3,7 @@
 The state is tensors, numbers, text and plain containers: it loads with `weights_only=True`, so no code is unpickled.
 """
 
+import hashlib
 import os
 import random
 import shutil
@@ -83,3 +84,12 @@ def load_latest_checkpoint(folder: Path) -> dict:
         raise UserError(
             f"--resume: {places[-1]} is damaged ({error}); delete it to resume from an earlier one"
         ) from error
+
+
+def digest(*files: Path) -> str:
+    """A digest of the files' bytes, in this order."""
+    together = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            together.update(hashlib.file_digest(file, "sha256").digest())
+    return together.hexdigest()

@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from reweighting.metrics import spearman
+
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the pale yellow.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#444444")
@@ -117,18 +119,6 @@ def draw_weights_against_quality(
     axes.set_title(f"Spearman's ρ = {spearman(x, y):.2f}, {len(names)} domains", fontsize=TEXT + 1, loc="left")
     _label_points(figure, axes, [_shown(name) for name in names], x, y, bars)
     _save(figure, path)
-
-
-def spearman(x, y) -> float:
-    """Spearman's rank correlation, ties given their mean rank; NaN if either side is constant."""
-    x, y = (r - r.mean() for r in (ranks(np.asarray(x)), ranks(np.asarray(y))))
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / scale) if scale > 0 else float("nan")
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values share the mean of theirs."""
-    return (values < values[:, None]).sum(1) + ((values == values[:, None]).sum(1) + 1) / 2
 
 
 def smoothed(values, width: int) -> np.ndarray:

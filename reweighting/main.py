@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `rewe
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from reweighting.arguments import learns_weights, parse_arguments  # noqa: E402
-from reweighting.errors import UserError  # noqa: E402
+from reweighting.errors import run_command  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
@@ -35,12 +35,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    run_command(main, "the same command with --resume goes on from the last checkpoint")

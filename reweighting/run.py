@@ -1,6 +1,5 @@
 """Puts a run together: rows -> chains -> model -> the two problems -> the engine."""
 
-import hashlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
 from reweighting.chains import Batch, Chain, collate, meta_chains, training_chains
-from reweighting.checkpoints import check_same_run, load_latest_checkpoint
+from reweighting.checkpoints import check_same_run, digest, load_latest_checkpoint
 from reweighting.devices import choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
@@ -95,7 +94,7 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
 def data_digest(args: Namespace) -> str:
     """A digest of the JSON files' bytes: another file of the same name is another run."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
-    return hashlib.sha256(b"".join(hashlib.sha256(Path(name).read_bytes()).digest() for name in names)).hexdigest()
+    return digest(*map(Path, names))
 
 
 def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> ReweightingEngine:

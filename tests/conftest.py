@@ -17,3 +17,17 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     make_demo(folder, seed=5, quality=QUALITY, train=200, meta=20, test=6, n=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def weights_path(tmp_path_factory):
+    """The folder of a run whose model has the embedded backbone and a head that is not trained but not small."""
+    from reweighting.arguments import EMBEDDED_BACKBONE
+    from reweighting.reward_model import ProcessRewardModel
+
+    torch.manual_seed(0)
+    model = ProcessRewardModel.from_backbone(EMBEDDED_BACKBONE)
+    torch.nn.init.normal_(model.score_head.weight, std=0.3)
+    folder = tmp_path_factory.mktemp("weights")
+    model.save_pretrained(folder / "prm")
+    return folder

@@ -6,7 +6,7 @@ import torch
 from demo_world.pictures import KINDS
 
 from reweighting.arguments import EMBEDDED_BACKBONE
-from reweighting.best_of_n import best_of_n_accuracy, choose, score_candidates
+from reweighting.candidates import best_of_n_accuracy, choose, score_candidates
 from reweighting.chains import Chain, candidate_chains, collate
 from reweighting.records import load_candidate_rows
 from reweighting.reward_model import ProcessRewardModel

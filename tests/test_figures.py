@@ -1,16 +1,14 @@
 """Figures are valid, of sensible size, the same bytes each time, and what they compute is right."""
 
 import json
-import math
 import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from reweighting.figures import draw_run, draw_weights_against_quality, smoothed, spearman, spread_out
+from reweighting.figures import draw_run, draw_weights_against_quality, smoothed, spread_out
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,18 +81,6 @@ def test_weights_against_quality(tmp_path):
     for path in (plain, spread):
         check_picture(path)
     assert plain.read_bytes() == again.read_bytes() != spread.read_bytes()
-
-
-def test_spearman_by_hand():
-    assert spearman([1, 2, 3, 4], [10, 100, 1000, 10000]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    # Rank differences 0, 1, 1, 0, 0: 1 - 6 * 2 / (5 * 24).
-    assert spearman([1, 2, 3, 4, 5], [1, 3, 2, 4, 5]) == pytest.approx(0.9)
-    # Ties share a rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4. Their deviations give 4.5 / sqrt(4.5 * 5).
-    assert spearman([1, 7, 7, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    # Ties on both sides: 1.5, 1.5, 3.5, 3.5 against 1, 3, 3, 3 -> 2 / sqrt(4 * 3).
-    assert spearman([0, 0, 1, 1], [5, 6, 6, 6]) == pytest.approx(2 / math.sqrt(12))
-    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
 
 
 def test_names_are_spread_as_little_as_needed():
