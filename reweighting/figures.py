@@ -1,6 +1,7 @@
 """Figures of a run, drawn from the files that the run wrote.
 
     draw_run(Path("weights"))                # history.jsonl, domain_weights.json -> weights/figures/*.png
+    draw_reliability(reliability(scores, truth), error, Path("evaluation/reliability.png"))
     draw_weights_against_quality(weights, quality, Path("figs/weights_against_quality.png"))
 
 Nothing here touches matplotlib's global state; the same input gives the same bytes.
@@ -97,6 +98,22 @@ def draw_losses(history: list[dict], path: Path) -> None:
         note = f" (bold: mean of {2 * width + 1} updates)" if width else ""
         axes.set_title(title, fontsize=TEXT + 1, loc="left")
         axes.set(xlabel=f"optimizer steps{note}", xlim=(0, 1.02 * steps[-1]))
+    _save(figure, path)
+
+
+def draw_reliability(bins: list[dict[str, float]], error: float, path: Path) -> None:
+    """Mean accuracy against mean score of each bin of `metrics.reliability`; a point's area is its share of the steps.
+
+    error: the expected calibration error, for the title.
+    """
+    score, truth, count = (np.array([b[name] for b in bins], float) for name in ("score", "truth", "count"))
+    figure, axes = _figure(4.8, 4.4)
+    axes.plot((0, 1), (0, 1), color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(score, truth, color=BLUE, linewidth=1.5, zorder=2)
+    axes.scatter(score, truth, s=20 + 300 * count / count.sum(), color=BLUE, edgecolor="white", zorder=3)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set(xlabel="score (dashed: as it should be)", ylabel="mean accuracy")
+    axes.set_title(f"expected calibration error {error:.3f}, {int(count.sum())} steps", fontsize=TEXT + 1, loc="left")
     _save(figure, path)
 
 

@@ -62,6 +62,12 @@ class TrainingRow(Row):
     times: OptionalCount = None
 
 
+class EvaluationRow(TrainingRow):
+    """A training row that may say whether its last step is right, which its accuracy only suggests."""
+
+    correct: bool | None = Field(None, description="true, false or null")
+
+
 class MetaRow(Row):
     """One whole response and whether its final answer is right."""
 
@@ -124,6 +130,11 @@ def load_meta_rows(path: str | Path, image_root: str | Path | None = None) -> li
             "each. From one kind alone nothing can be told apart: add rows of the other kind."
         )
     return rows
+
+
+def load_evaluation_rows(path: str | Path, image_root: str | Path | None = None) -> list[EvaluationRow]:
+    """Reads and checks a file of rows with step labels, images as in `load_training_rows`; or raises `UserError`."""
+    return _load_rows(EvaluationRow, path, image_root)
 
 
 def load_candidate_rows(path: str | Path, image_root: str | Path | None = None) -> list[CandidateRow]:

@@ -1,0 +1,72 @@
+"""Evaluate a reward model step by step, on rows with step labels.
+
+python reweighting/evaluate.py --weights_path weights --eval_json_file held_out.json --output evaluation
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from reweighting.errors import UserError, run_command  # noqa: E402
+from reweighting.records import load_evaluation_rows  # noqa: E402
+from reweighting.use_arguments import EVALUATE, parse_use_arguments  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
+    args = parse_use_arguments("evaluate.py", __doc__, EVALUATE, argv)
+    rows = load_evaluation_rows(args.eval_json_file, args.image_root)
+    dev_source = args.dev_json_file or args.eval_json_file
+    dev_rows = load_evaluation_rows(args.dev_json_file, args.image_root) if args.dev_json_file else None
+
+    from reweighting.figures import draw_reliability
+    from reweighting.metrics import reliability
+    from reweighting.scoring import Scorer
+    from reweighting.step_evaluation import choose_thresholds, evaluate_domains, score_rows, split, table
+
+    if dev_rows is None:
+        dev_rows, rows = split(rows)
+        if not dev_rows or not rows:
+            raise UserError(f"{args.eval_json_file}: too few questions to split; name others with --dev_json_file.")
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written: {error.strerror or error}") from error
+    scorer = Scorer(args)
+    with scorer.autocast():
+        dev = score_rows(scorer.model, dev_rows, args.threshold, args.batch_size, dev_source)
+        chains = score_rows(scorer.model, rows, args.threshold, args.batch_size, args.eval_json_file)
+    thresholds = choose_thresholds(dev, dev_source)
+    results = evaluate_domains(chains, thresholds)
+    scores = [score for chain in chains for score in chain.scores]
+    bins = reliability(scores, [accuracy for chain in chains for accuracy in chain.accuracies])
+    draw_reliability(bins, results["all"]["calibration_error"], folder / "reliability.png")
+    content = {
+        "settings": vars(args),
+        "thresholds": thresholds | {"chosen_on_chains": len(dev)},
+        "results": results,
+        "reliability": bins,
+    }
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(table(results))
+    print(f"PB: ProcessBench, the first wrong step. Thresholds from {len(dev)} other chains. {path}, reliability.png")
+
+
+def _without_nan(value):
+    """The value with null for every number that is not defined, which JSON cannot carry."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    run_command(main, "nothing has been written")

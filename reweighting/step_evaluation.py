@@ -1,0 +1,134 @@
+"""Step scores against step labels: per domain and over all, with thresholds that come from other questions."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reweighting.chains import Chain, training_chains
+from reweighting.errors import UserError
+from reweighting.metrics import (
+    auc,
+    average_precision,
+    best_f1_threshold,
+    best_process_bench_threshold,
+    expected_calibration_error,
+    f1,
+    process_bench,
+)
+from reweighting.records import EvaluationRow
+from reweighting.reward_model import ProcessRewardModel
+
+
+@dataclass(frozen=True)
+class ScoredChain:
+    """The labelled steps of a chain: `scores`, `accuracies` and whether they are `right`, one each; and its domain."""
+
+    domain: str
+    scores: list[float]
+    accuracies: list[float]
+    right: list[bool]
+
+    @property
+    def first_wrong(self) -> int:
+        """The first labelled step that is not right, -1 if all are."""
+        return self.right.index(False) if False in self.right else -1
+
+
+def split(rows: Sequence[EvaluationRow]) -> tuple[list[EvaluationRow], list[EvaluationRow]]:
+    """A third of the questions, and the others. It depends on domain, question and image only, not on the order."""
+    parts: tuple[list, list] = [], []
+    for row in rows:
+        key = "\n".join((row.dataset, row.input, str(row.image_path)))
+        parts[hashlib.sha256(key.encode()).digest()[0] % 3 > 0].append(row)
+    return parts
+
+
+def score_rows(
+    model: ProcessRewardModel, rows: Sequence[EvaluationRow], threshold: float, batch_size: int, source: str
+) -> list[ScoredChain]:
+    """Merge the rows into chains and score them.
+
+    threshold: a step whose row has no `correct` is right if its accuracy is above this. source: the file, for error
+    messages. Raises UserError as `ProcessRewardModel.chain_logits` does.
+    """
+    row_of = {row.index: row for row in rows}
+    chains, domains = training_chains(rows, source)
+    logits, _ = model.chain_logits(chains, batch_size)
+    scored = []
+    for chain, z in zip(chains, logits.double().sigmoid().tolist(), strict=True):
+        labelled = [row_of[index] for index in chain.rows]
+        right = [row.accuracy > threshold if row.correct is None else row.correct for row in labelled]
+        accuracies = [row.accuracy for row in labelled]
+        scored.append(
+            ScoredChain(domains[chain.domain], [z[step] for step in labelled_steps(chain)], accuracies, right)
+        )
+    return scored
+
+
+def labelled_steps(chain: Chain) -> list[int]:
+    """The steps of a training chain that a row labels, in order."""
+    return [step for step, target in enumerate(chain.targets) if not math.isnan(target)]
+
+
+def choose_thresholds(dev: Sequence[ScoredChain], source: str) -> dict[str, float]:
+    """The thresholds of the best `f1` and `process_bench`. Raises UserError if right or wrong steps are missing."""
+    scores, right = _steps(dev)
+    if not right.any() or all(right):
+        kind = "right" if right.any() else "wrong"
+        raise UserError(f"{source}: all {len(right)} steps to choose thresholds on are {kind}; both kinds are needed.")
+    first = [chain.first_wrong for chain in dev]
+    if max(first) < 0 or min(first) >= 0:
+        raise UserError(f"{source}: thresholds need answers with and without a wrong step; one kind is missing.")
+    chains = [chain.scores for chain in dev]
+    return {"f1": best_f1_threshold(scores, right), "process_bench": best_process_bench_threshold(chains, first)}
+
+
+def evaluate_domains(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dict[str, dict]:
+    """The numbers of `evaluate` over all chains ("all") and for each domain."""
+    domains = sorted({chain.domain for chain in chains})
+    parts = {name: [chain for chain in chains if chain.domain == name] for name in domains}
+    return {"all": evaluate(chains, thresholds)} | {name: evaluate(part, thresholds) for name, part in parts.items()}
+
+
+def evaluate(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dict:
+    """How well the scores tell right steps from wrong ones; NaN where one kind is missing.
+
+    `right` is their share, which is also what `average_precision` is by chance. `calibration_error` compares scores
+    with accuracies, which they estimate.
+    """
+    scores, right = _steps(chains)
+    return {
+        "chains": len(chains),
+        "steps": len(scores),
+        "right": float(right.mean()),
+        "auc": auc(scores, right),
+        "average_precision": average_precision(scores, right),
+        "f1": f1(scores, right, thresholds["f1"]),
+        "process_bench": process_bench(
+            [chain.scores for chain in chains], [chain.first_wrong for chain in chains], thresholds["process_bench"]
+        ),
+        "calibration_error": expected_calibration_error(scores, [a for chain in chains for a in chain.accuracies]),
+    }
+
+
+def _steps(chains: Sequence[ScoredChain]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rightness of all labelled steps."""
+    scores = np.array([score for chain in chains for score in chain.scores])
+    return scores, np.array([right for chain in chains for right in chain.right], bool)
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as lines of text, a domain a row; `–` where a number is not defined."""
+    names = ("steps", "right", "AUC", "av. prec.", "F1", "PB error", "PB correct", "PB F1", "calib. error")
+    width = max(map(len, results))
+    lines = [" " * (width + 2) + "".join(f"{name:>13}" for name in names)]
+    for domain, found in results.items():
+        bench = found["process_bench"]
+        values = [found[name] for name in ("right", "auc", "average_precision", "f1")]
+        values += [bench["error"], bench["correct"], bench["f1"], found["calibration_error"]]
+        shown = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
+        lines.append(f"  {domain:<{width}}" + "".join(f"{cell:>13}" for cell in (found["steps"], *shown)))
+    return "\n".join(lines)
