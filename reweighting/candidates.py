@@ -14,7 +14,6 @@ from torch import Tensor
 
 from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.chains import candidate_chains
-from reweighting.errors import UserError
 from reweighting.records import CandidateRow
 from reweighting.reward_model import ProcessRewardModel
 
@@ -39,8 +38,6 @@ def score_candidates(
                 place[i, chain.steps] = len(chains)
                 chains.append(chain)
     logits, mask = model.chain_logits(chains, batch_size)
-    if not logits.isfinite().all():
-        raise UserError("the reward model gives scores that are no numbers: its training may have diverged.")
     scored = []
     for i, row in enumerate(rows):
         members = [place[i, chain.steps] for chain in candidate_chains(row)]

@@ -209,7 +209,7 @@ class ProcessRewardModel(nn.Module):
 
         Neighbours with the same image share its features: the vision tower sees it once, however many batches they
         fill. Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
-        images. Raises UserError as `ChainTokenizer.encode` does.
+        images. Raises UserError as `ChainTokenizer.encode` does, and if a score is no number.
         """
         steps = max((len(chain.steps) for chain in chains), default=0)
         # Made outside inference mode, so that the caller may go on computing with them in any way.
@@ -231,6 +231,8 @@ class ProcessRewardModel(nn.Module):
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask
         finally:
             self.train(was_training)
+        if not logits.isfinite().all():
+            raise UserError("the reward model gives scores that are no numbers: its training may have diverged.")
         return logits, mask
 
     def score(self, image: str | Path | Image.Image | None, question: str, steps: str | Sequence[str]) -> list[float]:

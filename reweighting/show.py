@@ -1,0 +1,60 @@
+"""Look at one question: its candidates, their steps coloured by score, and the choice, as one HTML page.
+
+python reweighting/show.py --weights_path weights --candidates_json_file data/test.json --id 3 --output answer.html
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from reweighting.errors import UserError, run_command  # noqa: E402
+from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
+from reweighting.use_arguments import SHOW, parse_use_arguments  # noqa: E402
+
+
+def main(argv: list[str]) -> None:
+    """Run the command. Raises UserError for what the user can mend."""
+    args = parse_use_arguments("show.py", __doc__, SHOW, argv)
+    row = find(args)
+
+    from reweighting.aggregation import aggregate
+    from reweighting.candidates import right_or_wrong, score_candidates
+    from reweighting.chains import candidate_chains
+    from reweighting.page import page
+    from reweighting.scoring import Scorer
+
+    scorer = Scorer(args)
+    with scorer.autocast():
+        z, mask = score_candidates(scorer.model, [row], args.batch_size, args.candidates_json_file)[0]
+    aggregates = aggregate(z, mask, scorer.aggregation)
+    chains = candidate_chains(row)
+    text = page(
+        chains[0].question,
+        row.image,
+        [chain.steps for chain in chains],
+        [s[m].tolist() for s, m in zip(z.sigmoid(), mask, strict=True)],
+        aggregates.tolist(),
+        int(aggregates.argmax()),
+        scorer.aggregation,
+        right_or_wrong(row),
+    )
+    try:
+        Path(args.output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {args.output}: cannot be written: {error.strerror or error}") from error
+    print(f"{args.output}: candidate {int(aggregates.argmax()) + 1} of {len(chains)} is chosen")
+
+
+def find(args) -> CandidateRow:
+    """The first row with the `id` that is asked for. Raises UserError if there is none."""
+    for row in iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False):
+        if str(row.id) == args.id:
+            return row
+    raise UserError(f"{args.candidates_json_file}: no row has the id {args.id}. Ids are the rows' `id` fields.")
+
+
+if __name__ == "__main__":
+    run_command(main, "nothing has been written")

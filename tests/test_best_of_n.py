@@ -1,0 +1,180 @@
+"""best_of_n.py: the real command, its output, resuming, streaming and refusals."""
+
+import json
+import math
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from reweighting.best_of_n import main
+from reweighting.best_of_n_report import logits_of, measure
+from reweighting.candidates import score_candidates
+from reweighting.errors import UserError
+from reweighting.records import CandidateRow, iterate_candidate_rows, load_candidate_rows
+from reweighting.reward_model import ProcessRewardModel
+from reweighting.selections import Selections
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]:
+    files = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "test.json")]
+    return [*files, "--output", str(output), "--batch_size", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(demo, weights_path, tmp_path_factory):
+    """What the real command wrote and printed."""
+    output = tmp_path_factory.mktemp("selections") / "selections.json"
+    command = [sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *flags(demo, weights_path, output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_what_the_command_writes(finished, demo, weights_path):
+    output, stdout = finished
+    rows, selections = load_candidate_rows(demo / "test.json"), json.loads(output.read_text())
+    model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+    for row, choice in zip(rows, selections, strict=True):
+        assert list(choice) == ["id", "chosen", "aggregates", "scores"] and choice["id"] == row.id
+        for response, aggregate, scores in zip(row.candidates, choice["aggregates"], choice["scores"], strict=True):
+            assert scores == pytest.approx(model.score(row.image, row.input, response), abs=1e-5)
+            assert aggregate == pytest.approx(sum(math.log(s / (1 - s)) for s in scores) / len(scores), abs=1e-4)
+        assert choice["chosen"] == choice["aggregates"].index(max(choice["aggregates"]))
+    metrics = json.loads(output.with_name("selections.json.metrics").read_text())["best_of"]
+    assert list(metrics) == ["1", "2", "4"] and metrics["4"]["questions"] == len(rows)
+    chosen = [row.true_false[choice["chosen"]] for row, choice in zip(rows, selections, strict=True)]
+    assert metrics["4"]["ways"]["best of N, mean_logit"]["mean"] == pytest.approx(sum(chosen) / len(chosen))
+    best = metrics["4"]["ways"]["pass@N"]
+    assert best["mean"] == sum(any(row.true_false) for row in rows) / len(rows)
+    assert 0 <= best["low"] <= best["mean"] <= best["high"] <= 1
+    assert "best of N, product" in stdout and "N = 4" in stdout
+
+
+def test_logits_are_read_off_the_scores_again(finished, demo, weights_path):
+    rows, selections = load_candidate_rows(demo / "test.json"), json.loads(finished[0].read_text())
+    model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+    for (z, mask), choice in zip(score_candidates(model, rows), selections, strict=True):
+        read, read_mask = logits_of(choice["scores"])
+        assert (read_mask == mask).all() and (read - z)[mask].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["cut.json", "cut.jsonl"])
+def test_a_cut_off_file_is_continued_and_nothing_is_scored_twice(demo, weights_path, tmp_path, monkeypatch, name):
+    whole, cut = tmp_path / f"whole{Path(name).suffix}", tmp_path / name
+    main(flags(demo, weights_path, whole, "--aggregation_function", "min"))
+    scored = []
+    chain_logits = ProcessRewardModel.chain_logits
+
+    def counted(self, chains, *more):
+        scored.extend(chain.rows[0] for chain in chains)
+        return chain_logits(self, chains, *more)
+
+    monkeypatch.setattr(ProcessRewardModel, "chain_logits", counted)
+    append, blocks = Selections.append, []
+
+    def killed(self, rows):
+        append(self, rows)
+        blocks.append(self.done)
+        if len(blocks) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Selections, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(demo, weights_path, cut, "--aggregation_function", "min"))
+    assert 0 < blocks[-1] < 6
+    cut.write_bytes(cut.read_bytes() + b'{"id": 4, "chosen": 1, "aggre')  # the row that a kill cut off
+    scored.clear()
+    monkeypatch.setattr(Selections, "append", append)
+    main(flags(demo, weights_path, cut, "--aggregation_function", "min"))
+    assert set(scored) == set(range(blocks[-1], 6))
+    assert cut.read_bytes() == whole.read_bytes()
+    scored.clear()
+    main(flags(demo, weights_path, cut, "--aggregation_function", "min"))
+    assert not scored and cut.read_bytes() == whole.read_bytes()
+
+
+def test_another_runs_file_is_refused_and_left_alone(demo, weights_path, finished, tmp_path):
+    output, before = finished[0], finished[0].read_bytes()
+    with pytest.raises(UserError, match="whose aggregation_function was another.*--output"):
+        main(flags(demo, weights_path, output, "--aggregation_function", "last"))
+    rows = json.loads((demo / "test.json").read_text())
+    (demo / "fewer.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(UserError, match="whose input was another"):
+        main(flags(demo, weights_path, output, "--candidates_json_file", str(demo / "fewer.json")))
+    assert output.read_bytes() == before
+    (tmp_path / "mine.json").write_text("[1]")
+    with pytest.raises(UserError, match="not known to be a run's"):
+        main(flags(demo, weights_path, tmp_path / "mine.json"))
+    assert (tmp_path / "mine.json").read_text() == "[1]"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--aggregation_function", "median"), "--aggregation_function: found median, allowed: mean_logit"),
+        (("--batch_size", "0"), "--batch_size: found 0"),
+        (("--weights_path", "nowhere"), "nowhere"),
+        (("--candidates_json_file", "none.json"), "none.json: no such file"),
+        (("--output", "/proc/nothing/x.json"), "cannot be written"),
+    ],
+)
+def test_what_the_user_can_mend(demo, weights_path, tmp_path, more, said):
+    with pytest.raises(UserError, match=said):
+        main(flags(demo, weights_path, tmp_path / "out.json", *more))
+
+
+def test_a_wrong_row_ends_the_command_with_2_before_anything_is_written(demo, weights_path, tmp_path):
+    rows = json.loads((demo / "test.json").read_text())
+    rows[3]["candidates"] = []
+    (demo / "wrong.json").write_text(json.dumps(rows))
+    arguments = flags(demo, weights_path, tmp_path / "out.json", "--candidates_json_file", str(demo / "wrong.json"))
+    command = [sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "row 3: candidates: found []" in done.stderr and not (tmp_path / "out.json").exists()
+
+
+def test_without_known_answers_there_are_choices_and_no_metrics(demo, weights_path, tmp_path, capsys):
+    rows = json.loads((demo / "test.json").read_text())[:2]
+    for row in rows:
+        del row["true_false"], row["ground_truth"]
+    (demo / "unknown.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = flags(demo, weights_path, tmp_path / "o.jsonl", "--candidates_json_file", str(demo / "unknown.jsonl"))
+    main(arguments)
+    assert "no row says which candidates are right" in capsys.readouterr().out
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "o.jsonl.metrics").exists()
+
+
+def test_reading_and_measuring_take_no_more_memory_for_more_questions(tmp_path):
+    """All but the scoring itself, whose blocks have a fixed size."""
+
+    def peak(count: int) -> int:
+        row = {"id": 1, "input": "Q" * 500, "image_path": None, "candidates": ["Step 1: a\nFinal answer: 4"] * 4}
+        with open(tmp_path / "rows.jsonl", "w") as file:
+            file.writelines(json.dumps(row | {"ground_truth": "4"}) + "\n" for _ in range(count))
+        choice = {"scores": [[0.5]] * 4}
+        tracemalloc.start()
+        rows = iterate_candidate_rows(tmp_path / "rows.jsonl")
+        assert measure(((row, choice) for row in rows), "mean")[4]["questions"] == count
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak(1200) < 1.1 * peak(600)
+
+
+def test_questions_with_fewer_candidates_count_as_far_as_they_go():
+    def row(right: list[bool]) -> CandidateRow:
+        candidates = [f"c{i}" for i in range(len(right))]
+        return CandidateRow(id=1, input="Q", image_path=None, candidates=candidates, true_false=right)
+
+    pairs = [(row([True]), {"scores": [[0.5]]}), (row([False, True]), {"scores": [[0.2], [0.9, 0.8]]})]
+    found = measure(pairs, "mean_logit")
+    assert {n: result["questions"] for n, result in found.items()} == {1: 2, 2: 1}
+    assert found[1]["ways"]["best of N, min"]["mean"] == 0.5 and found[2]["ways"]["best of N, min"]["mean"] == 1.0
