@@ -69,7 +69,7 @@ def normal_answer(answer: str | None) -> str | None:
     """One form for answers that mean the same: `13`, ` 13.0 ` and `**13**`, `1,300` and `1300`, `Red.` and `red`."""
     if answer is None:
         return None
-    text = " ".join(answer.strip(" \t\n*$`").rstrip(".").casefold().split())
+    text = " ".join(answer.lstrip(" \t\n*$`").rstrip(" \t\n*$`.").casefold().split())
     try:
         return format(Decimal(text.replace(",", "")).normalize(), "E")
     except InvalidOperation:

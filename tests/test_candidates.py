@@ -72,6 +72,7 @@ def test_a_model_that_gives_no_numbers_is_a_user_error(weights_path, rows):
         ("Final answer: $1,300$.", "1300"),
         ("Final answer: The  Red one.", "the red one"),
         ("Final answer: 0", "0"),
+        ("Final answer: .50", "0.5"),
         ("Final answer:", None),
         ("13", None),
     ],

@@ -1,0 +1,111 @@
+"""evaluate.py and step_evaluation.py: labels, first wrong steps, splits, thresholds from elsewhere, what is written."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reweighting.errors import UserError
+from reweighting.evaluate import main
+from reweighting.records import load_evaluation_rows
+from reweighting.reward_model import ProcessRewardModel
+from reweighting.step_evaluation import ScoredChain, choose_thresholds, evaluate_domains, score_rows, split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def chain(scores: list[float], right: list[bool], domain: str = "a") -> ScoredChain:
+    return ScoredChain(domain, scores, [float(r) for r in right], right)
+
+
+def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]:
+    files = ["--weights_path", str(weights_path), "--eval_json_file", str(demo / "train.json")]
+    return [*files, "--output", str(output), *more]
+
+
+def test_the_command_on_the_demo(demo, weights_path, tmp_path):
+    command = [sys.executable, str(ROOT / "reweighting" / "evaluate.py"), *flags(demo, weights_path, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    rows = json.loads((demo / "train.json").read_text())
+    assert set(content["results"]) <= {"all", *(row["dataset"] for row in rows)}
+    steps = [result["steps"] for result in content["results"].values()]
+    dev = content["thresholds"]["chosen_on_chains"]
+    assert steps[0] == sum(steps[1:]) == len(rows) - 5 * dev and dev > 0
+    assert sum(b["count"] for b in content["reliability"]) == steps[0]
+    overall = content["results"]["all"]
+    assert 0 <= overall["calibration_error"] <= 1 and 0.2 < overall["auc"] < 0.8  # the head is not trained
+    Image.open(tmp_path / "out" / "reliability.png").load()
+    assert "PB F1" in done.stdout and "bar_chart" in done.stdout
+
+
+def test_labels_come_from_correct_else_from_the_accuracy(demo, weights_path, tmp_path):
+    rows = [row for row in json.loads((demo / "train.json").read_text())][:5]
+    rows[1]["correct"], rows[2]["correct"] = True, False
+    for row, accuracy in zip(rows, (0.9, 0.0, 1.0, 0.3, 0.2), strict=True):
+        row["accuracy"] = accuracy
+    (demo / "labels.json").write_text(json.dumps(rows))
+    model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+    (scored,) = score_rows(model, load_evaluation_rows(demo / "labels.json"), 0.25, 8, "labels.json")
+    assert scored.right == [True, True, False, True, False] and scored.first_wrong == 2
+    assert scored.accuracies == [0.9, 0.0, 1.0, 0.3, 0.2]
+    image = demo / rows[0]["image_path"]
+    assert scored.scores == pytest.approx(model.score(image, rows[0]["input"], rows[-1]["add"]), abs=1e-6)
+    (only_third,) = score_rows(model, load_evaluation_rows(demo / "labels.json")[2:3], 0.25, 8, "labels.json")
+    assert only_third.scores == pytest.approx(scored.scores[2:3], abs=1e-6)
+
+
+def test_the_numbers_by_hand_per_domain():
+    chains = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, True]), chain([0.7], [False], "b")]
+    results = evaluate_domains(chains, {"f1": 0.65, "process_bench": 0.5})
+    assert list(results) == ["all", "a", "b"]
+    assert results["a"]["auc"] == 1 and results["a"]["f1"] == pytest.approx(4 / 5) and results["a"]["right"] == 0.75
+    assert results["a"]["process_bench"] == {"error": 1, "correct": 1, "f1": 1}
+    assert results["all"]["process_bench"] == pytest.approx({"error": 0.5, "correct": 1, "f1": 2 / 3})
+    assert results["all"]["auc"] == pytest.approx(5 / 6)
+    assert math.isnan(results["b"]["auc"]) and math.isnan(results["b"]["process_bench"]["f1"])
+
+
+def test_thresholds_need_both_kinds():
+    both = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, True])]
+    assert choose_thresholds(both, "dev.json") == {"f1": 0.6, "process_bench": 0.6}
+    for dev in (both[1:], [chain([0.5], [False])]):
+        with pytest.raises(UserError, match="dev.json: all .* both kinds are needed"):
+            choose_thresholds(dev, "dev.json")
+    with pytest.raises(UserError, match="with and without a wrong step"):
+        choose_thresholds(both[:1], "dev.json")
+
+
+def test_the_split_keeps_a_questions_rows_together_and_does_not_depend_on_the_order(demo):
+    rows = load_evaluation_rows(demo / "train.json")
+    dev, rest = split(rows)
+    keys = [{(row.input, row.image_path) for row in part} for part in (dev, rest)]
+    assert not keys[0] & keys[1] and len(dev) + len(rest) == len(rows)
+    assert 0.1 < len(dev) / len(rows) < 0.6
+    assert {row.index for row in split(rows[::-1])[0]} == {row.index for row in dev}
+
+
+def test_a_file_of_its_own_for_the_thresholds(demo, weights_path, tmp_path):
+    main(flags(demo, weights_path, tmp_path, "--dev_json_file", str(demo / "train.json")))
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert content["results"]["all"]["chains"] == content["thresholds"]["chosen_on_chains"] == 40
+
+
+def test_what_the_user_can_mend(demo, weights_path, tmp_path):
+    rows = json.loads((demo / "train.json").read_text())
+    (demo / "one.json").write_text(json.dumps(rows[:5]))
+    (demo / "wrong.json").write_text(json.dumps([rows[0] | {"correct": "yes"}]))
+    for more, said in (
+        (("--eval_json_file", str(demo / "one.json")), "too few questions"),
+        (("--eval_json_file", str(demo / "wrong.json")), "row 0: correct: found 'yes', allowed: true, false or null"),
+        (("--threshold", "1"), "--threshold: found 1.0"),
+        (("--weights_path", str(demo)), "holds no reward model"),
+        (("--output", "/proc/nothing"), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(flags(demo, weights_path, tmp_path, *more))
