@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from reweighting.aggregation import aggregate
+from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.chains import Batch, Chain, ChainTokenizer, Pixels, collate, split_response
 from reweighting.errors import UserError
 
@@ -259,8 +259,11 @@ class ProcessRewardModel(nn.Module):
         """Indices of the responses, best first (equals stay in order).
 
         `aggregation`: a name of `aggregation.AGGREGATIONS`; None: the one the model was trained for.
-        Raises UserError as `score` does.
+        Raises UserError as `score` does, and for a name that there is not.
         """
+        aggregation = aggregation or self.config.aggregation
+        if aggregation not in AGGREGATIONS:
+            raise UserError(f"aggregation: found {aggregation}, allowed: {', '.join(AGGREGATIONS)}")
         if not responses:
             return []
         pixels = None if image is None else self.chain_tokenizer.read_image(image)
@@ -268,7 +271,7 @@ class ProcessRewardModel(nn.Module):
         distinct = list(dict.fromkeys(responses))
         chains = [Chain(question.strip(), tuple(split_response(text))) for text in distinct]
         logits, mask = self.chain_logits(chains, batch_size, pixels)
-        values = aggregate(logits, mask, aggregation or self.config.aggregation).tolist()  # of the distinct ones
+        values = aggregate(logits, mask, aggregation).tolist()  # of the distinct ones
         place = {text: index for index, text in enumerate(distinct)}
         return sorted(range(len(responses)), key=lambda i: -values[place[responses[i]]])
 

@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -120,6 +123,19 @@ def test_rank_puts_the_best_aggregate_first(model, image):
     assert model.rank(image, QUESTION, []) == []
     last = [model.score(image, QUESTION, response)[-1] for response in responses]
     assert model.rank(image, QUESTION, responses, "last") == sorted(range(4), key=lambda i: -last[i])
+
+
+def test_an_unknown_aggregation_is_a_user_error(model, image):
+    with pytest.raises(UserError, match="found median, allowed: mean_logit"):
+        model.rank(image, QUESTION, ["4"], "median")
+
+
+def test_the_package_gives_the_model_and_loads_nothing_before_it_is_asked():
+    code = (
+        "import sys, reweighting; assert 'torch' not in sys.modules; from reweighting import ProcessRewardModel as P; "
+    )
+    code += "from reweighting.reward_model import ProcessRewardModel; assert P is ProcessRewardModel"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent, check=True)
 
 
 def test_special_tokens_in_the_question_do_not_become_image_tokens(model, image):
