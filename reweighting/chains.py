@@ -223,8 +223,7 @@ class ChainTokenizer:
         config: the backbone's; gives the image token and the default of `max_length`.
         max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
-        cache_bytes: memory for processed images and tokens, so that later epochs find them made; the last image is
-            remembered in any case, since chains of one question come one after the other.
+        cache_bytes: memory for processed images and tokens, for later epochs; the last image is always remembered.
     """
 
     def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
@@ -242,7 +241,7 @@ class ChainTokenizer:
         self.around_image, self.around_text = self._template(True), self._template(False)
         self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
         self._cache_bytes_left = cache_bytes
-        self._last_image: tuple[str, Pixels] | None = None
+        self._last_image: dict[str, Pixels] = {}
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
         """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
@@ -266,19 +265,16 @@ class ChainTokenizer:
     def read_image(self, image: Path | str | Image.Image) -> Pixels:
         """Open and process one image. Files are remembered. Raises UserError if it cannot be read."""
         key = None if isinstance(image, Image.Image) else str(image)
-        if key in self._cache:
-            return self._cache[key]
-        if self._last_image is not None and self._last_image[0] == key:
-            return self._last_image[1]
-        opened = open_image(image, self.max_image_side)
+        if known := self._cache.get(key) or self._last_image.get(key):
+            return known
         try:
-            processed = self.image_processor(images=[opened], return_tensors="pt")
+            processed = self.image_processor(images=[open_image(image, self.max_image_side)], return_tensors="pt")
         except ValueError as error:  # for one, an image 200 times as wide as it is high
             raise UserError(f"cannot use the image {image}: {error}") from error
         pixels = Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long())
         if key is not None:
             self._remember(key, pixels, pixels.values.nbytes)
-            self._last_image = key, pixels
+            self._last_image = {key: pixels}
         return pixels
 
     def save_pretrained(self, folder: Path | str) -> None:

@@ -307,12 +307,16 @@ def test_unusable_images_name_the_file_and_the_row(tmp_path):
 
 
 def test_images_are_processed_once_while_the_cache_has_room(tmp_path):
-    for name in ("a.png", "b.png"):
+    names = ("a.png", "b.png", "c.png")
+    for name in names:
         Image.new("RGB", (56, 56), "red").save(tmp_path / name)
     tokenizer = chain_tokenizer(cache_bytes=100_000)  # one image takes 16 * 1176 * 4 bytes
-    a, b = (Chain("Q", ("x",), image=tmp_path / name) for name in ("a.png", "b.png"))
-    assert tokenizer.encode(a).pixels is tokenizer.encode(a).pixels
-    assert tokenizer.encode(b).pixels is not tokenizer.encode(b).pixels
+    a, b, c = (Chain("Q", ("x",), image=tmp_path / name) for name in names)
+    first_a, first_b = tokenizer.encode(a).pixels, tokenizer.encode(b).pixels
+    assert tokenizer.encode(b).pixels is first_b  # the last one, although there is no room
+    tokenizer.encode(c)
+    assert tokenizer.encode(a).pixels is first_a
+    assert tokenizer.encode(b).pixels is not first_b
     assert torch.equal(tokenizer.encode(b).input_ids, chain_tokenizer().encode(b).input_ids)
 
 
