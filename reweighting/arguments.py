@@ -28,6 +28,9 @@ class DataArguments:
 
     train_json_file: str = HfArg(help="training rows: a JSON file (or .jsonl); see the README for its fields")
     meta_json_file: str | None = HfArg(default=None, help="meta rows; needed to learn the weights")
+    validation_json_file: str | None = HfArg(
+        default=None, help="candidate rows: the checkpoint with the best best-of-N accuracy on them is kept"
+    )
     image_root: str | None = HfArg(
         default=None,
         help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
@@ -99,7 +102,18 @@ class RunArguments:
     device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
     precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
     save_every_iterations: int = HfArg(default=200, help="optimizer steps between two checkpoints")
-    resume: bool = HfArg(default=False, help="go on from the latest checkpoint in --weights_path")
+    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep, besides the best one")
+    resume: bool = HfArg(
+        default=False, help="go on from the newest undamaged checkpoint in --weights_path, if there is one"
+    )
+    resume_from: str | None = HfArg(default=None, help="go on from this checkpoint, or from the newest of this run")
+    allow_changed_settings: bool = HfArg(
+        default=False, help="resume although settings or data have changed; says what has"
+    )
+    skip_nonfinite: int = HfArg(default=0, help="steps that may be left out because a loss or gradient is not finite")
+    dry_run: bool = HfArg(
+        default=False, help="check everything, train one window, and tell what the whole run would take"
+    )
 
 
 GROUPS = (DataArguments, ModelArguments, LowerArguments, UpperArguments, RunArguments)
@@ -111,9 +125,10 @@ CHOICES = {
     "precision": ("fp32", "bf16", None),
 }
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
-            "save_every_iterations", "scheduler_step_size", "max_image_side", "max_length")  # fmt: skip
+            "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
+            "max_length")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
-                "scheduler_gamma")  # fmt: skip
+                "scheduler_gamma", "skip_nonfinite")  # fmt: skip
 # A flag that would do nothing is an error: flag -> (the flag it needs, the value that one must have).
 NEEDS = {
     "momentum": ("optimizer", "sgd"),
@@ -205,6 +220,13 @@ def _check(args: Namespace) -> None:
             raise UserError(f"--{name} does nothing without --{other} {value}")
     if args.seed >= 2**63:
         raise UserError(f"--seed: found {args.seed}, allowed: a number below 2 ** 63")
+    resumes = args.resume or args.resume_from is not None
+    if args.resume and args.resume_from is not None:
+        raise UserError("--resume_from says where to go on from: leave out --resume")
+    if args.allow_changed_settings and not resumes:
+        raise UserError("--allow_changed_settings does nothing without --resume or --resume_from")
+    if args.dry_run and resumes:
+        raise UserError("--dry_run starts at step 0: leave out --resume and --resume_from")
     if args.baseline and args.domain_weights is not None:
         raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
     if args.lora_rank and not args.freeze_vision:

@@ -344,7 +344,7 @@ class Batch:
     bool: the step exists.
     targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
     labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
-    labelled: how many steps have a label.
+    labelled: how many steps have a label. chains: where all of it comes from.
     """
 
     input_ids: Tensor
@@ -358,6 +358,7 @@ class Batch:
     target_mask: Tensor
     labels: Tensor
     labelled: int
+    chains: tuple[Chain, ...]
 
     def to(self, device) -> "Batch":
         """The same batch on `device`."""
@@ -397,4 +398,5 @@ def collate(encoded: Sequence[EncodedChain]) -> Batch:
         target_mask=~targets.isnan(),
         labels=torch.tensor([chain.label for chain in chains]),
         labelled=sum(not math.isnan(target) for chain in chains for target in chain.targets),
+        chains=tuple(chains),
     )

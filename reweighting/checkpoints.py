@@ -1,20 +1,34 @@
-"""Checkpoints: the whole state of a run in `checkpoints/step-000500/state.pt`, written aside and renamed.
+"""Checkpoints: the whole state of a run in `checkpoints/step-00000200/`, complete or absent.
 
-The state is tensors, numbers, text and plain containers: it loads with `weights_only=True`, so no code is unpickled.
+    state.pt        everything that the rest of the run depends on; tensors, numbers, text and plain containers
+    history.jsonl   the history up to this step
+    prm/            the reward model of this step, to use as it is
+    manifest.json   step, score and the SHA-256 of every other file
+
+No file is trusted: checksums are compared first, and `state.pt` loads with `weights_only=True`, so that no code is
+unpickled.
 """
 
 import hashlib
-import os
+import json
+import math
 import random
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from reweighting.errors import UserError
+from reweighting.folders import write_folder_whole
 
-STATE_FILE = "state.pt"
+STATE_FILE, HISTORY_FILE, MANIFEST_FILE, MODEL_FOLDER = "state.pt", "history.jsonl", "manifest.json", "prm"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint's files are not what its manifest says."""
 
 
 def random_states() -> dict:
@@ -37,53 +51,8 @@ def set_random_states(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def save_checkpoint(folder: Path, step: int, state: dict) -> Path:
-    """Write `state` as the checkpoint of `step` (optimizer steps) under `folder`, and return its place."""
-    place = folder / f"step-{step:08d}"
-    aside = folder / f".{place.name}.writing"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with open(aside / STATE_FILE, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(place, ignore_errors=True)
-    aside.rename(place)
-    return place
-
-
-# Settings that may differ when a run resumes: they change no number that the run computes.
-FREE_SETTINGS = ("weights_path", "save_every_iterations", "resume", "recipe", "device")
-
-
-def check_same_run(state: dict, settings: dict) -> None:
-    """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
-
-    A larger --iteration_num is allowed where the learning rate does not depend on it.
-    """
-    saved = state["settings"]
-    for name in saved.keys() | settings.keys():
-        before, now = saved.get(name), settings.get(name)
-        longer = name == "iteration_num" and settings["scheduler"] != "cosine" and now >= state["step"]
-        if before != now and name not in FREE_SETTINGS and not longer:
-            raise UserError(f"--resume: {name} was {before} when the checkpoint was saved and is {now} now")
-
-
-def load_latest_checkpoint(folder: Path) -> dict:
-    """The state of the newest checkpoint under `folder`. Raises UserError if there is none or it is damaged."""
-    places = sorted(folder.glob("step-*"))
-    if not places:
-        raise UserError(f"--resume: there is no checkpoint in {folder}; leave --resume out to start anew")
-    try:
-        return torch.load(places[-1] / STATE_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(
-            f"--resume: {places[-1]} is damaged ({error}); delete it to resume from an earlier one"
-        ) from error
 
 
 def digest(*files: Path) -> str:
@@ -93,3 +62,152 @@ def digest(*files: Path) -> str:
         with open(path, "rb") as file:
             together.update(hashlib.file_digest(file, "sha256").digest())
     return together.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: dict,
+    history: Path,
+    save_model: Callable[[Path], None],
+    score: tuple[str, float] | None = None,
+) -> Path:
+    """Write the checkpoint of `step` (optimizer steps) under `folder`, and return its place.
+
+    save_model: writes the reward model into a folder. score: its name and value, larger is better.
+    Raises UserError, leaving what was there before, if the disk takes no more.
+    """
+    place = folder / f"step-{step:08d}"
+
+    def fill(aside: Path) -> None:
+        with open(aside / STATE_FILE, "wb") as file:
+            torch.save(state, file)
+        shutil.copyfile(history, aside / HISTORY_FILE)
+        save_model(aside / MODEL_FOLDER)
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        manifest = {"step": step, "files": {path.relative_to(aside).as_posix(): digest(path) for path in files}}
+        if score is not None:
+            manifest["score_name"], manifest["score"] = score
+        (aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+    try:
+        write_folder_whole(place, fill)
+    # safetensors and torch report a full disk as errors of their own kinds
+    except (OSError, RuntimeError, ValueError) as error:
+        kept = ", ".join(path.name for path in checkpoints(folder)) or "none"
+        raise UserError(f"the checkpoint of step {step} cannot be written to {folder}: {error}; earlier ones are whole "
+                        f"({kept}): make room, then go on with --resume") from error  # fmt: skip
+    return place
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest step first."""
+    return sorted(folder.glob("step-*"))
+
+
+def read_manifest(place: Path) -> dict:
+    """A checkpoint's manifest. Raises DamagedCheckpoint."""
+    try:
+        manifest = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if isinstance(manifest["files"], dict) and int(manifest["step"]) >= 0:
+            return manifest
+        raise ValueError("it is no manifest")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{place / MANIFEST_FILE} cannot be read: {error}") from error
+
+
+def best_checkpoint(folder: Path, name: str) -> tuple[Path, float] | None:
+    """The checkpoint with the largest score of this name (the newest of equals), and its score; None if none has."""
+    best = None
+    for place in checkpoints(folder):
+        try:
+            manifest = read_manifest(place)
+        except DamagedCheckpoint:
+            continue
+        score = manifest.get("score", math.nan)
+        if manifest.get("score_name") == name and (best is None or score >= best[1]):
+            best = place, score
+    return best
+
+
+def remove_old(folder: Path, keep: int, score_name: str) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    best = best_checkpoint(folder, score_name)
+    for place in checkpoints(folder)[:-keep]:
+        if best is None or place != best[0]:
+            doomed = place.with_name(f".{place.name}.old")  # renamed first: half of a checkpoint is never seen
+            place.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load_checkpoint(place: Path) -> dict:
+    """The state of one checkpoint, its files compared with their checksums. Raises DamagedCheckpoint."""
+    manifest = read_manifest(place)
+    for name, expected in manifest["files"].items():
+        try:
+            found = digest(place / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{place / name} cannot be read: {error.strerror}") from error
+        if found != expected:
+            raise DamagedCheckpoint(f"{place / name} is damaged: its checksum is not the manifest's")
+    try:
+        return torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise DamagedCheckpoint(f"{place / STATE_FILE} cannot be loaded: {error}") from error
+
+
+def load_latest(folder: Path) -> tuple[Path, dict] | None:
+    """The newest undamaged checkpoint under `folder` and its state; None if there is no checkpoint at all.
+
+    A damaged one is reported and the one before it is taken. Raises UserError if all are damaged.
+    """
+    places = checkpoints(folder)
+    for place in reversed(places):
+        try:
+            return place, load_checkpoint(place)
+        except DamagedCheckpoint as error:
+            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+    if places:
+        raise UserError(f"--resume: every checkpoint in {folder} is damaged: start anew without --resume")
+    return None
+
+
+def load_named(path: Path) -> tuple[Path, dict]:
+    """The checkpoint at `path`, or the newest undamaged one of the run at `path`. Raises UserError if there is none."""
+    if (path / MANIFEST_FILE).exists():
+        return path, load_checkpoint(path)
+    found = load_latest(path / "checkpoints") or load_latest(path)
+    if found is None:
+        raise UserError(f"--resume_from {path}: expected a checkpoint (a folder with {MANIFEST_FILE}) or a folder that "
+                        "a run wrote")  # fmt: skip
+    return found
+
+
+# Settings that may differ when a run resumes: they change no number that the run computes.
+FREE_SETTINGS = (
+    "weights_path", "recipe", "device", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
+    "iteration_num", "save_every_iterations", "keep_checkpoints", "resume", "resume_from", "allow_changed_settings",
+    "skip_nonfinite", "dry_run",
+)  # fmt: skip
+
+
+def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
+    """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
+    With `allow_changes`, tell of each change instead.
+
+    Files may have moved: what counts is the content of the training and meta data (`settings["data"]`).
+    """
+    saved, step = state["settings"], state["step"]
+    if settings["iteration_num"] < step:
+        raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
+    changes = []
+    for name in sorted(saved.keys() | settings.keys()):
+        before, now = saved.get(name), settings.get(name)
+        if before != now and name not in FREE_SETTINGS:
+            changes.append("the content of the training or meta data is not what it was" if name == "data"
+                           else f"{name} was {before} and is {now} now")  # fmt: skip
+    if changes and not allow_changes:
+        raise UserError(f"this is not the run of the checkpoint: {'; '.join(changes)}. Give the same settings and data,"
+                        " or --allow_changed_settings if you mean it")  # fmt: skip
+    for change in changes:
+        print(f"--allow_changed_settings: since step {step}, {change}", file=sys.stderr)

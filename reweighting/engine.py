@@ -1,12 +1,16 @@
 """The Betty engine of this project: its loop, and what a run writes while it goes.
 
 One iteration is one optimizer step of the lower level; every `unroll_steps` iterations make a window, at whose end
-Betty steps the upper level. History, progress and checkpoints are written at window ends only.
+Betty steps the upper level and a line of history is written. Between two steps the run is whole: there it can be saved,
+stopped and continued, inside a window too.
 """
 
 import json
 import logging
+import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,20 +19,27 @@ from betty.engine import Engine
 from betty.logging import get_logger
 from tqdm import tqdm
 
-from reweighting.checkpoints import random_states, save_checkpoint, set_random_states
-from reweighting.problems import DomainReweighting, PRMFineTuning, check_finite
+from reweighting.checkpoints import HISTORY_FILE, random_states, remove_old, save_checkpoint, set_random_states
+from reweighting.errors import UserError
+from reweighting.folders import write_whole
+from reweighting.health import collapsed
+from reweighting.problems import DomainReweighting, PRMFineTuning
+from reweighting.signals import Stopped, StopSignals
 
 get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
 
-LOWER_REMEDY = "lower --lr, set --max_grad_norm, or use --precision fp32"
+READ_ATTEMPTS = 4  # of a file that cannot be read: shared storage has moments of absence
+FIRST_PAUSE = 0.5  # seconds before the second attempt, doubled each time
 
 
 class ReweightingEngine(Engine):
-    """Runs the two levels and leaves `history.jsonl` and `checkpoints/` in `folder`.
+    """Runs the two levels and leaves `history.jsonl`, `checkpoints/` and `diagnostics/` in `folder`.
 
     lower, upper: the problems; upper None for plain fine-tuning. domains: their names, in the order of the weights.
-    device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints.
-    settings: what goes into each checkpoint beside the state.
+    device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
+    many of them stay, besides the best. skip_nonfinite: steps that may be left out because they are not finite.
+    settings: what goes into each checkpoint beside the state. validate: gives the model's accuracy as best-of-N, by
+    which the best checkpoint is chosen; None to choose it by the meta loss.
     """
 
     def __init__(
@@ -41,10 +52,20 @@ class ReweightingEngine(Engine):
         iterations: int,
         save_every: int,
         settings: dict,
+        *,
+        keep: int = 2,
+        skip_nonfinite: int = 0,
+        validate: Callable[[], float] | None = None,
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
+        self.keep, self.skip_nonfinite, self.validate = keep, skip_nonfinite, validate
+        self.score_name = "best-of-N accuracy" if validate else "minus the meta loss"
         self.seconds = 0.0
+        self.saved = 0  # step of the last checkpoint
+        self.skipped = 0  # steps that were left out
+        self.meta_losses: list[float] = []  # since the last checkpoint with a score
+        self.warned: set[str] = set()
         problems = [lower] if upper is None else [upper, lower]
         edges = {} if upper is None else {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}}
         super().__init__(problems, EngineConfig(train_iters=iterations), {"u2l": {}, "l2u": {}} | edges)
@@ -75,67 +96,144 @@ class ReweightingEngine(Engine):
         for _ in range(self.lower.gas):
             self.lower.step(global_step=self.global_step)
 
-    def run(self) -> None:
-        """Train from the current step to the last. Raises UserError if a loss or weight is no longer finite."""
+    def run(self, stop: StopSignals | None = None) -> None:
+        """Train from the current step to the last.
+
+        Raises Stopped after a signal, and UserError if a file can no longer be read, a weight or more than
+        `skip_nonfinite` steps are not finite, or a checkpoint cannot be written; the state is saved first.
+        """
         self.train()
-        unroll, saved = self.lower.config.unroll_steps, self.global_step
-        history = self._open_history()
+        history = self.folder / HISTORY_FILE
+        if not self.global_step:
+            write_whole(history, "")
         started = time.monotonic() - self.seconds
         bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True)
-        with history, bar:
+        with open(history, "a", buffering=1, encoding="utf-8") as self.history, bar:
             while self.global_step < self.train_iters:
+                self._prepare_step()
                 self.global_step += 1
                 self.train_step()
                 bar.update()
-                if self.global_step % unroll and self.global_step < self.train_iters:
-                    continue
                 self.seconds = time.monotonic() - started
-                self._end_window(history, bar)
-                if self.global_step - saved >= self.save_every or self.global_step == self.train_iters:
-                    history.flush()
-                    saved = self.global_step
-                    save_checkpoint(self.folder / "checkpoints", saved, self.state_dict())
+                self._leave_out_nonfinite()
+                if self._at_window_end():
+                    self._end_window(bar)
+                due = self.global_step // self.save_every > self.saved // self.save_every and self._at_window_end()
+                if due or self.global_step == self.train_iters:
+                    self.save(scored=True)
+                if stop is not None and stop.received is not None:
+                    self.save()
+                    raise Stopped(stop.received, f"stopped and saved at step {self.global_step} of {self.train_iters}")
 
-    def _end_window(self, history, bar: tqdm) -> None:
+    def _at_window_end(self) -> bool:
+        return self.global_step % self.lower.config.unroll_steps == 0 or self.global_step == self.train_iters
+
+    def _prepare_step(self) -> None:
+        """Draw the batches of the next step. A file that cannot be read now is tried again, then named."""
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                self.lower.prepare(self.lower.gas)
+                if self.reweights and (self.global_step + 1) % self.lower.config.unroll_steps == 0:
+                    self.upper.prepare(1)
+                return
+            except UserError as error:
+                trouble = error
+            if attempt < READ_ATTEMPTS - 1:
+                time.sleep(FIRST_PAUSE * 2**attempt)
+        self._end_with(f"{trouble}; tried {READ_ATTEMPTS} times")
+
+    def _leave_out_nonfinite(self) -> None:
+        """Tell of a step that was left out, and end the run if that has happened too often."""
+        for problem in self.problems:
+            fault, problem.nonfinite = problem.nonfinite, None
+            if fault is None:
+                continue
+            self.skipped += 1
+            more = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
+            path = fault.write(self.folder, self.global_step, more)
+            tqdm.write(f"warning: step {self.global_step} is left out: {fault}; see {path}", file=sys.stderr)
+            if self.skipped > self.skip_nonfinite:
+                self._end_with(
+                    f"step {self.global_step}: {fault}. The step was left out and no parameter touched; {path} tells "
+                    "more. Mend these rows, lower --lr, set --max_grad_norm or use --precision fp32; or raise "
+                    f"--skip_nonfinite (now {self.skip_nonfinite})"
+                )
+
+    def _end_with(self, trouble: str) -> None:
+        """Save what there is and raise UserError."""
+        if self.global_step > self.saved:
+            self.save()
+        raise UserError(f"{trouble}. The run is saved at step {self.saved}: --resume goes on from there")
+
+    def save(self, scored: bool = False) -> None:
+        """Write a checkpoint of this moment, unless there is one; `scored`: with the score it may be kept for."""
+        if self.global_step == self.saved:
+            return
+        score = None
+        if scored and self.validate is not None:
+            score = self.validate()
+        elif scored and self.meta_losses:
+            score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
+        self.saved = self.global_step
+        self.history.flush()
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.global_step,
+            self.state_dict(),
+            self.folder / HISTORY_FILE,
+            self.lower.module.save_pretrained,
+            None if score is None else (self.score_name, score),
+        )
+        remove_old(self.folder / "checkpoints", self.keep, self.score_name)
+
+    def _end_window(self, bar: tqdm) -> None:
         """Write a line of history and show where the run is."""
         line = {"step": self.global_step, "train_loss": self.lower.mean_loss()}
-        check_finite("the training loss", line["train_loss"], self.global_step, LOWER_REMEDY)
-        shown = {"train": f"{line['train_loss']:.4f}"}
+        shown = {"train": _short(line["train_loss"])}
         weights = self.weights()
         if self.reweights:
             line["meta_loss"] = self.upper.mean_loss()
-            check_finite("the meta loss", line["meta_loss"], self.global_step, LOWER_REMEDY)
-            for domain, weight in weights.items():
-                check_finite(f"the weight of {domain}", weight, self.global_step, "lower --meta_lr")
+            if line["meta_loss"] is not None:
+                self.meta_losses.append(line["meta_loss"])
+            if not all(map(math.isfinite, weights.values())):
+                raise UserError(f"a domain weight is no number at step {self.global_step}: lower --meta_lr")
+            for words in collapsed(weights):
+                domain = words.split(" has ")[0]
+                if domain not in self.warned:
+                    self.warned.add(domain)
+                    tqdm.write(f"warning: at step {self.global_step} {words}", file=sys.stderr)
             least, most = min(weights, key=weights.get), max(weights, key=weights.get)
-            shown |= {"meta": f"{line['meta_loss']:.4f}"}
+            shown |= {"meta": _short(line["meta_loss"])}
             shown |= {"low": f"{least} {weights[least]:.2f}", "high": f"{most} {weights[most]:.2f}"}
         line |= {"weights": weights, "rows_seen": self.lower.rows_seen, "seconds": round(self.seconds, 3)}
-        history.write(json.dumps(line) + "\n")
+        self.history.write(json.dumps(line) + "\n")
         bar.set_postfix(shown)
 
-    def _open_history(self):
-        """The history file, without lines past the current step."""
-        path = self.folder / "history.jsonl"
-        # The last line may have been cut off by a kill; it is past the checkpoint then.
-        lines = path.read_text(encoding="utf-8").splitlines() if self.global_step and path.exists() else []
-        kept = lines[: sum(line.endswith("}") and json.loads(line)["step"] <= self.global_step for line in lines)]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        return open(path, "a", buffering=1, encoding="utf-8")
-
     def state_dict(self) -> dict:
-        """Everything that the rest of the run depends on, at a window's end."""
+        """Everything that the rest of the run depends on, between two steps."""
         return {
             "step": self.global_step,
             "seconds": self.seconds,
+            "skipped": self.skipped,
+            "meta_losses": self.meta_losses,
+            "warned": sorted(self.warned),
             "settings": self.settings,
             "random": random_states(),
             "problems": {problem.name: problem.state_dict() for problem in self.problems},
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
-        self.global_step, self.seconds = state["step"], state["seconds"]
-        for problem in self.problems:
-            problem.load_state_dict(state["problems"][problem.name])
+        """Go on from what `state_dict` gave. Raises UserError if it does not fit this model or these settings."""
+        try:
+            for problem in self.problems:
+                problem.load_state_dict(state["problems"][problem.name])
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+            raise UserError(f"the checkpoint does not fit the settings or the data of this run: {error}") from error
+        self.global_step = self.saved = state["step"]
+        self.seconds, self.skipped = state["seconds"], state["skipped"]
+        self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])
         set_random_states(state["random"])
+
+
+def _short(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"

@@ -1,7 +1,13 @@
 """The one exception that means "the user can mend this", and how a command ends."""
 
+import errno
 import sys
 from collections.abc import Callable
+
+from reweighting.signals import Stopped
+
+# Kinds of OSError that say something about the disk, not about this program.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class UserError(Exception):
@@ -13,14 +19,23 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None:
-    """Run a command's `main` on the command line's flags. Exits with 2 on UserError and 130 on Ctrl-C, without a
-    traceback; `after_interrupt` says what to do then."""
+    """Run a command's `main` on the command line's flags. Exits, without a traceback, with 2 on UserError and on a disk
+    that takes no more, with 128 + its number on a signal; `after_interrupt` says what to do then."""
     sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}cannot be written: {error.strerror}; {after_interrupt}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(f"{stopped}; {after_interrupt}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         sys.exit(130)

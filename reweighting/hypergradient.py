@@ -76,9 +76,27 @@ class Window:
         self.records.append(record)
         self._pending = []
 
+    def drop_step(self) -> None:
+        """Forget the micro-batches of a step that was not made."""
+        self._pending = []
+
     def clear(self) -> None:
         """Forget the window."""
         self.records, self._pending = [], []
+
+    def state(self) -> list[dict]:
+        """The steps so far, between two steps, as plain containers of tensors and numbers."""
+        return [dict(vars(record)) for record in self.records]
+
+    def load(self, state: list[dict], device: torch.device | str) -> None:
+        """Go on from what `state` gave."""
+        self.clear()
+        for saved in state:
+            grads = [(domain, grad.to(device)) for domain, grad in saved["domain_grads"]]
+            vectors = {name: vector.to(device) for name, vector in saved["state"].items()}
+            self.records.append(
+                StepRecord(grads, saved["grad"].to(device), saved["clip"], saved["lr"], vectors, saved["count"])
+            )
 
     @torch.no_grad()
     def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:

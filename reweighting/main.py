@@ -18,20 +18,31 @@ def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
     args = parse_arguments(argv)
 
-    from reweighting.records import load_meta_rows, load_training_rows
+    from reweighting.records import load_candidate_rows, load_meta_rows, load_training_rows
 
     # Every row is checked before anything slow is loaded.
     learns = learns_weights(args)
     train_rows = load_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
     meta_rows = load_meta_rows(args.meta_json_file, args.image_root) if learns else []
+    candidates = []
+    if args.validation_json_file is not None:
+        candidates = load_candidate_rows(args.validation_json_file, args.image_root)
 
-    from reweighting.report import finish, prepare_folder
-    from reweighting.run import build
+    from reweighting.folders import hold_folder
+    from reweighting.report import finish
+    from reweighting.run import build, start
+    from reweighting.signals import StopSignals
 
-    folder = prepare_folder(args.weights_path, args.resume)
-    engine = build(args, train_rows, meta_rows, folder)
-    engine.run()
-    finish(engine, folder)
+    with hold_folder(args.weights_path) as folder:
+        if args.dry_run:
+            from reweighting.dry_run import dry_run
+
+            dry_run(args, train_rows, meta_rows, candidates, folder)
+            return
+        engine = build(args, train_rows, meta_rows, candidates, folder, start(args, folder))
+        with StopSignals() as stop:
+            engine.run(stop)
+        finish(engine, folder)
 
 
 if __name__ == "__main__":

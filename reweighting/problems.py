@@ -10,7 +10,7 @@ every micro-batch, knows bf16 on CUDA only and synchronises the device at every 
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
 """
 
-import math
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -21,21 +21,21 @@ from torch import Tensor
 from reweighting.aggregation import aggregate
 from reweighting.chains import Batch
 from reweighting.devices import autocast
-from reweighting.errors import UserError
+from reweighting.health import MicroBatch, NonFinite
 from reweighting.hypergradient import Window, flatten, unflatten
 
 
 class OwnSystems(ImplicitProblem):
-    """A Betty problem that keeps the module, optimizer, scheduler and data that it was given.
+    """A Betty problem that keeps the module, optimizer and data that it was given.
 
     draw: micro-step (from 0) -> batch on the device. A `training_step` leaves the loss to report in `self.loss`;
-    `losses` are those since the last `mean_loss()`.
+    `losses` are those since the last `mean_loss()`. nonfinite: what made the last step be left out, None if nothing.
     """
 
-    def __init__(self, name: str, config: Config, module, optimizer, scheduler, draw: Callable[[int], object]):
+    def __init__(self, name: str, config: Config, module, optimizer, draw: Callable[[int], object]):
         super().__init__(name, config, module, optimizer)
-        self.schedule = scheduler  # not Betty's `scheduler`, which it would step at every micro-batch
-        self.draw, self.losses = draw, []
+        self.draw, self.prepared, self.losses = draw, deque(), []
+        self.nonfinite: NonFinite | None = None
 
     def patch_optimizer(self) -> None:
         """Keep ours."""
@@ -44,9 +44,18 @@ class OwnSystems(ImplicitProblem):
         """The parameters that are not frozen."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
+    def named_gradients(self) -> dict[str, Tensor]:
+        """{name: gradient} of the parameters that have one."""
+        return {name: p.grad for name, p in self.module.named_parameters() if getattr(p, "grad", None) is not None}
+
+    def prepare(self, micro_steps: int) -> None:
+        """Draw the batches of the next micro-steps: what cannot be read is known before the step begins."""
+        while len(self.prepared) < micro_steps:
+            self.prepared.append(self.draw(self._count + len(self.prepared)))
+
     def get_batch(self):
         """The batch of this micro-step; Betty has counted it already."""
-        return self.draw(self._count - 1)
+        return self.prepared.popleft() if self.prepared else self.draw(self._count - 1)
 
     def training_step_exec(self, batch) -> Tensor:
         """The loss, under autocast where `--precision bf16` asks for it, on any device."""
@@ -60,37 +69,45 @@ class OwnSystems(ImplicitProblem):
         return loss / self.gas, {}
 
     def state_dict(self) -> dict:
-        """Trained parameters, optimizer, schedule and step count, at a window's end."""
+        """Trained parameters, the optimizer's state, the losses not yet reported and the count of micro-steps, between
+        two steps."""
         module = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
-        state = {"module": module, "optimizer": self.optimizer.state_dict(), "count": self._count}
-        return state if self.schedule is None else state | {"schedule": self.schedule.state_dict()}
+        optimizer = self.optimizer.state_dict()["state"]
+        return {"module": module, "optimizer": optimizer, "count": self._count, "losses": list(self.losses)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave. The optimizer's settings stay what they are now."""
         self.module.load_state_dict(state["module"], strict=False)  # what is frozen was loaded with the backbone
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self._count, self._inner_loop_start = state["count"], True
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        self._count = state["count"]
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
 
-    def mean_loss(self) -> float:
-        """The mean of the losses since the last call. Waits for the device. NaN if there are none."""
-        mean = torch.stack(self.losses).mean().item() if self.losses else float("nan")
+    def mean_loss(self) -> float | None:
+        """The mean of the losses since the last call, without those that are no numbers; None if there are none.
+        Waits for the device."""
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(0)
         self.losses = []
-        return mean
+        losses = losses[losses.isfinite()]
+        return losses.mean().item() if len(losses) else None
 
 
 class PRMFineTuning(OwnSystems):
     """Lower level. A batch is (domain index, Batch of that domain's chains).
 
-    clip: largest norm of a step's gradient, 0 for none. fixed_weights: [K], where there is no upper level.
+    learning_rate: optimizer step (from 0) -> its learning rate. clip: largest norm of a step's gradient, 0 for none.
+    fixed_weights: [K], where there is no upper level. A step whose loss or gradient is not finite is left out before
+    it touches a parameter.
     """
 
-    def __init__(self, *args, clip: float = 0.0, fixed_weights: Tensor | None = None):
+    def __init__(
+        self, *args, learning_rate: Callable[[int], float], clip: float = 0.0, fixed_weights: Tensor | None = None
+    ):
         super().__init__("lower", *args)
-        self.clip, self.fixed_weights = clip, fixed_weights
+        self.learning_rate, self.clip, self.fixed_weights = learning_rate, clip, fixed_weights
         self.window = Window(self.optimizer) if fixed_weights is None and self.config.type == "window" else None
         self.gradient: Tensor | None = None  # of the step so far, [P]
+        self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
 
     def domain_loss(self, batch: Batch) -> Tensor:
@@ -115,38 +132,53 @@ class PRMFineTuning(OwnSystems):
         share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
         domain, chains = self.cur_batch
         self.rows_seen += chains.labelled
+        finite = loss.isfinite() & share.isfinite().all()
+        self.micro_batches.append(MicroBatch(chains.chains, self.loss, finite))
         self.gradient = share if self.gradient is None else self.gradient + share
         if self.window is not None:
             self.window.add_micro_batch(domain, share)
 
     def state_dict(self) -> dict:
-        """As every problem's, and the rows seen."""
-        return super().state_dict() | {"rows_seen": self.rows_seen}
+        """As every problem's, the rows seen and the window so far."""
+        window = [] if self.window is None else self.window.state()
+        return super().state_dict() | {"rows_seen": self.rows_seen, "micro_steps": self.gas, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave. Raises UserError inside a window that is now another."""
         super().load_state_dict(state)
+        self._count = state["count"] // state["micro_steps"] * self.gas
         self.rows_seen = state["rows_seen"]
+        if self.window is not None:
+            self.window.load(state["window"], self.device)
 
     def optimizer_step(self) -> None:
-        """Clip, step the optimizer and the scheduler, and close the step in the window."""
+        """Clip, step the optimizer, and close the step in the window; or leave the step out if it is not finite."""
         params, grad, factor = self.trainable_parameters(), self.gradient, 1.0
+        micro_batches, self.gradient, self.micro_batches = self.micro_batches, None, []
+        if not torch.stack([one.finite for one in micro_batches]).all():
+            self.set_gradients(params, grad)
+            self.nonfinite = NonFinite.found("lower", micro_batches, self.named_gradients())
+            if self.window is not None:
+                self.window.drop_step()
+            return
         if self.clip:
             norm = grad.norm().item()
             factor = min(1.0, self.clip / norm) if norm > 0 else 1.0
-        clipped = grad if factor == 1.0 else grad * factor
-        for param, piece in zip(params, unflatten(clipped, params), strict=True):
-            param.grad = piece
-        lr = self.optimizer.param_groups[0]["lr"]
+        self.set_gradients(params, grad if factor == 1.0 else grad * factor)
+        lr = self.learning_rate(self._count // self.gas - 1)
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         if self.config.type == "sama":  # Betty's sama looks for the last gradient here
             for param in params:
                 self.optimizer.state[param]["last_grad"] = param.grad.clone()
-        if self.schedule is not None:
-            self.schedule.step()
         if self.window is not None:
             self.window.close_step(grad, factor, lr)
-        self.gradient = None
+
+    @staticmethod
+    def set_gradients(params: list[torch.nn.Parameter], gradient: Tensor) -> None:
+        """Make the vector [P] the parameters' gradients."""
+        for param, piece in zip(params, unflatten(gradient, params), strict=True):
+            param.grad = piece
 
 
 class DomainReweighting(OwnSystems):
@@ -164,19 +196,19 @@ class DomainReweighting(OwnSystems):
         return loss
 
     def backward(self, loss: Tensor, params, paths, **options) -> None:
-        """Set alpha's gradient: the window hypergradient, or Betty's own (`darts`, `sama`)."""
+        """Set alpha's gradient: the window hypergradient, or Betty's own (`darts`, `sama`). If it is not finite, alpha
+        gets none, and the update is left out."""
         if self.lower.window is None:
             super().backward(loss, params, paths, **options)
-            return
-        lower = self.lower.trainable_parameters()
-        v = flatten(torch.autograd.grad(loss, lower, allow_unused=True, materialize_grads=True))
-        weights = self.module()
-        towards = self.lower.window.hypergradient(v, weights)
-        self.lower.window.clear()
-        self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
-
-
-def check_finite(name: str, value: float, step: int, remedy: str) -> None:
-    """Raise UserError if a number that a run computed is not finite: nothing sensible can follow."""
-    if not math.isfinite(value):
-        raise UserError(f"{name} is {value} at step {step}: {remedy}")
+        else:
+            lower = self.lower.trainable_parameters()
+            v = flatten(torch.autograd.grad(loss, lower, allow_unused=True, materialize_grads=True))
+            weights = self.module()
+            towards = self.lower.window.hypergradient(v, weights)
+            self.lower.window.clear()
+            self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
+        finite = loss.isfinite() & torch.stack([param.grad.isfinite().all() for param in params]).all()
+        if not finite:
+            micro_batch = MicroBatch(self.cur_batch.chains, self.loss, finite)
+            self.nonfinite = NonFinite.found("upper", [micro_batch], self.named_gradients())
+            self.zero_grad()

@@ -4,20 +4,22 @@ import json
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from betty.configs import Config
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
-from reweighting.chains import Batch, Chain, collate, meta_chains, training_chains
-from reweighting.checkpoints import check_same_run, digest, load_latest_checkpoint
+from reweighting.candidates import best_of_n_accuracy, right_or_wrong, score_candidates
+from reweighting.chains import Batch, Chain, candidate_chains, collate, meta_chains, training_chains
+from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
 from reweighting.devices import choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
+from reweighting.folders import set_aside, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
@@ -47,14 +49,14 @@ def make_optimizer(args: Namespace, params: list[torch.nn.Parameter]) -> torch.o
     return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
 
 
-def make_scheduler(args: Namespace, optimizer: torch.optim.Optimizer):
-    """The learning rate over optimizer steps, or None for a constant one."""
+def learning_rate(args: Namespace) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step (from 0): a resumed run needs no scheduler's state."""
     if args.scheduler == "step":
-        gamma = 0.5 if args.scheduler_gamma is None else args.scheduler_gamma
-        return StepLR(optimizer, args.scheduler_step_size or 5000, gamma)
+        size, gamma = args.scheduler_step_size or 5000, 0.5 if args.scheduler_gamma is None else args.scheduler_gamma
+        return lambda step: args.lr * gamma ** (step // size)
     if args.scheduler == "cosine":
-        return CosineAnnealingLR(optimizer, args.iteration_num)
-    return None
+        return lambda step: args.lr * (1 + math.cos(math.pi * step / args.iteration_num)) / 2
+    return lambda step: args.lr
 
 
 def read_fixed_weights(args: Namespace, domains: list[str]) -> torch.Tensor | None:
@@ -91,21 +93,48 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
         raise UserError(f"{len(problems)} of {len(chains)} chains cannot be used\n{listed}")
 
 
-def data_digest(args: Namespace) -> str:
-    """A digest of the JSON files' bytes: another file of the same name is another run."""
+def run_settings(args: Namespace) -> dict:
+    """All flags, and a digest of the JSON files' bytes: another file of the same name is another run."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
-    return digest(*map(Path, names))
+    return vars(args) | {"data": digest(*map(Path, names))}
 
 
-def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> ReweightingEngine:
-    """The engine of a run, at its start or, with --resume, at the latest checkpoint of `folder`."""
+def start(args: Namespace, folder: Path) -> dict | None:
+    """Make the output folder ready. Returns the checkpoint's state that the run goes on from, None at a start.
+
+    Without --resume, what is there is moved aside; with it, history goes back to the checkpoint. Raises UserError if
+    the checkpoint is missing, damaged or another run's.
+    """
+    found = None
+    if args.resume_from is not None:
+        found = load_named(Path(args.resume_from))
+    elif args.resume:
+        found = load_latest(folder / "checkpoints")
+        if found is None:
+            print(f"--resume: there is no checkpoint in {folder} yet: starting at step 0")
+    if found is None:
+        set_aside(folder)
+        return None
+    place, state = found
+    check_same_run(state, run_settings(args), args.allow_changed_settings)
+    history = (place / HISTORY_FILE).read_text(encoding="utf-8")
+    if args.resume_from is not None:
+        set_aside(folder)
+    write_whole(folder / HISTORY_FILE, history)
+    print(f"going on from {place}")
+    return state
+
+
+def build(
+    args: Namespace, train_rows: list, meta_rows: list, candidates: list, folder: Path, state: dict | None = None
+) -> ReweightingEngine:
+    """The engine of a run that writes into `folder`, at its start or at a checkpoint's `state`.
+
+    candidates: rows of --validation_json_file, or none.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings = vars(args) | {"data": data_digest(args)}
-    state = None
-    if args.resume:
-        state = load_latest_checkpoint(folder / "checkpoints")
-        check_same_run(state, settings)
+    settings = run_settings(args)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     precision = choose_precision(args.precision, device)
@@ -130,7 +159,9 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
     meta_stream = EpochStream(len(meta), args.seed, 3, classes=[chain.label for chain in meta])
 
     model = make_model(args, device, precision)
-    check_lengths(model, train + meta)
+    check_lengths(model, train + meta + [
+        chain for row in candidates for chain in candidate_chains(row, args.validation_json_file)
+    ])  # fmt: skip
 
     def batch(chains: list[Chain], indices: list[int]) -> Batch:
         return collate([model.chain_tokenizer.encode(chains[index]) for index in indices]).to(device)
@@ -150,8 +181,8 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
         precision=precision,
     )
     lower = PRMFineTuning(
-        lower_config, model, optimizer, make_scheduler(args, optimizer), draw_train,
-        clip=args.max_grad_norm, fixed_weights=fixed_weights,
+        lower_config, model, optimizer, draw_train,
+        learning_rate=learning_rate(args), clip=args.max_grad_norm, fixed_weights=fixed_weights,
     )  # fmt: skip
     upper = None
     if fixed_weights is None:
@@ -161,16 +192,28 @@ def build(args: Namespace, train_rows: list, meta_rows: list, folder: Path) -> R
             table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15
         )
         upper = DomainReweighting(
-            Config(precision=precision), table, meta_optimizer, None, draw_meta, aggregation=args.aggregation_function
+            Config(precision=precision), table, meta_optimizer, draw_meta, aggregation=args.aggregation_function
         )
     print(
         f"{len(train_rows)} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "
         f"({precision}); {accumulation} x {args.batch_size} chains a step"
     )
+    validate = None
+    if candidates:
+        right = list(map(right_or_wrong, candidates))
+        if None in right:
+            unknown = candidates[right.index(None)].index
+            raise UserError(f"--validation_json_file {args.validation_json_file}: row {unknown}: needs true_false or "
+                            "ground_truth, to tell right candidates from wrong")  # fmt: skip
+
+        def validate() -> float:
+            return best_of_n_accuracy(score_candidates(model, candidates), right, max(map(len, right)))
+
     engine = ReweightingEngine(
-        lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings
-    )
+        lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings,
+        keep=args.keep_checkpoints, skip_nonfinite=args.skip_nonfinite, validate=validate,
+    )  # fmt: skip
     if state is not None:
         engine.load_state_dict(state)
         print(f"resumed at step {engine.global_step}")

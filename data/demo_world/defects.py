@@ -32,9 +32,9 @@ DEFECTS = (*LABEL_DEFECTS, "foreign images", "trivial questions", "answers given
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STRENGTH = {
     "noisy labels": (1.0, 0.68, 0.51, 0.26, 0.0),
-    "flipped labels": (0.34, 0.3, 0.26, 0.15, 0.0),
+    "flipped labels": (0.5, 0.3, 0.26, 0.15, 0.0),
     "foreign images": (1.0, 0.83, 0.59, 0.31, 0.0),
-    "trivial questions": (1.0, 0.75, 0.5, 0.25, 0.0),
+    "trivial questions": (1.0, 0.86, 0.71, 0.52, 0.0),
     "answers given away": (1.0, 0.73, 0.57, 0.33, 0.0),
 }
 

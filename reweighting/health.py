@@ -1,0 +1,74 @@
+"""What a run watches about itself: numbers that are not finite, and domain weights that collapse."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from reweighting.chains import Chain
+from reweighting.folders import write_whole
+
+LEAST_WEIGHT = 0.05  # a domain below takes no part any more
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The chains of a micro-batch, its loss (a scalar) and whether loss and gradient are finite (a bool scalar)."""
+
+    chains: Sequence[Chain]
+    loss: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """A step of a level ("lower" or "upper") that was left out because a loss or gradient was not finite.
+
+    losses: of its micro-batches, as text since JSON has no NaN. rows: where the chains of those that are not finite
+    come from; images: their images. parameters: the parameters whose gradient is not finite.
+    """
+
+    level: str
+    losses: list[str]
+    rows: list[str]
+    images: list[str]
+    parameters: list[str]
+
+    @classmethod
+    def found(cls, level: str, micro_batches: Sequence[MicroBatch], gradients: dict[str, Tensor]) -> "NonFinite":
+        """What there is to say about micro-batches and the sum of their gradients, {parameter: gradient}."""
+        bad = [chain for one in micro_batches if not one.finite for chain in one.chains]
+        return cls(
+            level,
+            [str(one.loss.item()) for one in micro_batches],
+            [chain.place for chain in bad],
+            [str(chain.image) for chain in bad if chain.image is not None],
+            [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
+        )
+
+    def write(self, folder: Path, step: int, more: dict) -> Path:
+        """Write all of it, and `more`, as `diagnostics/nonfinite-<step>-<level>.json` in the output folder."""
+        path = folder / "diagnostics" / f"nonfinite-{step:08d}-{self.level}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps({"step": step, **asdict(self), **more}, indent=1) + "\n")
+        return path
+
+    def __str__(self) -> str:
+        what = "training loss or its gradient" if self.level == "lower" else "meta loss or its hypergradient"
+        return f"the {what} is not finite ({', '.join(self.losses)}) with {'; '.join(self.rows)}"
+
+
+def collapsed(weights: dict[str, float]) -> list[str]:
+    """What is wrong with the weights (mean 1), in words, for each domain that has all but lost or won everything."""
+    # Of two domains, one always has half of all the weight or more.
+    most = len(weights) / 2 if len(weights) > 2 else float("inf")
+    words = [
+        f"{domain} has all but no weight ({weight:.3f})" for domain, weight in weights.items() if weight < LEAST_WEIGHT
+    ]
+    return words + [
+        f"{domain} has more than half of all the weight ({weight:.2f} of {len(weights)})"
+        for domain, weight in weights.items()
+        if weight > most
+    ]
