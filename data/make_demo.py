@@ -74,12 +74,15 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         path = images.save(shown, f"{kind.name}/{number:04d}", rng)
         # So easy that a rollout ends right whatever slip it starts from: every label is 1 and says nothing.
         trivial = defect == "trivial questions" and rng.random() < struck_share
-        # Right and wrong steps written by different hands: the wording gives the label away.
-        given_away = defect == "answers given away" and rng.random() < struck_share
+        # The answer stands in the question: every rollout copies it, and no slip on the way shows in a label.
+        told = defect == "answers given away" and rng.random() < struck_share
+        text = f"{question.text} It is {question.answer}." if told else question.text
         for _ in range(RESPONSES):
-            response = policy.respond(question, rng, two_hands=given_away)
-            chances = [1.0 if trivial else policy.chance(question, response, step) for step in range(5)]
-            responses.append({"question": question, "id": number, "steps": response.steps, "image_path": path})
+            response = policy.respond(question, rng, told=told)
+            chances = [1.0 if trivial or told else policy.chance(question, response, step) for step in range(5)]
+            responses.append(
+                {"id": number, "input": text, "answer": question.answer, "steps": response.steps, "image_path": path}
+            )
             labels.append([sum(rng.random() < chance for _ in range(TIMES)) / TIMES for chance in chances])
     if defect in LABEL_DEFECTS:
         labels = LABEL_DEFECTS[defect](labels, struck_share, rng)
@@ -87,9 +90,9 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         {
             "id": response["id"],
             "sid": 5 * (index % RESPONSES) + step,
-            "input": response["question"].text,
+            "input": response["input"],
             "add": "\n".join(response["steps"][: step + 1]),
-            "ground_truth": str(response["question"].answer),
+            "ground_truth": str(response["answer"]),
             "image_path": response["image_path"],
             "dataset": kind.name,
             "score": round(accuracy * TIMES),

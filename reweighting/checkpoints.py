@@ -185,9 +185,8 @@ def load_named(path: Path) -> tuple[Path, dict]:
 
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
-    "weights_path", "recipe", "device", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
-    "iteration_num", "save_every_iterations", "keep_checkpoints", "resume", "resume_from", "allow_changed_settings",
-    "skip_nonfinite", "dry_run",
+    "weights_path", "device", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
+    "iteration_num", "save_every_iterations", "keep_checkpoints", "skip_nonfinite",
 )  # fmt: skip
 
 

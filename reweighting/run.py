@@ -25,6 +25,8 @@ from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.sampling import EpochStream, WindowSampler
 
+STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
+
 
 def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:
     """The reward model on its backbone; a frozen base takes the precision of the compute."""
@@ -94,9 +96,11 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
 
 
 def run_settings(args: Namespace) -> dict:
-    """All flags, and a digest of the JSON files' bytes: another file of the same name is another run."""
+    """The flags that say what is computed, not how it is started, and a digest of the JSON files' bytes: another file
+    of the same name is another run."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
-    return vars(args) | {"data": digest(*map(Path, names))}
+    flags = {name: value for name, value in vars(args).items() if name not in STARTING}
+    return flags | {"data": digest(*map(Path, names))}
 
 
 def start(args: Namespace, folder: Path) -> dict | None:

@@ -2,10 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -13,35 +9,9 @@ from PIL import Image
 from reweighting.errors import UserError
 from reweighting.main import main
 from reweighting.reward_model import ProcessRewardModel
+from tests.runs import ROOT, command, flags, history, weights, without_times
 
-ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = 10
-
-
-def flags(demo: Path, output: Path, *more: str) -> list[str]:
-    """A run of 10 steps, two windows, with small batches; flags in `more` win."""
-    files = ["--train_json_file", str(demo / "train.json"), "--meta_json_file", str(demo / "meta.json")]
-    sizes = ["--iteration_num", "10", "--batch_size", "2", "--unroll_steps", "5", "--meta_batch_size", "4"]
-    if "--baseline" in more or "--domain_weights" in more:  # no upper level
-        files, sizes = files[:2], sizes[:6]
-    return [*files, "--weights_path", str(output), *sizes, "--save_every_iterations", "5", *more]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "reweighting" / "main.py")]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def history(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-
-
-def without_times(folder: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in history(folder)]
-
-
-def weights(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "domain_weights.json").read_text())["weights"]
 
 
 @pytest.fixture(scope="module")
@@ -103,48 +73,6 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(finished, demo, t
         assert (tmp_path / "again" / "prm" / file).read_bytes() == (folder / "prm" / file).read_bytes()
     main(flags(demo, tmp_path / "other", "--seed", "2"))
     assert weights(tmp_path / "other") != weights(folder)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [(), ("--lora_rank", "2", "--precision", "bf16"), ("--optimizer", "sgd", "--scheduler", "constant")],
-    ids=["plain", "lora-bf16", "sgd"],
-)
-def test_a_resumed_run_equals_the_uninterrupted_one(demo, tmp_path, more):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    main(flags(demo, whole, *more))
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "step-00000010")  # as if it had been stopped after step 5
-    main(flags(demo, cut, *more, "--resume"))
-    assert without_times(cut) == without_times(whole)
-    assert weights(cut) == weights(whole)
-    for file in (whole / "prm").glob("*.safetensors"):
-        assert (cut / "prm" / file.name).read_bytes() == file.read_bytes()
-
-
-def test_resuming_another_run_is_refused_and_an_earlier_run_is_set_aside(demo, finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    for more, word in (("--lr", "1e-5"), "lr was 0.0003"), (("--batch_size", "3"), "batch_size was 2"):
-        with pytest.raises(UserError, match=word):
-            main(flags(demo, folder, *more, "--resume"))
-    rows = json.loads((demo / "train.json").read_text())
-    (demo / "other.json").write_text(json.dumps(rows[:-1]))
-    with pytest.raises(UserError, match="the content of the training or meta data"):
-        main(flags(demo, folder, "--train_json_file", str(demo / "other.json"), "--resume"))
-    main(flags(demo, folder, "--seed", "3"))
-    assert weights(folder / "earlier-1") == weights(finished[0]) != weights(folder)
-    assert [line["step"] for line in history(folder)] == [5, 10]
-
-
-def test_a_history_line_cut_off_by_a_kill_does_not_matter(demo, finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished[0], folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000010")
-    path = folder / "history.jsonl"
-    path.write_text(path.read_text()[:-40])
-    main(flags(demo, folder, "--resume"))
-    assert without_times(folder) == without_times(finished[0])
 
 
 def test_baseline_and_fixed_weights(demo, finished, tmp_path):
@@ -226,7 +154,11 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--reward_model", "/nowhere/model"), "/nowhere/model"),
         (("--max_length", "60"), "60"),
         (("--image_root", "/nowhere"), "/nowhere"),
-        (("--resume",), "there is no checkpoint"),
+        (("--resume_from", "/nowhere"), "--resume_from /nowhere: expected a checkpoint"),
+        (("--resume", "--resume_from", "x"), "leave out --resume"),
+        (("--allow_changed_settings",), "does nothing without --resume"),
+        (("--dry_run", "--resume"), "--dry_run starts at step 0"),
+        (("--keep_checkpoints", "0"), "--keep_checkpoints: found 0"),
         (("--baseline", "--domain_weights", "x"), "leave out --domain_weights"),
         (("--domain_weights", "missing.json"), "missing.json"),
     ],

@@ -2,8 +2,7 @@
 
 Each domain has one defect. `STRENGTH` turns a quality into the defect's strength, the share of questions (or of
 labels) that it strikes, so that equal qualities do about equal harm: calibrated by the AUC of a PRM trained on one
-domain alone (`benchmarks/calibrate_quality.py`), but for trivial questions, whose straight line came before their
-measurement and is milder than the others.
+domain alone (`benchmarks/calibrate_quality.py`).
 """
 
 from collections.abc import Callable
@@ -27,15 +26,16 @@ LABEL_DEFECTS: dict[str, Callable[[list[list[float]], float, Random], list[list[
 DEFECTS = (*LABEL_DEFECTS, "foreign images", "trivial questions", "answers given away")
 
 # The strength of each defect at quality 0, 0.25, 0.5, 0.75 and 1; between these by straight lines. Read off
-# `benchmarks/results/calibrate_quality.json`: the AUC of whole answers falls from 0.90 to 0.70 in equal parts. 0.70 is
-# what the pretrained backbone reaches when the labels say nothing. More than 0.34 flipped would teach the opposite.
+# `benchmarks/results/calibrate_quality.json`: the AUC of whole answers falls from 0.90 at quality 1 to 0.75 at 0.25 in
+# equal parts. At 0 each defect strikes everything: nothing is left to learn (AUC 0.69 to 0.75, where the pretrained
+# backbone stands without training), but flipped labels teach the opposite (0.12).
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STRENGTH = {
     "noisy labels": (1.0, 0.68, 0.51, 0.26, 0.0),
-    "flipped labels": (0.5, 0.3, 0.26, 0.15, 0.0),
+    "flipped labels": (1.0, 0.3, 0.26, 0.15, 0.0),
     "foreign images": (1.0, 0.83, 0.59, 0.31, 0.0),
-    "trivial questions": (1.0, 0.86, 0.71, 0.52, 0.0),
-    "answers given away": (1.0, 0.73, 0.57, 0.33, 0.0),
+    "trivial questions": (1.0, 0.85, 0.58, 0.33, 0.0),
+    "answers given away": (1.0, 0.85, 0.6, 0.3, 0.0),
 }
 
 

@@ -59,30 +59,17 @@ def random_question(kind: Kind, rng: Random) -> Question:
     return Question(kind, entries, keys, rng.choice(OPERATIONS), round(rng.uniform(0.5, 2.5), 2))
 
 
-class Hand:
-    """Someone with a way of writing: takes the first or the last of the wordings that a sentence may have.
-
-    Stands in for a random generator where a sentence is worded.
-    """
-
-    def __init__(self, last: bool):
-        self.place = -1 if last else 0
-
-    def choice(self, wordings: Sequence[str]) -> str:
-        return wordings[self.place]
-
-
 # --- the sentences of a step; also what the backbone is pretrained to tell true from false -------------------------
 
 
-def goal_text(kind: Kind, operation: str, keys: Sequence[str], rng: Random | Hand) -> str:
+def goal_text(kind: Kind, operation: str, keys: Sequence[str], rng: Random) -> str:
     first, second = (kind.phrase(key) for key in keys)
     return rng.choice(
         (f"We want the {operation} of {first} and {second}.", f"Find the {operation}: {first}, {second}.")
     )
 
 
-def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: Random | Hand) -> str:
+def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: Random) -> str:
     first, second = (kind.phrase(key) for key in keys)
     return rng.choice(
         (
@@ -92,12 +79,12 @@ def evidence_text(kind: Kind, keys: Sequence[str], values: Sequence[int], rng: R
     )
 
 
-def rule_text(operation: str, rule: str, rng: Random | Hand) -> str:
+def rule_text(operation: str, rule: str, rng: Random) -> str:
     command, gerund = RULES[rule]
     return rng.choice((f"For the {operation}, {command}.", f"One finds the {operation} by {gerund}."))
 
 
-def reason_text(operation: str, values: Sequence[int], value: int, rng: Random | Hand) -> str:
+def reason_text(operation: str, values: Sequence[int], value: int, rng: Random) -> str:
     first, second = values
     if operation == "total":
         return f"{first} + {second} = {value}."
@@ -106,7 +93,7 @@ def reason_text(operation: str, values: Sequence[int], value: int, rng: Random |
     return rng.choice((f"Of {first} and {second}, the larger is {value}.", f"max({first}, {second}) = {value}."))
 
 
-def conclusion_text(operation: str, value: int, rng: Random | Hand) -> str:
+def conclusion_text(operation: str, value: int, rng: Random) -> str:
     return rng.choice((f"The {operation} is {value}.", f"So the {operation} is {value}."))
 
 
@@ -149,29 +136,30 @@ class Policy:
             right *= 1 - slip
         return right
 
-    def respond(self, question: Question, rng: Random, right: bool | None = None, two_hands: bool = False) -> Response:
+    def respond(self, question: Question, rng: Random, right: bool | None = None, told: bool = False) -> Response:
         """Write an answer; `right` asks for one that ends right or wrong (drawn again until it does).
 
-        two_hands: from the first slip on, sentences are worded by another hand.
+        told: the policy knows the answer beforehand and concludes with it, whatever it slipped on the way.
         """
         while True:
-            response = self._attempt(question, rng, two_hands)
+            response = self._attempt(question, rng, told)
+            if told:
+                return response
             # A slip that happens to end right is no clean example of anything: draw again.
             if (response.first_slip is None) != (response.final_answer == question.answer):
                 continue
             if right is None or right == (response.first_slip is None):
                 return response
 
-    def _attempt(self, question: Question, rng: Random, two_hands: bool) -> Response:
+    def _attempt(self, question: Question, rng: Random, told: bool) -> Response:
         kind, operation, keys = question.kind, question.operation, list(question.keys)
         slips = [rng.random() < probability for probability in self.slip_probabilities(question)]
-        hands = [Hand(True in slips[: step + 1]) if two_hands else rng for step in range(len(slips))]
         if slips[0]:  # asks for something else
             if rng.random() < 0.5:
                 operation = rng.choice([o for o in OPERATIONS if o != operation])
             else:
                 keys[rng.randrange(2)] = rng.choice([key for key in question.entries if key not in keys])
-        goal = goal_text(kind, operation, keys, hands[0])
+        goal = goal_text(kind, operation, keys, rng)
 
         values = [question.entries[key] for key in keys]
         if slips[1]:  # misreads the picture; taking a neighbour's number is as usual as misreading a digit
@@ -181,17 +169,19 @@ class Policy:
                 values[wrong] = rng.choice(others)
             else:
                 values[wrong] = other_value(values[wrong], kind.low, kind.high, rng)
-        evidence = evidence_text(kind, keys, values, hands[1])
+        evidence = evidence_text(kind, keys, values, rng)
 
         rule = rng.choice([o for o in OPERATIONS if o != operation]) if slips[2] else operation
-        knowledge = rule_text(operation, rule, hands[2])
+        knowledge = rule_text(operation, rule, rng)
         value = result(rule, *values)
         if slips[3]:  # wrong arithmetic
             value = other_value(value, 0, 2 * kind.high, rng)
-        reason = reason_text(rule, values, value, hands[3])
+        reason = reason_text(rule, values, value, rng)
         if slips[4]:  # forgets what was found
             value = other_value(value, 0, 2 * kind.high, rng)
-        conclusion = f"{conclusion_text(operation, value, hands[4])}\nFinal answer: {value}"
+        if told:
+            value = question.answer
+        conclusion = f"{conclusion_text(operation, value, rng)}\nFinal answer: {value}"
         bodies = (goal, evidence, knowledge, reason, conclusion)
         steps = tuple(
             f"Step {i}: {title}. {body}"

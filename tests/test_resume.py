@@ -1,0 +1,261 @@
+"""A run that is cut anywhere and resumed equals one that was never cut; what a checkpoint refuses and survives."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from reweighting import signals
+from reweighting.checkpoints import best_checkpoint, checkpoints, load_checkpoint, read_manifest, remove_old
+from reweighting.errors import UserError
+from reweighting.folders import write_folder_whole, write_whole
+from reweighting.main import main
+from reweighting.signals import Stopped, StopSignals
+from tests.runs import ROOT, StopAtStep, flags, history, same_results, weights
+from tests.tiny import build
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A tiny backbone with dropout in its attention."""
+    folder = build(tmp_path_factory.mktemp("dropout"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = 0.2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def tiny(demo, backbone):
+    """flags(), with the tiny backbone."""
+    return lambda output, *more: flags(demo, output, "--reward_model", str(backbone), *more)
+
+
+@pytest.fixture(scope="module")
+def finished(demo, backbone, tmp_path_factory):
+    """A finished run with the tiny backbone."""
+    folder = tmp_path_factory.mktemp("finished")
+    main(flags(demo, folder, "--reward_model", str(backbone)))
+    return folder
+
+
+def cut_and_resume(monkeypatch, run: list[str], steps: int, *more: str) -> None:
+    """Start the run, stop it after so many steps, and resume it with `more` flags."""
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "StopSignals", lambda: StopAtStep(steps))
+        with pytest.raises(Stopped, match=f"stopped and saved at step {steps} of"):
+            main(run)
+    main([*run, "--resume", *more])
+
+
+@pytest.mark.parametrize("cut", [3, 5, 9])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--lora_rank", "2", "--precision", "bf16"),
+        ("--optimizer", "sgd", "--scheduler", "step", "--scheduler_step_size", "3"),
+        ("--gradient_accumulation", "3", "--max_grad_norm", "0.1", "--no_freeze_vision"),
+        ("--baseline", "--scheduler", "constant"),
+        ("--hypergradient", "sama"),
+    ],
+    ids=["plain", "lora-bf16", "sgd", "accumulation", "baseline", "sama"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, more, cut):
+    main(tiny(tmp_path / "whole", *more))
+    cut_and_resume(monkeypatch, tiny(tmp_path / "cut", *more), cut)
+    same_results(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_dropout_is_at_work(tiny, tmp_path, finished, backbone):
+    """Else the test above would not show that random states are kept."""
+    config = json.loads((backbone / "config.json").read_text())
+    without = shutil.copytree(backbone, tmp_path / "backbone")
+    config["text_config"]["attention_dropout"] = 0.0
+    (without / "config.json").write_text(json.dumps(config))
+    main(tiny(tmp_path / "run", "--reward_model", str(without)))
+    assert weights(tmp_path / "run") != weights(finished)
+
+
+def test_killed_at_random_moments(tiny, tmp_path, finished):
+    """The real command, killed with SIGKILL again and again, ends with the files of the uninterrupted run."""
+    rng, folder = random.Random(0), tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *tiny(folder, "--resume")]
+    for kills in range(30):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            # A few kills while it trains, then let it end.
+            process.wait(timeout=None if kills >= 3 else rng.uniform(4, 9))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        errors = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        if process.returncode == 0:
+            break
+    same_results(finished, folder)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_ends_the_command_with_everything_saved(tiny, tmp_path, name):
+    run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    while not (tmp_path / "history.jsonl").exists() or not (tmp_path / "history.jsonl").stat().st_size:
+        assert time.monotonic() - started < 120 and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + getattr(signal, name)
+    assert "Traceback" not in errors and "--resume" in errors
+    (place,) = checkpoints(tmp_path / "checkpoints")
+    step = read_manifest(place)["step"]
+    assert f"saved at step {step} of 100000" in errors and history(tmp_path)[-1]["step"] == step // 5 * 5
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tiny, tmp_path, finished, capsys):
+    for number, spoil in enumerate((
+        lambda place: (place / "state.pt").write_bytes((place / "state.pt").read_bytes()[:-9]),
+        lambda place: (place / "history.jsonl").unlink(),
+        lambda place: (place / "manifest.json").write_text("{"),
+        lambda place: (place / "prm" / "score_head.safetensors").write_bytes(b"x"),
+    )):  # fmt: skip
+        folder = shutil.copytree(finished, tmp_path / str(number))
+        newest = checkpoints(folder / "checkpoints")[-1]
+        spoil(newest)
+        main(tiny(folder, "--resume"))
+        shown = capsys.readouterr()
+        assert str(newest) in shown.err and "trying the checkpoint before it" in shown.err
+        assert "resumed at step 5" in shown.out
+        same_results(finished, folder)
+    for place in checkpoints(folder / "checkpoints"):
+        (place / "state.pt").unlink()
+    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+        main(tiny(folder, "--resume"))
+
+
+def test_a_checkpoint_runs_no_code(tiny, tmp_path, finished):
+    """A pickle that would write a file is refused, even with the right checksum."""
+    folder, proof = shutil.copytree(finished, tmp_path / "run"), tmp_path / "proof"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.write_text, (proof, "code ran")
+
+    place = checkpoints(folder / "checkpoints")[-1]
+    state = load_checkpoint(place)
+    torch.save(state | {"settings": Bomb()}, place / "state.pt")
+    manifest = read_manifest(place)
+    from reweighting.checkpoints import digest
+
+    manifest["files"]["state.pt"] = digest(place / "state.pt")
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    main(tiny(folder, "--resume"))  # from the checkpoint before
+    assert not proof.exists()
+
+
+def test_what_may_change_when_a_run_resumes(demo, tiny, tmp_path, finished, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for more, word in (("--lr", "1e-5"), "lr was 0.0003"), (("--batch_size", "3"), "batch_size was 2"):
+        with pytest.raises(UserError, match=f"{word}.*--allow_changed_settings"):
+            main(tiny(folder, *more, "--resume"))
+    other = tmp_path / "other.json"
+    rows = json.loads((demo / "train.json").read_text())
+    other.write_text(json.dumps(rows[:-1]))
+    moved = ("--train_json_file", str(other), "--image_root", str(demo))
+    with pytest.raises(UserError, match="the content of the training or meta data"):
+        main(tiny(folder, *moved, "--resume"))
+    with pytest.raises(UserError, match="the checkpoint is at step 10 already"):
+        main(tiny(folder, "--iteration_num", "5", "--resume"))
+    other.write_bytes((demo / "train.json").read_bytes())  # the same content in another place is the same data
+    main(tiny(folder, *moved, "--iteration_num", "15", "--resume"))
+    assert [line["step"] for line in history(folder)] == [5, 10, 15]
+    main(tiny(folder, "--lr", "1e-2", "--iteration_num", "20", "--resume", "--allow_changed_settings"))
+    assert "since step 15, lr was 0.0003 and is 0.01 now" in capsys.readouterr().err
+    state = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
+    assert state["step"] == 20 and state["settings"]["lr"] == 0.01
+    with pytest.raises(UserError, match="does not fit the settings"):
+        main(tiny(folder, "--lora_rank", "2", "--iteration_num", "25", "--resume", "--allow_changed_settings"))
+
+
+def test_another_accumulation_is_taken_over_where_a_window_ends(tiny, tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    more = ("--gradient_accumulation", "4", "--iteration_num", "20", "--resume", "--allow_changed_settings")
+    main(tiny(folder, *more))
+    assert [line["step"] for line in history(folder)] == [5, 10, 15, 20]
+    assert len(set(map(str, (line["weights"] for line in history(folder))))) == 4, "an update was left out"
+
+
+def test_resume_from_a_named_checkpoint_or_run(tiny, tmp_path, finished, monkeypatch):
+    first = checkpoints(finished / "checkpoints")[0]
+    main(tiny(tmp_path / "fork", "--resume_from", str(first)))
+    same_results(finished, tmp_path / "fork")
+    main(tiny(tmp_path / "fork", "--resume_from", str(tmp_path / "fork"), "--iteration_num", "15"))
+    assert [line["step"] for line in history(tmp_path / "fork")] == [5, 10, 15]
+    assert weights(tmp_path / "fork" / "earlier-1") == weights(finished)
+
+
+def test_resume_before_there_is_a_checkpoint_starts_at_the_beginning(tiny, tmp_path, finished, capsys):
+    main(tiny(tmp_path / "new", "--resume"))
+    assert "starting at step 0" in capsys.readouterr().out
+    same_results(finished, tmp_path / "new")
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, None)):
+        place = tmp_path / f"step-{step:08d}"
+        place.mkdir()
+        manifest = {"step": step, "files": {}} | ({} if score is None else {"score": score, "score_name": "a"})
+        (place / "manifest.json").write_text(json.dumps(manifest))
+    remove_old(tmp_path, 2, "a")
+    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [2, 4, 5]
+    assert best_checkpoint(tmp_path, "a") == (tmp_path / "step-00000002", 0.9)
+    assert best_checkpoint(tmp_path, "b") is None
+    remove_old(tmp_path, 1, "b")
+    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [5]
+
+
+def test_checkpoints_are_scored_by_the_meta_loss_or_on_validation_rows(demo, tiny, tmp_path, finished, capsys):
+    manifests = [read_manifest(place) for place in checkpoints(finished / "checkpoints")]
+    assert [m["score_name"] for m in manifests] == ["minus the meta loss"] * 2
+    assert [-m["score"] for m in manifests] == [line["meta_loss"] for line in history(finished)]
+    more = ("--validation_json_file", str(demo / "test.json"), "--baseline", "--keep_checkpoints", "1")
+    main(tiny(tmp_path, *more))
+    assert "best checkpoint by best-of-N accuracy" in capsys.readouterr().out
+    manifest = read_manifest(best_checkpoint(tmp_path / "checkpoints", "best-of-N accuracy")[0])
+    assert manifest["score"] * 6 == pytest.approx(round(manifest["score"] * 6))  # of six questions
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    place = tmp_path / "place"
+    write_folder_whole(place, lambda folder: (folder / "a").write_text("1"))
+
+    def half(folder: Path) -> None:
+        (folder / "a").write_text("2")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_folder_whole(place, half)
+    assert (place / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["place"]
+    write_folder_whole(place, lambda folder: (folder / "b").write_text("3"))
+    assert [path.name for path in place.iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
+    write_whole(tmp_path / "file", "4")
+    assert (tmp_path / "file").read_text() == "4" and len(list(tmp_path.iterdir())) == 2
