@@ -89,6 +89,10 @@ class UpperArguments:
     aggregation_function: str = HfArg(
         default="mean_logit", help=f"how a chain's steps become one number: {', '.join(AGGREGATIONS)}"
     )
+    center_meta_scores: bool = HfArg(
+        default=True,
+        help="compare meta answers with each other, as choosing does; --no_center_meta_scores: take them as they are",
+    )
     hypergradient: str = HfArg(
         default="window", help="window (exact but for terms of second order in lr), or Betty's own darts or sama"
     )
@@ -233,7 +237,7 @@ def _check(args: Namespace) -> None:
         raise UserError("--no_freeze_vision does nothing with --lora_rank: adapters are on the language model only")
     if not learns_weights(args):
         defaults = {field.name: field.default for field in fields(UpperArguments)}
-        for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "hypergradient"):
+        for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient"):
             if getattr(args, name) != defaults[name]:
                 raise UserError(f"--{name} does nothing with --baseline or --domain_weights: no weights are learned")
         return
@@ -244,6 +248,9 @@ def _check(args: Namespace) -> None:
             f"--iteration_num {args.iteration_num} is no multiple of --unroll_steps {args.unroll_steps}, so the last "
             f"window would be cut short: use {near}"
         )
+    if args.center_meta_scores and args.meta_batch_size == 1:
+        raise UserError("--meta_batch_size 1: a single answer has nothing to be compared with: use 2 or more, or "
+                        "--no_center_meta_scores")  # fmt: skip
     if args.meta_json_file is None:
         raise UserError(
             "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"

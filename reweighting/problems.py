@@ -2,7 +2,7 @@
 
     lower   PRM fine-tuning: minimise over phi   mean_k w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
     upper   domain reweighting: minimise over alpha the meta loss (sigmoid(A) - r)^2 of the PRM that comes out, with A
-            the aggregate of a chain's step logits and r whether its final answer is right
+            the aggregate of a chain's step logits (centred in the batch) and r whether its final answer is right
 
 Betty (0.2.1) keeps its part: the dependency graph, when a level steps, unrolling. `OwnSystems` replaces what it does
 otherwise: it rebuilds optimizers and schedulers from their defaults, trains frozen parameters, steps schedulers at
@@ -10,6 +10,7 @@ every micro-batch, knows bf16 on CUDA only and synchronises the device at every 
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -182,15 +183,26 @@ class PRMFineTuning(OwnSystems):
 
 
 class DomainReweighting(OwnSystems):
-    """Upper level. A batch is a Batch of meta chains, whose `labels` say whether the final answer is right."""
+    """Upper level. A batch is a Batch of meta chains, whose `labels` say whether the final answer is right.
 
-    def __init__(self, *args, aggregation: str = "mean_logit"):
+    right_share: the share of right answers among all meta chains, to centre the aggregates of every batch; None to
+    take them as they are.
+    """
+
+    def __init__(self, *args, aggregation: str = "mean_logit", right_share: float | None = None):
         super().__init__("upper", *args)
-        self.aggregation = aggregation
+        self.aggregation, self.right_share = aggregation, right_share
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Mean over meta chains of (sigmoid(A) - r)^2."""
+        """Mean over meta chains of (sigmoid(A) - r)^2.
+
+        Centred, A is first shifted so that its mean over the batch is the logit of `right_share`. Choosing among
+        answers compares them, so what all scores have in common does not matter; and it would drown the rest: a domain
+        whose labels are too high on the whole is a cheap remedy for scores that are too low, however poor its labels.
+        """
         aggregates = aggregate(self.lower.module(batch), batch.step_mask, self.aggregation)  # [B]
+        if self.right_share is not None:
+            aggregates = aggregates - aggregates.mean() + math.log(self.right_share / (1 - self.right_share))
         loss = (aggregates.sigmoid() - batch.labels).square().mean()
         self.loss = loss.detach()
         return loss

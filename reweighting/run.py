@@ -195,9 +195,11 @@ def build(
         meta_optimizer = torch.optim.AdamW(
             table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15
         )
+        right_share = sum(chain.label for chain in meta) / len(meta) if args.center_meta_scores else None
         upper = DomainReweighting(
-            Config(precision=precision), table, meta_optimizer, draw_meta, aggregation=args.aggregation_function
-        )
+            Config(precision=precision), table, meta_optimizer, draw_meta,
+            aggregation=args.aggregation_function, right_share=right_share,
+        )  # fmt: skip
     print(
         f"{len(train_rows)} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "

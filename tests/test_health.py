@@ -118,9 +118,7 @@ def test_an_image_that_vanishes_is_named_and_the_run_resumes(demo, tiny, tmp_pat
     with monkeypatch.context() as patch:
         forget_images(patch, lambda _: [a.rename(b) for a, b in zip(gone, hidden, strict=True)])
         try:
-            with pytest.raises(
-                UserError, match="train.json: row.*cannot read .*dice.*tried 4 times.*saved"
-            ):
+            with pytest.raises(UserError, match="train.json: row.*cannot read .*dice.*tried 4 times.*saved"):
                 main(tiny(tmp_path / "cut"))
         finally:
             for a, b in zip(gone, hidden, strict=True):
@@ -161,9 +159,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
     try:
         with monkeypatch.context() as patch:
             patch.setattr(engine_module, "save_checkpoint", save)
-            with pytest.raises(
-                UserError, match=r"step 10 cannot be written .* are whole \(step-00000005\)"
-            ):
+            with pytest.raises(UserError, match=r"step 10 cannot be written .* are whole \(step-00000005\)"):
                 main(tiny(tmp_path / "cut"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

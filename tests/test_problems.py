@@ -44,7 +44,9 @@ class Fixture:
     def batch(self, chains):
         return collate([self.model.chain_tokenizer.encode(chain) for chain in chains])
 
-    def engine(self, folder: Path, hypergradient: str = "window", fixed_weights=None, iterations: int = UNROLL):
+    def engine(
+        self, folder: Path, hypergradient: str = "window", fixed_weights=None, iterations=UNROLL, right_share=None
+    ):
         optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=LR)
         config = Config(type=hypergradient, unroll_steps=UNROLL, gradient_accumulation=ACCUMULATION)
         lower = PRMFineTuning(
@@ -56,7 +58,7 @@ class Fixture:
             table = DomainWeights(DOMAINS).double()
             table.alpha.data = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64)
             meta_optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
-            upper = DomainReweighting(Config(), table, meta_optimizer, self.meta.__getitem__)
+            upper = DomainReweighting(Config(), table, meta_optimizer, self.meta.__getitem__, right_share=right_share)
         return ReweightingEngine(lower, upper, DOMAINS, torch.device("cpu"), folder, iterations, 100, {})
 
 
@@ -71,20 +73,22 @@ def plain_lower_loss(model, params, batch):
     return sum(errors) / len(errors)
 
 
-def plain_meta_loss(model, params, batch):
+def plain_meta_loss(model, params, batch, right_share=None):
     logits = functional_call(model, params, (batch,))
-    losses = []
-    for row in range(len(logits)):
-        count = int(batch.step_mask[row].sum())
-        losses.append((logits[row, :count].mean().sigmoid() - batch.labels[row]) ** 2)
+    aggregates = [logits[row, : int(batch.step_mask[row].sum())].mean() for row in range(len(logits))]
+    if right_share is not None:
+        middle = sum(aggregates) / len(aggregates)
+        aggregates = [one - middle + math.log(right_share / (1 - right_share)) for one in aggregates]
+    losses = [(one.sigmoid() - label) ** 2 for one, label in zip(aggregates, batch.labels, strict=True)]
     return sum(losses) / len(losses)
 
 
-def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path):
+@pytest.mark.parametrize("right_share", [None, 0.3])
+def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path, right_share):
     fixture = Fixture()
     model = fixture.model
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    engine = fixture.engine(tmp_path)
+    engine = fixture.engine(tmp_path, right_share=right_share)
     alpha = engine.upper.module.alpha
     start = alpha.detach().clone().requires_grad_()
 
@@ -99,7 +103,7 @@ def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path):
             name: value if grad is None else value - LR * grad
             for (name, value), grad in zip(current.items(), grads, strict=True)
         }
-    meta = plain_meta_loss(model, current, fixture.meta[0])
+    meta = plain_meta_loss(model, current, fixture.meta[0], right_share)
     exact = torch.autograd.grad(meta, start)[0]
 
     engine.run()
