@@ -115,9 +115,9 @@ class ReweightingEngine(Engine):
                 self.train_step()
                 bar.update()
                 self.seconds = time.monotonic() - started
-                self._leave_out_nonfinite()
                 if self._at_window_end():
                     self._end_window(bar)
+                self._leave_out_nonfinite()
                 due = self.global_step // self.save_every > self.saved // self.save_every and self._at_window_end()
                 if due or self.global_step == self.train_iters:
                     self.save(scored=True)
@@ -197,8 +197,7 @@ class ReweightingEngine(Engine):
                 self.meta_losses.append(line["meta_loss"])
             if not all(map(math.isfinite, weights.values())):
                 raise UserError(f"a domain weight is no number at step {self.global_step}: lower --meta_lr")
-            for words in collapsed(weights):
-                domain = words.split(" has ")[0]
+            for domain, words in collapsed(weights).items():
                 if domain not in self.warned:
                     self.warned.add(domain)
                     tqdm.write(f"warning: at step {self.global_step} {words}", file=sys.stderr)

@@ -60,15 +60,13 @@ class NonFinite:
         return f"the {what} is not finite ({', '.join(self.losses)}) with {'; '.join(self.rows)}"
 
 
-def collapsed(weights: dict[str, float]) -> list[str]:
-    """What is wrong with the weights (mean 1), in words, for each domain that has all but lost or won everything."""
-    # Of two domains, one always has half of all the weight or more.
-    most = len(weights) / 2 if len(weights) > 2 else float("inf")
-    words = [
-        f"{domain} has all but no weight ({weight:.3f})" for domain, weight in weights.items() if weight < LEAST_WEIGHT
-    ]
-    return words + [
-        f"{domain} has more than half of all the weight ({weight:.2f} of {len(weights)})"
-        for domain, weight in weights.items()
-        if weight > most
-    ]
+def collapsed(weights: dict[str, float]) -> dict[str, str]:
+    """What is wrong, in words, with each domain whose weight (mean 1) has all but lost or won everything."""
+    half = len(weights) / 2
+    words = {}
+    for domain, weight in weights.items():
+        if weight < LEAST_WEIGHT:
+            words[domain] = f"{domain} has all but no weight ({weight:.3f})"
+        elif weight > half and len(weights) > 2:  # of two domains, one always has half or more
+            words[domain] = f"{domain} has more than half of all the weight ({weight:.2f} of {len(weights)})"
+    return words

@@ -73,7 +73,8 @@ def test_a_poisoned_update_leaves_the_weights_as_they_were(tiny, tmp_path, monke
     with pytest.raises(UserError, match="step 10: the meta loss or its hypergradient .*meta.json: row"):
         main(tiny(tmp_path))
     lines = history(tmp_path)
-    assert len(lines) == 1  # the window was not finished
+    assert [line["step"] for line in lines] == [5, 10] and lines[1]["meta_loss"] is None
+    assert lines[1]["weights"] == lines[0]["weights"]
     state = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])
     assert state["step"] == 10
     main(tiny(tmp_path, "--resume", "--iteration_num", "15"))
@@ -81,12 +82,12 @@ def test_a_poisoned_update_leaves_the_weights_as_they_were(tiny, tmp_path, monke
 
 
 def test_collapsing_weights_are_told_of():
-    assert collapsed({"a": 1.0, "b": 1.2, "c": 0.8}) == []
-    assert collapsed({"a": 0.04, "b": 1.16, "c": 1.8}) == [
-        "a has all but no weight (0.040)",
-        "c has more than half of all the weight (1.80 of 3)",
-    ]
-    assert collapsed({"a": 0.5, "b": 1.5}) == []
+    assert collapsed({"a": 1.0, "b": 1.2, "c": 0.8}) == {}
+    assert collapsed({"a": 0.04, "b": 1.16, "c": 1.8}) == {
+        "a": "a has all but no weight (0.040)",
+        "c": "c has more than half of all the weight (1.80 of 3)",
+    }
+    assert collapsed({"a": 0.5, "b": 1.5}) == {}
 
 
 def test_a_collapse_is_told_once(tiny, tmp_path, capsys):
