@@ -2,14 +2,13 @@
 
     python benchmarks/demo_runs.py --work /tmp/demo_runs        # resumable: finished runs are not repeated
 
-`shipped`: the demo data as shipped, five training seeds, three methods on the same rows for the same steps: equal
-weights (`--baseline`), learned weights, and weights proportional to the true quality (what perfect knowledge would
-give, the ceiling). `reassigned`: five other demo worlds, each with other data and the qualities dealt anew among the
-domains; learned weights only.
+`shipped`: the demo data as shipped, five training seeds, each method on the same rows for the same steps. `reassigned`:
+five other demo worlds, each with other data and the qualities dealt anew among the domains; learned weights only.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ from common import (
     ROOT,
     ProcessRewardModel,
     agreement,
+    auc,
     best_of,
     learned_weights,
     make_data,
@@ -28,6 +28,10 @@ from common import (
     train,
     write_results,
 )
+
+from reweighting.aggregation import aggregate
+from reweighting.chains import meta_chains
+from reweighting.records import load_meta_rows
 
 
 def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:
@@ -41,11 +45,59 @@ def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:
     return json.loads(scored.read_text())
 
 
-def oracle_weights(data: Path, folder: Path) -> Path:
-    """A file of weights proportional to the true quality."""
-    path = folder / "oracle.json"
+def true_qualities(data: Path, work: Path) -> Path:
+    """A file of weights proportional to the true quality: what perfect knowledge would give, the ceiling."""
+    path = work / "true_qualities.json"
     path.write_text((data / "quality.json").read_text())
     return path
+
+
+def best_domains(data: Path, work: Path, run: Callable) -> Path:
+    """A file of weights 1 for half of the domains and 0 for the rest: what a careful person would try.
+
+    A PRM is trained on each domain alone, and those domains are kept whose PRM judges the meta answers best (AUC).
+    """
+    rows = json.loads((data / "train.json").read_text())
+    meta, _ = meta_chains(load_meta_rows(data / "meta.json"))
+
+    def score(domain: str) -> float:
+        folder = work / f"alone-{domain}"
+        scored = folder / "auc.json"
+        if not scored.exists():
+            folder.mkdir(exist_ok=True)
+            (folder / "train.json").write_text(json.dumps([row for row in rows if row["dataset"] == domain]))
+            flags = ("--baseline", "--iteration_num", "100", "--image_root", str(data))
+            train(folder, folder / "run", 1, *flags)
+            model = ProcessRewardModel.from_pretrained(folder / "run" / "prm")
+            logits = model.chain_logits(meta, batch_size=50)
+            scored.write_text(json.dumps(auc(aggregate(*logits).numpy(), [chain.label == 1 for chain in meta])))
+        return json.loads(scored.read_text())
+
+    domains = sorted({row["dataset"] for row in rows})
+    found = dict(zip(domains, run(score, domains), strict=True))
+    kept = sorted(domains, key=found.get)[len(domains) // 2 :]
+    path = work / "best_domains.json"
+    path.write_text(json.dumps({domain: float(domain in kept) for domain in domains}))
+    return path
+
+
+# Method -> the flags of a run, from the data, the working folder, the seed and what runs jobs in parallel.
+METHODS = {
+    "equal weights": lambda data, work, seed, run: ("--baseline",),
+    "learned weights": lambda data, work, seed, run: (),
+    "true qualities": lambda data, work, seed, run: ("--domain_weights", str(true_qualities(data, work))),
+    "learned, then frozen": lambda data, work, seed, run: (
+        "--domain_weights", str(folder_of(work, "learned weights", seed) / "domain_weights.json"),
+    ),
+    "best domains only": lambda data, work, seed, run: ("--domain_weights", str(best_domains(data, work, run))),
+    "meta loss of the last step": lambda data, work, seed, run: ("--aggregation_function", "last"),
+    "Betty's darts": lambda data, work, seed, run: ("--hypergradient", "darts"),
+}  # fmt: skip
+
+
+def folder_of(work: Path, method: str, seed: int) -> Path:
+    """Where a run of the shipped demo is."""
+    return work / f"{re.sub('[^a-z]+', '_', method.lower())}-{seed}"
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -53,34 +105,31 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"mean": round(float(np.mean(values)), 4), "sd": round(float(np.std(values, ddof=1)), 4)}
 
 
-def shipped(work: Path, seeds: list[int], run: Callable) -> dict:
-    """The three methods on the shipped demo."""
+def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable) -> dict:
+    """The methods on the shipped demo."""
     data = ROOT / "data"
     quality = json.loads((data / "quality.json").read_text())
-    oracle = str(oracle_weights(data, work))
-    methods = {"baseline": ("--baseline",), "learned": (), "true qualities": ("--domain_weights", oracle)}
-    jobs = [(method, seed) for seed in seeds for method in methods]
-    folders = {job: work / f"shipped-{job[0].replace(' ', '_')}-{job[1]}" for job in jobs}
-    found = dict(zip(jobs, run(lambda job: evaluate(data, folders[job], job[1], *methods[job[0]]), jobs), strict=True))
-    table = {}
+    found: dict[tuple[str, int], dict] = {}
+    for method in methods:  # one after the other: some start from another one's weights
+        flags = {seed: METHODS[method](data, work, seed, run) for seed in seeds}
+        done = run(lambda s, m=method, f=flags: evaluate(data, folder_of(work, m, s), s, *f[s]), seeds)  # noqa: B023
+        found |= {(method, seed): row for seed, row in zip(seeds, done, strict=True)}
+    table, weights = {}, {}
     for method in methods:
         rows = [found[method, seed] for seed in seeds]
         table[method] = {name: summary([row[name] for row in rows]) for name in rows[0] if name != "auc"} | {
             f"auc_{name}": summary([row["auc"][name] for row in rows]) for name in rows[0]["auc"]
         }
-    weights = {seed: learned_weights(folders["learned", seed]) for seed in seeds}
-    ranking = {seed: agreement(weights[seed], quality) for seed in seeds}
-    gains = {m: table[m]["best_of_8"]["mean"] - table["baseline"]["best_of_8"]["mean"] for m in methods}
-    return {
-        "seeds": seeds,
-        "methods": table,
-        "gain_of_learned_in_points": round(100 * gains["learned"], 2),
-        "share_of_the_true_qualities_gain": round(gains["learned"] / gains["true qualities"], 3),
-        "ranking": ranking,
-        "weights": weights,
-        "quality": quality,
-        "per_seed": {f"{method} {seed}": found[method, seed] for method, seed in jobs},
-    }
+        weights[method] = {seed: learned_weights(folder_of(work, method, seed)) for seed in seeds}
+        if method != "equal weights":
+            ranking = [agreement(weights[method][seed], quality) for seed in seeds]
+            table[method] |= {name: summary([row[name] for row in ranking]) for name in ranking[0]}
+    result = {"seeds": seeds, "quality": quality, "methods": table, "weights": weights}
+    if {"equal weights", "learned weights", "true qualities"} <= set(methods):
+        gains = {m: table[m]["best_of_8"]["mean"] - table["equal weights"]["best_of_8"]["mean"] for m in methods}
+        result["gain_of_learned_in_points"] = round(100 * gains["learned weights"], 2)
+        result["share_of_the_true_qualities_gain"] = round(gains["learned weights"] / gains["true qualities"], 3)
+    return result | {"per_seed": {f"{method} {seed}": row for (method, seed), row in found.items()}}
 
 
 def reassigned(work: Path, seeds: list[int], run: Callable) -> dict:
@@ -107,6 +156,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo_runs"), help="runs and made data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the shipped demo's runs")
     parser.add_argument("--worlds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="of the other worlds")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on the shipped demo")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time (wall times are then not comparable)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -114,8 +164,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.parallel) as pool:
         content = {
             "parallel": args.parallel,
+            "shipped": shipped(args.work, args.seeds, args.methods, lambda *job: list(pool.map(*job))),
             "reassigned": reassigned(args.work, args.worlds, pool.map),
-            "shipped": shipped(args.work, args.seeds, pool.map),
         }
     print(json.dumps({k: v for k, v in content["shipped"].items() if k not in ("per_seed", "weights")}, indent=1))
     print(json.dumps({k: v for k, v in content["reassigned"].items() if k != "worlds"}, indent=1))

@@ -61,7 +61,7 @@ class LowerArguments:
     gradiant_accumulation: int | None = HfArg(
         aliases=["--gradient_accumulation"],
         default=None,
-        help="micro-batches in an optimizer step (default: the fewest that let every domain into every window)",
+        help="micro-batches in an optimizer step (default: 2, or as many as let every domain into every window)",
     )
     optimizer: str = HfArg(default="adamw", help="adamw or sgd")
     lr: float = HfArg(default=3e-4, help="learning rate")

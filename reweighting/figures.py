@@ -88,10 +88,11 @@ def draw_weights_over_time(history: list[dict], path: Path) -> None:
 def draw_losses(history: list[dict], path: Path) -> None:
     """The losses of both levels, or of the lower one alone: a smoothed line over the faint raw one."""
     panels = [("train_loss", "training loss", BLUE), ("meta_loss", "meta loss", VERMILION)]
-    panels = [panel for panel in panels if panel[0] in history[-1]]
+    panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
     figure, *places = _figure(2.6 + 3.4 * len(panels), 3.3, len(panels))
     for axes, (name, title, colour) in zip(places, panels, strict=True):
-        steps, values = zip(*((line["step"], line[name]) for line in history), strict=True)
+        known = [line for line in history if line[name] is not None]  # none where a step was left out
+        steps, values = [line["step"] for line in known], [line[name] for line in known]
         width = len(values) // 30
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
         axes.plot(steps, smoothed(values, width), color=colour, linewidth=2, marker="" if len(steps) > 1 else "o")

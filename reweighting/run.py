@@ -154,7 +154,7 @@ def build(
     members = [[] for _ in domains]
     for index, chain in enumerate(train):
         members[chain.domain].append(index)
-    accumulation = args.gradiant_accumulation or math.ceil(len(domains) / args.unroll_steps)
+    accumulation = args.gradiant_accumulation or max(2, math.ceil(len(domains) / args.unroll_steps))
     if args.max_grad_norm and accumulation == 1 and fixed_weights is None:
         print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
               "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip

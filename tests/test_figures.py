@@ -107,3 +107,13 @@ def test_the_readme_pictures(tmp_path, monkeypatch):
     runpy.run_path(str(ROOT / "figs" / "draw_figures.py"), run_name="__main__")
     for name in ("flow.png", "two_levels.png", "weights_against_quality.png"):
         check_picture(tmp_path / name, limit=250_000)
+
+
+def test_losses_that_are_no_numbers_leave_a_gap(tmp_path):
+    folder = write_run(tmp_path / "run", 3, 60)
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    for place in (20, 59):
+        lines[place]["meta_loss"] = None
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in draw_run(folder):
+        check_picture(path)
