@@ -82,9 +82,9 @@ class LowerArguments:
 class UpperArguments:
     """Upper level: learning the domain weights."""
 
-    unroll_steps: int = HfArg(default=5, help="optimizer steps between two updates of the weights (a window)")
-    meta_batch_size: int = HfArg(default=32, help="meta chains in an update")
-    meta_lr: float = HfArg(default=0.05, help="learning rate of the raw weights (AdamW)")
+    unroll_steps: int = HfArg(default=20, help="optimizer steps between two updates of the weights (a window)")
+    meta_batch_size: int = HfArg(default=64, help="meta chains in an update")
+    meta_lr: float = HfArg(default=0.2, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
     aggregation_function: str = HfArg(
         default="mean_logit", help=f"how a chain's steps become one number: {', '.join(AGGREGATIONS)}"

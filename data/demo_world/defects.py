@@ -27,8 +27,9 @@ DEFECTS = (*LABEL_DEFECTS, "foreign images", "trivial questions", "answers given
 
 # The strength of each defect at quality 0, 0.25, 0.5, 0.75 and 1; between these by straight lines. Read off
 # `benchmarks/results/calibrate_quality.json`: the AUC of whole answers falls from 0.90 at quality 1 to 0.75 at 0.25 in
-# equal parts. At 0 each defect strikes everything: nothing is left to learn (AUC 0.69 to 0.75, where the pretrained
-# backbone stands without training), but flipped labels teach the opposite (0.12).
+# about equal parts (labels that are too high, the last two, are 0.01 to 0.03 above). At 0 each defect strikes
+# everything: nothing is left to learn (AUC 0.69 to 0.75, where the pretrained backbone stands without training), but
+# labels that are all flipped teach the opposite (0.12).
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STRENGTH = {
     "noisy labels": (1.0, 0.68, 0.51, 0.26, 0.0),
