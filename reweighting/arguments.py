@@ -219,6 +219,9 @@ def _check(args: Namespace) -> None:
         if value is not None and not (0 < value < float("inf") or (value == 0 and name in NOT_NEGATIVE)):
             least = "at least 0" if name in NOT_NEGATIVE else "more than 0"
             raise UserError(f"--{name}: found {value}, allowed: a number of {least}")
+    for name in ("lr", "meta_lr"):
+        if getattr(args, name) > 1000:  # far beyond, float32 overflows
+            raise UserError(f"--{name}: found {getattr(args, name)}, allowed: a number of at most 1000")
     for name, (other, value) in NEEDS.items():
         if getattr(args, name) is not None and getattr(args, other) != value:
             raise UserError(f"--{name} does nothing without --{other} {value}")

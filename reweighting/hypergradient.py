@@ -107,7 +107,9 @@ class Window:
             u = _through_clipping(u, record)
             for domain, grad in record.domain_grads:
                 result[domain] += torch.dot(u, grad)
-        return result / weights.to(v.dtype)
+        weights = weights.to(v.dtype)
+        # A weight that has become 0 to the last bit does not come back: its raw parameter's slope is 0 as well.
+        return torch.where(weights > 0, result / weights, 0)
 
     def _sgd_adjoint(self, v: Tensor):
         """(record, dL_meta / d clipped gradient [P]) from the newest step to the oldest."""

@@ -33,7 +33,10 @@ def poison(monkeypatch, problem: type, method: str, times: int) -> None:
         calls.append(None)
         loss = original(self, batch)
         first = 12 if problem is PRMFineTuning else 2
-        return loss * float("nan") if first <= len(calls) < first + times else loss
+        if first <= len(calls) < first + times:
+            loss = loss * float("nan")
+            self.loss = loss.detach()
+        return loss
 
     monkeypatch.setattr(problem, method, spoilt)
 

@@ -147,7 +147,7 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--baseline", "--meta_lr", "9"), "--meta_lr does nothing with --baseline"),
         (("--seed", "9" * 30), "--seed"),
         (("--device", "meta"), "--device meta"),
-        (("--meta_lr", "1000"), "the weight of .* lower --meta_lr"),
+        (("--meta_lr", "1e39"), "--meta_lr: found 1e[+]39, allowed: a number of at most 1000"),
         (("--momentum", "0.5"), "--momentum does nothing without --optimizer sgd"),
         (("--unroll_steps", "2", "--gradiant_accumulation", "3"), "cannot hold each of the 10 domains once"),
         (("--device", "tpu9"), "--device tpu9"),

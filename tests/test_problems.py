@@ -11,6 +11,7 @@ from torch.func import functional_call
 from reweighting.chains import Chain, collate
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
+from reweighting.errors import UserError
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.reward_model import ProcessRewardModel
 from tests.tiny import tiny_backbone
@@ -135,3 +136,17 @@ def test_bettys_own_hypergradients_can_be_chosen(tmp_path, hypergradient):
     engine.run()
     assert engine.upper.module.alpha.isfinite().all()
     assert not torch.equal(engine.upper.module.alpha, before)
+
+
+def test_weights_that_are_no_numbers_end_the_run(tmp_path):
+    engine = Fixture().engine(tmp_path)
+    engine.upper.optimizer.param_groups[0]["lr"] = math.inf
+    with pytest.raises(UserError, match="a domain weight is no number at step 2: lower --meta_lr"):
+        engine.run()
+
+
+def test_a_weight_that_has_become_0_stays_0(tmp_path):
+    engine = Fixture().engine(tmp_path)
+    engine.upper.module.alpha.data[1] = -1e4
+    engine.run()
+    assert engine.weights()["b"] == 0 and all(map(math.isfinite, engine.weights().values()))
