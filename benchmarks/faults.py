@@ -189,7 +189,7 @@ def not_finite(bench: Bench) -> dict:
     bench.check(bench.run(folder, *flags, "--resume", "--skip_nonfinite", "99"), 0)
     return {"injected": "a NaN in the embedding of a letter that stands in one row", "message": message[:400],
             "diagnostic": json.loads(found.read_text())["losses"],
-            "lost": f"nothing: rows named, no parameter touched, saved at step {at}, and resumed to the end"}  # fmt: skip
+            "lost": f"nothing: rows named, no parameter touched, saved at step {at}, resumed to the end"}  # fmt: skip
 
 
 def second_run(bench: Bench) -> dict:
