@@ -92,11 +92,9 @@ def save_checkpoint(
 
     try:
         write_folder_whole(place, fill)
-    # safetensors and torch report a full disk as errors of their own kinds
-    except (OSError, RuntimeError, ValueError) as error:
+    except UserError as error:
         kept = ", ".join(path.name for path in checkpoints(folder)) or "none"
-        raise UserError(f"the checkpoint of step {step} cannot be written to {folder}: {error}; earlier ones are whole "
-                        f"({kept}): make room, then go on with --resume") from error  # fmt: skip
+        raise UserError(f"{error}. Earlier checkpoints are whole: {kept}") from error
     return place
 
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from reweighting.errors import UserError
 
@@ -85,8 +86,8 @@ def write_whole(path: Path, text: str) -> None:
 def write_folder_whole(place: Path, fill: Callable[[Path], None]) -> None:
     """Make the folder `place`, or make it anew, from what `fill` writes into the folder that it is given.
 
-    Everything is on disk before the folder gets its name, so that it is complete or absent. What cannot be finished
-    (a full disk) is removed again.
+    Everything is on disk before the folder gets its name, so that it is complete or absent. What cannot be finished is
+    removed again. Raises UserError if the disk takes no more.
     """
     aside, old = (place.with_name(f".{place.name}.{word}") for word in ("writing", "old"))
     for left in (aside, old):  # by a run that was killed
@@ -97,8 +98,11 @@ def write_folder_whole(place: Path, fill: Callable[[Path], None]) -> None:
         for path in aside.rglob("*"):
             _sync(path)
         _sync(aside)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # torch and safetensors report a full disk as errors of their own kinds
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise UserError(f"{place} cannot be written: {error}; make room, then go on with --resume") from error
         raise
     if place.exists():
         place.rename(old)

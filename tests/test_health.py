@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
     try:
         with monkeypatch.context() as patch:
             patch.setattr(engine_module, "save_checkpoint", save)
-            with pytest.raises(UserError, match=r"step 10 cannot be written .* are whole \(step-00000005\)"):
+            with pytest.raises(UserError, match=r"step-00000010 cannot be written: .* are whole: step-00000005$"):
                 main(tiny(tmp_path / "cut"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -252,7 +252,7 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         (folder / "a").write_text("2")
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(UserError, match="place cannot be written: full; make room"):
         write_folder_whole(place, half)
     assert (place / "a").read_text() == "1" and [path.name for path in tmp_path.iterdir()] == ["place"]
     write_folder_whole(place, lambda folder: (folder / "b").write_text("3"))
