@@ -289,7 +289,7 @@ def _lower_level(sheet: Sheet, base: float) -> None:
         sheet.disc(x + 0.5, back, VERMILION)
         sheet.text(x + 0.5, back, rf"$u_{n + 1}$", 14, at="center")
         sheet.arrow((x + 1.23 if n < 4 else V_TRACK, back), (x + 0.78, back), VERMILION)
-    sheet.text(9.7, forward, "five steps\nof AdamW", SMALL, BLUE, linespacing=1.3)
+    sheet.text(9.7, forward, "steps of AdamW\n(here five)", SMALL, BLUE, linespacing=1.3)
     sheet.text(9.15, kept, "kept: each domain's\n" r"gradient $g_{nk}$", SMALL, linespacing=1.3)
     sheet.text(9.15, back + 0.42, "AdamW backwards", SMALL, VERMILION)
     sheet.arrow((4.52, back), (3.78, back), VERMILION)
