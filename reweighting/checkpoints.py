@@ -99,8 +99,8 @@ def save_checkpoint(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints under `folder`, oldest step first."""
-    return sorted(folder.glob("step-*"))
+    """The checkpoints under `folder`, oldest step first. Other things in it are left alone."""
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def read_manifest(place: Path) -> dict:

@@ -225,7 +225,9 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
         place.mkdir()
         manifest = {"step": step, "files": {}} | ({} if score is None else {"score": score, "score_name": "a"})
         (place / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "step-mine").mkdir()
     remove_old(tmp_path, 2, "a")
+    assert (tmp_path / "step-mine").exists()
     assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [2, 4, 5]
     assert best_checkpoint(tmp_path, "a") == (tmp_path / "step-00000002", 0.9)
     assert best_checkpoint(tmp_path, "b") is None
