@@ -196,7 +196,7 @@ def second_run(bench: Bench) -> dict:
     """A second run into the folder of one that goes on."""
     folder = bench.work / "shared"
     process = bench.start(folder)
-    bench.wait_for_step(folder, 10)
+    bench.wait_for_step(folder, 20)
     message = bench.check(bench.run(folder), 2)
     bench.check(bench.wait(process), 0)
     same_results(bench.whole, folder)
@@ -235,7 +235,7 @@ def main() -> None:
     for name, inject in faults.items():
         table[name] = inject()
         print(f"{name}: {table[name]['injected']}; lost {table[name]['lost']}", flush=True)
-    print(write_results("faults", {"steps": len(history(bench.whole)) * 5, "seed": args.seed, "faults": table}))
+    print(write_results("faults", {"steps": history(bench.whole)[-1]["step"], "seed": args.seed, "faults": table}))
 
 
 if __name__ == "__main__":
