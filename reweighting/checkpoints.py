@@ -110,7 +110,7 @@ def read_manifest(place: Path) -> dict:
         if isinstance(manifest["files"], dict) and int(manifest["step"]) >= 0:
             return manifest
         raise ValueError("it is no manifest")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedCheckpoint(f"{place / MANIFEST_FILE} cannot be read: {error}") from error
 
 
@@ -157,14 +157,21 @@ def load_checkpoint(place: Path) -> dict:
 def load_latest(folder: Path) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint under `folder` and its state; None if there is no checkpoint at all.
 
-    A damaged one is reported and the one before it is taken. Raises UserError if all are damaged.
+    A damaged one is reported and the one before it is taken; it is then called `damaged-step-…`, so that it no longer
+    counts as the newest. Raises UserError if all are damaged.
     """
-    places = checkpoints(folder)
+    places, damaged = checkpoints(folder), []
     for place in reversed(places):
         try:
-            return place, load_checkpoint(place)
+            found = place, load_checkpoint(place)
         except DamagedCheckpoint as error:
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            damaged.append(place)
+            continue
+        for other in damaged:
+            shutil.rmtree(other.with_name(f"damaged-{other.name}"), ignore_errors=True)
+            other.rename(other.with_name(f"damaged-{other.name}"))
+        return found
     if places:
         raise UserError(f"--resume: every checkpoint in {folder} is damaged: start anew without --resume")
     return None

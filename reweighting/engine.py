@@ -8,7 +8,6 @@ stopped and continued, inside a window too.
 import json
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from reweighting.errors import UserError
 from reweighting.folders import write_whole
 from reweighting.health import collapsed
 from reweighting.problems import DomainReweighting, PRMFineTuning
-from reweighting.signals import Stopped, StopSignals
+from reweighting.signals import STDERR, Stopped, StopSignals
 
 get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
 
@@ -63,6 +62,7 @@ class ReweightingEngine(Engine):
         self.score_name = "best-of-N accuracy" if validate else "minus the meta loss"
         self.seconds = 0.0
         self.saved = 0  # step of the last checkpoint
+        self.scored = 0  # step of the last one that was not asked for by a signal or a fault
         self.skipped = 0  # steps that were left out
         self.meta_losses: list[float] = []  # since the last checkpoint with a score
         self.warned: set[str] = set()
@@ -99,15 +99,16 @@ class ReweightingEngine(Engine):
     def run(self, stop: StopSignals | None = None) -> None:
         """Train from the current step to the last.
 
-        Raises Stopped after a signal, and UserError if a file can no longer be read, a weight or more than
-        `skip_nonfinite` steps are not finite, or a checkpoint cannot be written; the state is saved first.
+        Raises Stopped after a signal, and UserError if a file can no longer be read or more than `skip_nonfinite`
+        steps are not finite: the state is saved first. Raises UserError too if a weight is not finite, or a checkpoint
+        cannot be written.
         """
         self.train()
         history = self.folder / HISTORY_FILE
         if not self.global_step:
             write_whole(history, "")
         started = time.monotonic() - self.seconds
-        bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True, file=STDERR)
         with open(history, "a", buffering=1, encoding="utf-8") as self.history, bar:
             while self.global_step < self.train_iters:
                 self._prepare_step()
@@ -118,7 +119,7 @@ class ReweightingEngine(Engine):
                 if self._at_window_end():
                     self._end_window(bar)
                 self._leave_out_nonfinite()
-                due = self.global_step // self.save_every > self.saved // self.save_every and self._at_window_end()
+                due = self.global_step // self.save_every > self.scored // self.save_every and self._at_window_end()
                 if due or self.global_step == self.train_iters:
                     self.save(scored=True)
                 if stop is not None and stop.received is not None:
@@ -151,7 +152,7 @@ class ReweightingEngine(Engine):
             self.skipped += 1
             more = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
             path = fault.write(self.folder, self.global_step, more)
-            tqdm.write(f"warning: step {self.global_step} is left out: {fault}; see {path}", file=sys.stderr)
+            tqdm.write(f"warning: step {self.global_step} is left out: {fault}; see {path}", file=STDERR)
             if self.skipped > self.skip_nonfinite:
                 self._end_with(
                     f"step {self.global_step}: {fault}. The step was left out and no parameter touched; {path} tells "
@@ -163,7 +164,10 @@ class ReweightingEngine(Engine):
         """Save what there is and raise UserError."""
         if self.global_step > self.saved:
             self.save()
-        raise UserError(f"{trouble}. The run is saved at step {self.saved}: --resume goes on from there")
+        saved = (
+            f"The run is saved at step {self.saved}: --resume goes on from there" if self.saved else "No step was made"
+        )
+        raise UserError(f"{trouble}. {saved}")
 
     def save(self, scored: bool = False) -> None:
         """Write a checkpoint of this moment, unless there is one; `scored`: with the score it may be kept for."""
@@ -175,6 +179,7 @@ class ReweightingEngine(Engine):
         elif scored and self.meta_losses:
             score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
         self.saved = self.global_step
+        self.scored = self.global_step if scored else self.scored
         self.history.flush()
         save_checkpoint(
             self.folder / "checkpoints",
@@ -200,7 +205,7 @@ class ReweightingEngine(Engine):
             for domain, words in collapsed(weights).items():
                 if domain not in self.warned:
                     self.warned.add(domain)
-                    tqdm.write(f"warning: at step {self.global_step} {words}", file=sys.stderr)
+                    tqdm.write(f"warning: at step {self.global_step} {words}", file=STDERR)
             least, most = min(weights, key=weights.get), max(weights, key=weights.get)
             shown |= {"meta": _short(line["meta_loss"])}
             shown |= {"low": f"{least} {weights[least]:.2f}", "high": f"{most} {weights[most]:.2f}"}
@@ -213,6 +218,8 @@ class ReweightingEngine(Engine):
         return {
             "step": self.global_step,
             "seconds": self.seconds,
+            "domains": self.domains,
+            "scored": self.scored,
             "skipped": self.skipped,
             "meta_losses": self.meta_losses,
             "warned": sorted(self.warned),
@@ -224,12 +231,14 @@ class ReweightingEngine(Engine):
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave. Raises UserError if it does not fit this model or these settings."""
         try:
+            if state["domains"] != self.domains:
+                raise ValueError(f"its domains are {', '.join(state['domains'])}")
             for problem in self.problems:
                 problem.load_state_dict(state["problems"][problem.name])
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(f"the checkpoint does not fit the settings or the data of this run: {error}") from error
         self.global_step = self.saved = state["step"]
-        self.seconds, self.skipped = state["seconds"], state["skipped"]
+        self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])
         set_random_states(state["random"])
 

@@ -4,7 +4,7 @@ import errno
 import sys
 from collections.abc import Callable
 
-from reweighting.signals import Stopped
+from reweighting.signals import STDERR, Stopped
 
 # Kinds of OSError that say something about the disk, not about this program.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -25,17 +25,17 @@ def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=STDERR)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}cannot be written: {error.strerror}; {after_interrupt}", file=sys.stderr)
+        print(f"error: {place}cannot be written: {error.strerror}; {after_interrupt}", file=STDERR)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"{stopped}; {after_interrupt}", file=sys.stderr)
+        print(f"{stopped}; {after_interrupt}", file=STDERR)
         sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt}", file=sys.stderr)
+        print(f"interrupted; {after_interrupt}", file=STDERR)
         sys.exit(130)

@@ -101,7 +101,7 @@ def write_folder_whole(place: Path, fill: Callable[[Path], None]) -> None:
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         # torch and safetensors report a full disk as errors of their own kinds
-        if isinstance(error, OSError | RuntimeError | SafetensorError):
+        if isinstance(error, OSError | RuntimeError | ValueError | SafetensorError):
             raise UserError(f"{place} cannot be written: {error}; make room, then go on with --resume") from error
         raise
     if place.exists():

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
     from reweighting.folders import hold_folder
     from reweighting.report import finish
-    from reweighting.run import build, start
+    from reweighting.run import build, find_checkpoint, take_over
     from reweighting.signals import StopSignals
 
     with hold_folder(args.weights_path) as folder:
@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
 
             dry_run(args, train_rows, meta_rows, candidates, folder)
             return
-        engine = build(args, train_rows, meta_rows, candidates, folder, start(args, folder))
+        place, state = find_checkpoint(args, folder) or (None, None)
+        engine = build(args, train_rows, meta_rows, candidates, folder, state)
+        take_over(args, folder, place)
         with StopSignals() as stop:
             engine.run(stop)
         finish(engine, folder)

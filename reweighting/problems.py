@@ -77,7 +77,13 @@ class OwnSystems(ImplicitProblem):
         return {"module": module, "optimizer": optimizer, "count": self._count, "losses": list(self.losses)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. The optimizer's settings stay what they are now."""
+        """Go on from what `state_dict` gave. The optimizer's settings stay what they are now.
+
+        Raises ValueError if other parameters are trained now.
+        """
+        trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        if different := sorted(trained ^ state["module"].keys()):
+            raise ValueError(f"{different[0]} is trained in one of them and not in the other")
         self.module.load_state_dict(state["module"], strict=False)  # what is frozen was loaded with the backbone
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
@@ -145,7 +151,7 @@ class PRMFineTuning(OwnSystems):
         return super().state_dict() | {"rows_seen": self.rows_seen, "micro_steps": self.gas, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. Raises UserError inside a window that is now another."""
+        """Go on from what `state_dict` gave."""
         super().load_state_dict(state)
         self._count = state["count"] // state["micro_steps"] * self.gas
         self.rows_seen = state["rows_seen"]

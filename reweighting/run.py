@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from reweighting.devices import choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
-from reweighting.folders import set_aside, write_whole
+from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
@@ -99,15 +100,16 @@ def run_settings(args: Namespace) -> dict:
     """The flags that say what is computed, not how it is started, and a digest of the JSON files' bytes: another file
     of the same name is another run."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
+    if args.domain_weights is not None and Path(args.domain_weights).is_file():
+        names.append(args.domain_weights)
     flags = {name: value for name, value in vars(args).items() if name not in STARTING}
     return flags | {"data": digest(*map(Path, names))}
 
 
-def start(args: Namespace, folder: Path) -> dict | None:
-    """Make the output folder ready. Returns the checkpoint's state that the run goes on from, None at a start.
+def find_checkpoint(args: Namespace, folder: Path) -> tuple[Path, dict] | None:
+    """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing of the folder's.
 
-    Without --resume, what is there is moved aside; with it, history goes back to the checkpoint. Raises UserError if
-    the checkpoint is missing, damaged or another run's.
+    Raises UserError if it is missing, damaged or another run's.
     """
     found = None
     if args.resume_from is not None:
@@ -116,17 +118,29 @@ def start(args: Namespace, folder: Path) -> dict | None:
         found = load_latest(folder / "checkpoints")
         if found is None:
             print(f"--resume: there is no checkpoint in {folder} yet: starting at step 0")
-    if found is None:
+    if found is not None:
+        check_same_run(found[1], run_settings(args), args.allow_changed_settings)
+        print(f"going on from {found[0]}")
+    return found
+
+
+def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
+    """Make the output folder ready for a run that starts (place None) or goes on from the checkpoint at `place`.
+
+    What an earlier run left is moved aside, but with --resume; history goes back to the checkpoint. A checkpoint from
+    elsewhere is copied, so that --resume finds it from the first moment on.
+    """
+    if place is None:
         set_aside(folder)
-        return None
-    place, state = found
-    check_same_run(state, run_settings(args), args.allow_changed_settings)
+        return
     history = (place / HISTORY_FILE).read_text(encoding="utf-8")
     if args.resume_from is not None:
+        waiting = folder / ".taken-over"
+        write_folder_whole(waiting, lambda aside: shutil.copytree(place, aside, dirs_exist_ok=True))
         set_aside(folder)
+        (folder / "checkpoints").mkdir()
+        waiting.rename(folder / "checkpoints" / place.name)
     write_whole(folder / HISTORY_FILE, history)
-    print(f"going on from {place}")
-    return state
 
 
 def build(

@@ -2,8 +2,27 @@
 
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
+
+class _Stderr:
+    """stderr that nobody may be reading any more: Ctrl-C ends the `tee` behind a pipe too."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(sys.stderr, name)
+
+
+STDERR = _Stderr()
 ASKING = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what schedulers send before they take a machine away
 
 
@@ -41,4 +60,4 @@ class StopSignals:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = number
-            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=sys.stderr, flush=True)
+            print(f"\n{signal.Signals(number).name}: finishing this step, then saving", file=STDERR)

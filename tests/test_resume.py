@@ -146,6 +146,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tiny, tmp_path
         assert str(newest) in shown.err and "trying the checkpoint before it" in shown.err
         assert "resumed at step 5" in shown.out
         same_results(finished, folder)
+        assert newest.with_name(f"damaged-{newest.name}").exists() and newest.exists()  # the new one
     for place in checkpoints(folder / "checkpoints"):
         (place / "state.pt").unlink()
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
@@ -261,3 +262,34 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in place.iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
     write_whole(tmp_path / "file", "4")
     assert (tmp_path / "file").read_text() == "4" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_save_after_damage_is_not_rotated_away(tiny, tmp_path, finished, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    (checkpoints(folder / "checkpoints")[-1] / "state.pt").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "StopSignals", lambda: StopAtStep(1))
+        with pytest.raises(Stopped, match="saved at step 6"):
+            main(tiny(folder, "--resume", "--keep_checkpoints", "1"))
+    assert read_manifest(checkpoints(folder / "checkpoints")[-1])["step"] == 6
+
+
+def test_a_command_that_cannot_run_moves_nothing(tiny, tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    kept = ("checkpoints", "prm", "history.jsonl", "domain_weights.json")
+    for more in (
+        ("--reward_model", "/typo"),
+        ("--resume_from", str(folder), "--max_length", "5", "--allow_changed_settings"),
+    ):
+        with pytest.raises(UserError):
+            main(tiny(folder, *more))
+        assert all((folder / name).exists() for name in kept) and not (folder / "earlier-1").exists()
+
+
+def test_a_renamed_domain_is_not_taken_for_another(demo, tiny, tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    other = tmp_path / "other.json"
+    other.write_text((demo / "train.json").read_text().replace('"dice"', '"zzz"'))
+    more = ("--train_json_file", str(other), "--image_root", str(demo), "--allow_changed_settings", "--resume")
+    with pytest.raises(UserError, match="does not fit .* its domains are bar_chart"):
+        main(tiny(folder, *more))
