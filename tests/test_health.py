@@ -187,7 +187,6 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     assert not {"checkpoints", "history.jsonl", "prm"} & {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob(".dry-run*"))
     with pytest.raises(UserError, match="images/none.png"):
-        rows = json.loads((tmp_path / "bad.json").read_text()) if (tmp_path / "bad.json").exists() else None
         rows = [{"input": "q", "add": "Step 1: a", "image_path": "images/none.png", "dataset": d, "accuracy": 1}
                 for d in "ab"]  # fmt: skip
         (tmp_path / "bad.json").write_text(json.dumps(rows))
