@@ -41,6 +41,9 @@ def hold_folder(path: str) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--weights_path {folder}: cannot be written: {error.strerror or error}") from error
     try:
+        for pattern in (".dry-run-*", "checkpoints/.step-*", ".taken-over"):  # half-written by a run that was killed
+            for left in folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
         holder = {
             "process": os.getpid(),
             "host": socket.gethostname(),
