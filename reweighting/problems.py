@@ -43,7 +43,11 @@ class OwnSystems(ImplicitProblem):
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that are not frozen."""
-        return [p for p in self.module.parameters() if p.requires_grad]
+        return list(self.named_trainables().values())
+
+    def named_trainables(self) -> dict[str, torch.nn.Parameter]:
+        """{name: parameter} of those that are not frozen."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def named_gradients(self) -> dict[str, Tensor]:
         """{name: gradient} of the parameters that have one."""
@@ -72,7 +76,7 @@ class OwnSystems(ImplicitProblem):
     def state_dict(self) -> dict:
         """Trained parameters, the optimizer's state, the losses not yet reported and the count of micro-steps, between
         two steps."""
-        module = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        module = {name: p.detach() for name, p in self.named_trainables().items()}
         optimizer = self.optimizer.state_dict()["state"]
         return {"module": module, "optimizer": optimizer, "count": self._count, "losses": list(self.losses)}
 
@@ -81,8 +85,7 @@ class OwnSystems(ImplicitProblem):
 
         Raises ValueError if other parameters are trained now.
         """
-        trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
-        if different := sorted(trained ^ state["module"].keys()):
+        if different := sorted(self.named_trainables().keys() ^ state["module"].keys()):
             raise ValueError(f"{different[0]} is trained in one of them and not in the other")
         self.module.load_state_dict(state["module"], strict=False)  # what is frozen was loaded with the backbone
         groups = self.optimizer.state_dict()["param_groups"]
