@@ -219,6 +219,9 @@ def _check(args: Namespace) -> None:
         if value is not None and not (0 < value < float("inf") or (value == 0 and name in NOT_NEGATIVE)):
             least = "at least 0" if name in NOT_NEGATIVE else "more than 0"
             raise UserError(f"--{name}: found {value}, allowed: a number of {least}")
+    for name, value in vars(args).items():
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"--{name}: found {value!r}, allowed: text without a NUL character")
     if args.scheduler_gamma is not None and args.scheduler_gamma > 1:
         raise UserError(f"--scheduler_gamma: found {args.scheduler_gamma}, allowed: a number from 0 to 1")
     for name in ("lr", "meta_lr"):

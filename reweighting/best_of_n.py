@@ -4,12 +4,15 @@ python reweighting/best_of_n.py --weights_path weights --candidates_json_file da
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
 from reweighting.errors import run_command  # noqa: E402
 from reweighting.json_stream import iterate_rows  # noqa: E402

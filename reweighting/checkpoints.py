@@ -133,7 +133,7 @@ def remove_old(folder: Path, keep: int, score_name: str) -> None:
     best = best_checkpoint(folder, score_name)
     for place in checkpoints(folder)[:-keep]:
         if best is None or place != best[0]:
-            doomed = place.with_name(f".{place.name}.old")  # renamed first: half of a checkpoint is never seen
+            doomed = place.with_name(f".{place.name}.doomed")  # renamed first: half of a checkpoint is never seen
             place.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
@@ -191,7 +191,7 @@ def load_named(path: Path) -> tuple[Path, dict]:
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
     "weights_path", "device", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
-    "iteration_num", "save_every_iterations", "keep_checkpoints", "skip_nonfinite",
+    "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "skip_nonfinite",
 )  # fmt: skip
 
 

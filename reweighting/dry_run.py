@@ -15,7 +15,9 @@ from reweighting.errors import UserError
 from reweighting.run import build
 
 
-def dry_run(args: Namespace, train_rows: list, meta_rows: list, candidates: list, folder: Path) -> None:
+def dry_run(
+    args: Namespace, settings: dict, train_rows: list, meta_rows: list, candidates: list, folder: Path
+) -> None:
     """Train one window, save a checkpoint, read it again, and print speed, memory, disk and hours of the whole run.
 
     Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
@@ -26,13 +28,12 @@ def dry_run(args: Namespace, train_rows: list, meta_rows: list, candidates: list
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         trial = Path(name)
         started = time.monotonic()
-        engine = build(short, train_rows, meta_rows, candidates, trial)
+        engine = build(short, settings, train_rows, meta_rows, candidates, trial)
         loading = time.monotonic() - started
         engine.run()
         seconds = engine.seconds / steps
-        started = time.monotonic()
+        saving = time.monotonic() - started - loading - engine.seconds  # with the validation, if there is one
         place, saved = load_latest(trial / "checkpoints")
-        reading = time.monotonic() - started
         if not same(saved, engine.state_dict()):
             raise UserError(f"{folder}: what was read from a checkpoint is not what was written: is the disk sound?")
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
@@ -40,7 +41,7 @@ def dry_run(args: Namespace, train_rows: list, meta_rows: list, candidates: list
     disk = size * (args.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free
     saves = -(-args.iteration_num // args.save_every_iterations)
-    hours = (loading + args.iteration_num * seconds + saves * reading) / 3600
+    hours = (loading + args.iteration_num * seconds + saves * saving) / 3600
     print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
     print(f"  time    {hours:.2f} hours for {args.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip

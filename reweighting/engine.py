@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 from betty.configs import EngineConfig
@@ -27,6 +28,7 @@ from reweighting.signals import STDERR, Stopped, StopSignals
 
 get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
 
+T = TypeVar("T")
 READ_ATTEMPTS = 4  # of a file that cannot be read: shared storage has moments of absence
 FIRST_PAUSE = 0.5  # seconds before the second attempt, doubled each time
 
@@ -59,7 +61,8 @@ class ReweightingEngine(Engine):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
         self.keep, self.skip_nonfinite, self.validate = keep, skip_nonfinite, validate
-        self.score_name = "best-of-N accuracy" if validate else "minus the meta loss"
+        # With the rows it was measured on: scores on other rows are not compared with it.
+        self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validate else "minus the meta loss"
         self.seconds = 0.0
         self.saved = 0  # step of the last checkpoint
         self.scored = 0  # step of the last one that was not asked for by a signal or a fault
@@ -130,13 +133,16 @@ class ReweightingEngine(Engine):
         return self.global_step % self.lower.config.unroll_steps == 0 or self.global_step == self.train_iters
 
     def _prepare_step(self) -> None:
-        """Draw the batches of the next step. A file that cannot be read now is tried again, then named."""
+        """Draw the batches of the next step."""
+        self._try_reading(lambda: self.lower.prepare(self.lower.gas))
+        if self.reweights and (self.global_step + 1) % self.lower.config.unroll_steps == 0:
+            self._try_reading(lambda: self.upper.prepare(1))
+
+    def _try_reading(self, read: Callable[[], T]) -> T:
+        """What `read` gives. A file that cannot be read now is tried again, then named."""
         for attempt in range(READ_ATTEMPTS):
             try:
-                self.lower.prepare(self.lower.gas)
-                if self.reweights and (self.global_step + 1) % self.lower.config.unroll_steps == 0:
-                    self.upper.prepare(1)
-                return
+                return read()
             except UserError as error:
                 trouble = error
             if attempt < READ_ATTEMPTS - 1:
@@ -160,7 +166,7 @@ class ReweightingEngine(Engine):
                     f"--skip_nonfinite (now {self.skip_nonfinite})"
                 )
 
-    def _end_with(self, trouble: str) -> None:
+    def _end_with(self, trouble: str) -> NoReturn:
         """Save what there is and raise UserError."""
         if self.global_step > self.saved:
             self.save()
@@ -175,7 +181,7 @@ class ReweightingEngine(Engine):
             return
         score = None
         if scored and self.validate is not None:
-            score = self.validate()
+            score = self._try_reading(self.validate)
         elif scored and self.meta_losses:
             score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
         self.saved = self.global_step
@@ -198,7 +204,7 @@ class ReweightingEngine(Engine):
         weights = self.weights()
         if self.reweights:
             line["meta_loss"] = self.upper.mean_loss()
-            if line["meta_loss"] is not None:
+            if line["meta_loss"] is not None and self.validate is None:
                 self.meta_losses.append(line["meta_loss"])
             if not all(map(math.isfinite, weights.values())):
                 raise UserError(f"a domain weight is no number at step {self.global_step}: lower --meta_lr")

@@ -1,6 +1,7 @@
 """The one exception that means "the user can mend this", and how a command ends."""
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 
@@ -19,8 +20,9 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None:
-    """Run a command's `main` on the command line's flags. Exits, without a traceback, with 2 on UserError and on a disk
-    that takes no more, with 128 + its number on a signal; `after_interrupt` says what to do then."""
+    """Run a command's `main` on the command line's flags. Exits, without a traceback, with 2 on UserError and on what
+    the system says of a file or disk, with 128 + its number on a signal; `after_interrupt` says what to do then."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the commands turn it off while their packages load
     sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
     try:
         main(sys.argv[1:])
@@ -28,10 +30,11 @@ def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None
         print(f"error: {error}", file=STDERR)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in DISK_TROUBLE:
+        if error.errno is None:  # not from the system
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}cannot be written: {error.strerror}; {after_interrupt}", file=STDERR)
+        place = f"{str(error.filename)[:200]}: " if error.filename else ""
+        trouble = f"cannot be written: {error.strerror}; {after_interrupt}"
+        print(f"error: {place}{trouble if error.errno in DISK_TROUBLE else error.strerror}", file=STDERR)
         sys.exit(2)
     except Stopped as stopped:
         print(f"{stopped}; {after_interrupt}", file=STDERR)

@@ -41,9 +41,7 @@ def hold_folder(path: str) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--weights_path {folder}: cannot be written: {error.strerror or error}") from error
     try:
-        for pattern in (".dry-run-*", "checkpoints/.step-*", ".taken-over"):  # half-written by a run that was killed
-            for left in folder.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
+        clean_up(folder)
         holder = {
             "process": os.getpid(),
             "host": socket.gethostname(),
@@ -54,6 +52,17 @@ def hold_folder(path: str) -> Iterator[Path]:
         yield folder
     finally:
         lock.release()
+
+
+def clean_up(folder: Path) -> None:
+    """Put in order what a run that was killed has left in its folder."""
+    for old in folder.glob("checkpoints/.step-*.old"):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not place.exists():  # killed just before the new one got its name: the old one is whole
+            old.rename(place)
+    for pattern in (".dry-run-*", "checkpoints/.step-*", ".taken-over"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _holder(folder: Path) -> str:

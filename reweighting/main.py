@@ -4,11 +4,14 @@ python reweighting/main.py --train_json_file data/train.json --meta_json_file da
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
 from reweighting.arguments import learns_weights, parse_arguments  # noqa: E402
 from reweighting.errors import run_command  # noqa: E402
@@ -30,17 +33,18 @@ def main(argv: list[str]) -> None:
 
     from reweighting.folders import hold_folder
     from reweighting.report import finish
-    from reweighting.run import build, find_checkpoint, take_over
+    from reweighting.run import build, find_checkpoint, run_settings, take_over
     from reweighting.signals import StopSignals
 
     with hold_folder(args.weights_path) as folder:
+        settings = run_settings(args)
         if args.dry_run:
             from reweighting.dry_run import dry_run
 
-            dry_run(args, train_rows, meta_rows, candidates, folder)
+            dry_run(args, settings, train_rows, meta_rows, candidates, folder)
             return
-        place, state = find_checkpoint(args, folder) or (None, None)
-        engine = build(args, train_rows, meta_rows, candidates, folder, state)
+        place, state = find_checkpoint(args, settings, folder) or (None, None)
+        engine = build(args, settings, train_rows, meta_rows, candidates, folder, state)
         take_over(args, folder, place)
         with StopSignals() as stop:
             engine.run(stop)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from argparse import Namespace
@@ -97,19 +98,30 @@ def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
 
 
 def run_settings(args: Namespace) -> dict:
-    """The flags that say what is computed, not how it is started, and a digest of the JSON files' bytes: another file
-    of the same name is another run."""
+    """What a checkpoint remembers of a run: the flags that say what is computed, not how it is started; the precision
+    that is meant where none is given; and digests of the JSON files' bytes, since another file of the same name is
+    another run. Raises UserError if a file cannot be read, or the device is not there."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
-    if args.domain_weights is not None and Path(args.domain_weights).is_file():
+    if args.domain_weights is not None:
         names.append(args.domain_weights)
+    try:
+        data = digest(*map(Path, names))
+        validation = None if args.validation_json_file is None else digest(Path(args.validation_json_file))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     flags = {name: value for name, value in vars(args).items() if name not in STARTING}
-    return flags | {"data": digest(*map(Path, names))}
+    return flags | {
+        "reward_model": os.path.realpath(args.reward_model) if os.path.isdir(args.reward_model) else args.reward_model,
+        "precision": choose_precision(args.precision, choose_device(args.device)),
+        "data": data,
+        "validation": validation,
+    }
 
 
-def find_checkpoint(args: Namespace, folder: Path) -> tuple[Path, dict] | None:
+def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path, dict] | None:
     """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing of the folder's.
 
-    Raises UserError if it is missing, damaged or another run's.
+    settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's.
     """
     found = None
     if args.resume_from is not None:
@@ -119,7 +131,7 @@ def find_checkpoint(args: Namespace, folder: Path) -> tuple[Path, dict] | None:
         if found is None:
             print(f"--resume: there is no checkpoint in {folder} yet: starting at step 0")
     if found is not None:
-        check_same_run(found[1], run_settings(args), args.allow_changed_settings)
+        check_same_run(found[1], settings, args.allow_changed_settings)
         print(f"going on from {found[0]}")
     return found
 
@@ -144,18 +156,22 @@ def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
 
 
 def build(
-    args: Namespace, train_rows: list, meta_rows: list, candidates: list, folder: Path, state: dict | None = None
+    args: Namespace,
+    settings: dict,
+    train_rows: list,
+    meta_rows: list,
+    candidates: list,
+    folder: Path,
+    state: dict | None = None,
 ) -> ReweightingEngine:
     """The engine of a run that writes into `folder`, at its start or at a checkpoint's `state`.
 
-    candidates: rows of --validation_json_file, or none.
+    settings: from `run_settings`. candidates: rows of --validation_json_file, or none.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings = run_settings(args)
     torch.manual_seed(args.seed)
-    device = choose_device(args.device)
-    precision = choose_precision(args.precision, device)
+    device, precision = choose_device(args.device), settings["precision"]
 
     train, domains = training_chains(train_rows, args.train_json_file)
     fixed_weights = read_fixed_weights(args, domains)
@@ -228,7 +244,8 @@ def build(
                             "ground_truth, to tell right candidates from wrong")  # fmt: skip
 
         def validate() -> float:
-            return best_of_n_accuracy(score_candidates(model, candidates), right, max(map(len, right)))
+            scored = score_candidates(model, candidates, source=args.validation_json_file)
+            return best_of_n_accuracy(scored, right, max(map(len, right)))
 
     engine = ReweightingEngine(
         lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings,

@@ -4,11 +4,14 @@ python reweighting/show.py --weights_path weights --candidates_json_file data/te
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
 from reweighting.errors import UserError, run_command  # noqa: E402
 from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402

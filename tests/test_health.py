@@ -131,6 +131,22 @@ def test_an_image_that_vanishes_is_named_and_the_run_resumes(demo, tiny, tmp_pat
     same_results(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_an_image_that_vanishes_from_the_validation_rows(demo, tiny, tmp_path, monkeypatch):
+    main(tiny(tmp_path / "whole"))
+    gone = next((demo / "images" / "test").iterdir())
+    hidden = gone.with_suffix(".hidden")
+    more = ("--validation_json_file", str(demo / "test.json"))
+    with monkeypatch.context() as patch:
+        forget_images(patch, lambda _: gone.rename(hidden))
+        try:
+            with pytest.raises(UserError, match="test.json: row.*cannot read .*tried 4 times.*saved at step 5"):
+                main(tiny(tmp_path / "cut", *more))
+        finally:
+            hidden.rename(gone)
+    main(tiny(tmp_path / "cut", *more, "--resume"))
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
 def test_an_image_that_comes_back_in_time_costs_nothing(tiny, tmp_path, monkeypatch):
     main(tiny(tmp_path / "whole"))
     with monkeypatch.context() as patch:

@@ -16,7 +16,7 @@ import torch
 from reweighting import signals
 from reweighting.checkpoints import best_checkpoint, checkpoints, load_checkpoint, read_manifest, remove_old
 from reweighting.errors import UserError
-from reweighting.folders import write_folder_whole, write_whole
+from reweighting.folders import clean_up, write_folder_whole, write_whole
 from reweighting.main import main
 from reweighting.signals import Stopped, StopSignals
 from tests.runs import ROOT, StopAtStep, flags, history, same_results, weights
@@ -87,20 +87,35 @@ def test_dropout_is_at_work(tiny, tmp_path, finished, backbone):
 
 def test_killed_at_random_moments(tiny, tmp_path, finished):
     """The real command, killed with SIGKILL again and again, ends with the files of the uninterrupted run."""
-    rng, folder = random.Random(0), tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *tiny(folder, "--resume")]
-    for kills in range(30):
+    rng, folder, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
+    more = ("--iteration_num", "60", "--save_every_iterations", "20", "--resume")
+    main(tiny(whole, *more))
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *tiny(folder, *more)]
+    lost = []  # steps between the newest checkpoint and the kill
+    # Once while it starts, then after these steps at the earliest, then not at all.
+    for step in (None, 5, 25, 30, 45, 1000):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            # A few kills while it trains, then let it end.
-            process.wait(timeout=None if kills >= 3 else rng.uniform(4, 9))
-        except subprocess.TimeoutExpired:
+        if step is None:
+            time.sleep(rng.uniform(0, 4))
             process.kill()
+        while process.poll() is None:
+            if step is not None and reached(folder) >= step:
+                time.sleep(rng.uniform(0, 0.1))
+                process.kill()
+            time.sleep(0.002)
         errors = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL), errors
-        if process.returncode == 0:
-            break
-    same_results(finished, folder)
+        places = checkpoints(folder / "checkpoints")
+        lost.append(reached(folder) - (read_manifest(places[-1])["step"] if places else 0))
+    assert process.returncode == 0 and max(lost) > 0 and lost[-1] == 0
+    same_results(whole, folder)
+
+
+def reached(folder: Path) -> int:
+    """The last step in the history so far, 0 at the start."""
+    path = folder / "history.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last line may be half-written
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -119,6 +134,22 @@ def test_a_signal_ends_the_command_with_everything_saved(tiny, tmp_path, name):
     (place,) = checkpoints(tmp_path / "checkpoints")
     step = read_manifest(place)["step"]
     assert f"saved at step {step} of 100000" in errors and history(tmp_path)[-1]["step"] == step // 5 * 5
+
+
+@pytest.mark.parametrize("moment", ["loading", "training"])
+def test_ctrl_c_with_nobody_reading(tiny, tmp_path, moment):
+    """Ctrl-C in `main.py | tee log` ends the reader too: nothing can be printed any more, all is saved."""
+    run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while moment == "training" and not reached(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.3 if moment == "loading" else 0)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == (-signal.SIGINT if moment == "loading" else 128 + signal.SIGINT)
+    assert bool(checkpoints(tmp_path / "checkpoints")) == (moment == "training")
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -173,9 +204,13 @@ def test_a_checkpoint_runs_no_code(tiny, tmp_path, finished):
     assert not proof.exists()
 
 
-def test_what_may_change_when_a_run_resumes(demo, tiny, tmp_path, finished, capsys):
+def test_what_may_change_when_a_run_resumes(demo, backbone, tiny, tmp_path, finished, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
-    for more, word in (("--lr", "1e-5"), "lr was 0.0003"), (("--batch_size", "3"), "batch_size was 2"):
+    for more, word in (
+        (("--lr", "1e-5"), "lr was 0.0003"),
+        (("--batch_size", "3"), "batch_size was 2"),
+        (("--precision", "bf16"), "precision was fp32"),
+    ):
         with pytest.raises(UserError, match=f"{word}.*--allow_changed_settings"):
             main(tiny(folder, *more, "--resume"))
     other = tmp_path / "other.json"
@@ -187,7 +222,10 @@ def test_what_may_change_when_a_run_resumes(demo, tiny, tmp_path, finished, caps
     with pytest.raises(UserError, match="the checkpoint is at step 10 already"):
         main(tiny(folder, "--iteration_num", "5", "--resume"))
     other.write_bytes((demo / "train.json").read_bytes())  # the same content in another place is the same data
-    main(tiny(folder, *moved, "--iteration_num", "15", "--resume"))
+    link = tmp_path / "link"
+    link.symlink_to(backbone)  # and another name of the backbone the same backbone
+    same = ("--reward_model", str(link), "--precision", "fp32")
+    main(tiny(folder, *moved, *same, "--iteration_num", "15", "--resume"))
     assert [line["step"] for line in history(folder)] == [5, 10, 15]
     main(tiny(folder, "--lr", "1e-2", "--iteration_num", "20", "--resume", "--allow_changed_settings"))
     assert "since step 15, lr was 0.0003 and is 0.01 now" in capsys.readouterr().err
@@ -212,6 +250,38 @@ def test_resume_from_a_named_checkpoint_or_run(tiny, tmp_path, finished, monkeyp
     main(tiny(tmp_path / "fork", "--resume_from", str(tmp_path / "fork"), "--iteration_num", "15"))
     assert [line["step"] for line in history(tmp_path / "fork")] == [5, 10, 15]
     assert weights(tmp_path / "fork" / "earlier-1") == weights(finished)
+
+
+def test_a_fork_killed_before_its_first_save_resumes(tiny, tmp_path, finished, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    first = checkpoints(finished / "checkpoints")[0]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("reweighting.engine.ReweightingEngine.train_step", kill)
+        main(tiny(tmp_path / "fork", "--resume_from", str(first)))
+    main(tiny(tmp_path / "fork", "--resume"))
+    same_results(finished, tmp_path / "fork")
+
+
+def test_a_cut_off_line_of_history_is_made_anew(tiny, tmp_path, finished):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(checkpoints(folder / "checkpoints")[-1])
+    whole = (folder / "history.jsonl").read_text()
+    (folder / "history.jsonl").write_text(whole[:-40])
+    main(tiny(folder, "--resume"))
+    same_results(finished, folder)
+
+
+def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(tiny, tmp_path, finished, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    main(tiny(folder, "--seed", "2"))
+    assert "is now in" in capsys.readouterr().out
+    same_results(finished, folder / "earlier-1")
+    assert weights(folder) != weights(finished) and len(checkpoints(folder / "checkpoints")) == 2
 
 
 def test_resume_before_there_is_a_checkpoint_starts_at_the_beginning(tiny, tmp_path, finished, capsys):
@@ -243,7 +313,9 @@ def test_checkpoints_are_scored_by_the_meta_loss_or_on_validation_rows(demo, tin
     more = ("--validation_json_file", str(demo / "test.json"), "--baseline", "--keep_checkpoints", "1")
     main(tiny(tmp_path, *more))
     assert "best checkpoint by best-of-N accuracy" in capsys.readouterr().out
-    manifest = read_manifest(best_checkpoint(tmp_path / "checkpoints", "best-of-N accuracy")[0])
+    name = read_manifest(checkpoints(tmp_path / "checkpoints")[-1])["score_name"]
+    assert name.startswith("best-of-N accuracy on ")
+    manifest = read_manifest(best_checkpoint(tmp_path / "checkpoints", name)[0])
     assert manifest["score"] * 6 == pytest.approx(round(manifest["score"] * 6))  # of six questions
 
 
@@ -262,6 +334,16 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in place.iterdir()] == ["b"] and len(list(tmp_path.iterdir())) == 1
     write_whole(tmp_path / "file", "4")
     assert (tmp_path / "file").read_text() == "4" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_between_two_renames_loses_no_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in (".step-00000005.old", ".step-00000010.old", "step-00000010", ".step-00000001.doomed"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "which").write_text(name)
+    clean_up(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000010"]
+    assert (folder / "step-00000010" / "which").read_text() == "step-00000010"
 
 
 def test_a_save_after_damage_is_not_rotated_away(tiny, tmp_path, finished, monkeypatch):
