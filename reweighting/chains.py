@@ -17,12 +17,13 @@ Notation:
 import math
 import re
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from reweighting.errors import UserError
@@ -186,21 +187,31 @@ def open_image(image: Path | str | Image.Image, max_side: int | None = None) -> 
         image = image.convert("RGB")
     except Exception as error:  # Pillow raises a dozen kinds for broken files, SyntaxError among them
         raise UserError(f"cannot read the image {source}: {error}") from error
-    if max_side is not None and max(image.size) > max_side:
-        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
-    return image
+    size = _shrunk(image.size, max_side)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def _shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """Width and height of an image once its longest side has at most `max_side` pixels."""
+    if max_side is None or max(size) <= max_side:
+        return size
+    width, height = (max(1, round(side * max_side / max(size))) for side in size)
+    return width, height
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A processed image: `values` [patches, C] float32 and `grid` [1, 3] (frames, rows, columns)."""
+    """A processed image: `values` [patches, C] float32 and `grid` [1, 3] (frames, rows, columns); or, once the model's
+    vision tower has seen it, `features` [image tokens, D] and no patches."""
 
     values: Tensor
     grid: Tensor
+    features: Tensor | None = None
 
-    def grid_only(self) -> "Pixels":
-        """The same place in the text, no pixels: for a model that is given the image's features."""
-        return replace(self, values=self.values[:0])
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return self.values.nbytes + (0 if self.features is None else self.features.nbytes)
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,9 @@ class ChainTokenizer:
         max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
         cache_bytes: memory for processed images and tokens, for later epochs; the last image is always remembered.
+
+    see: what makes an image's features of its Pixels, where the vision tower never changes; they are then remembered
+    in place of the patches. None where the model sees the patches anew each time.
     """
 
     def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
@@ -242,6 +256,19 @@ class ChainTokenizer:
         self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
         self._cache_bytes_left = cache_bytes
         self._last_image: dict[str, Pixels] = {}
+        self.see: Callable[[Pixels], Tensor] | None = None
+
+    def seeing(self, see: Callable[[Pixels], Tensor]) -> "ChainTokenizer":
+        """The same tokenizer for a vision tower that does not change meanwhile, remembering the last image only."""
+        other = copy(self)
+        other._cache, other._cache_bytes_left, other._last_image, other.see = {}, 0, {}, see
+        return other
+
+    def seen(self, pixels: Pixels) -> Pixels:
+        """The image as the model wants it: its features where `see` makes them."""
+        if self.see is None or pixels.features is not None:
+            return pixels
+        return Pixels(pixels.values[:0].clone(), pixels.grid, self.see(pixels))
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
         """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
@@ -252,15 +279,39 @@ class ChainTokenizer:
         try:
             if pixels is None and chain.image is not None:
                 pixels = self.read_image(chain.image)
-            image_tokens = 0 if pixels is None else int(pixels.grid.prod()) // self.merge**2
-            key = (chain.question, chain.steps, image_tokens)
-            tokens = self._cache.get(key)
-            if tokens is None:
-                tokens = self._join(*key)
-                self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens))
+            tokens = self._tokens(chain, 0 if pixels is None else int(pixels.grid.prod()) // self.merge**2)
         except UserError as error:
             raise UserError(f"{chain.place}: {error}") from error
         return EncodedChain(chain, *tokens, pixels)
+
+    def check(self, chain: Chain) -> None:
+        """Raise the UserError of `encode` for a chain that is too long, or an image of an impossible shape. Reads no
+        more of the image than its size, so that a million rows can be checked before training."""
+        try:
+            self._tokens(chain, 0 if chain.image is None else self._image_tokens(chain.image))
+        except UserError as error:
+            raise UserError(f"{chain.place}: {error}") from error
+
+    def _image_tokens(self, image: Path) -> int:
+        """How many tokens an image file takes."""
+        try:
+            with Image.open(image) as opened:
+                width, height = opened.size
+                if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # lies on its side
+                    width, height = height, width
+            width, height = _shrunk((width, height), self.max_image_side)
+            return self.image_processor.get_number_of_image_patches(height, width) // self.merge**2
+        except Exception as error:  # as in `open_image`
+            raise UserError(f"cannot use the image {image}: {error}") from error
+
+    def _tokens(self, chain: Chain, image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_join` gives, remembered."""
+        key = (chain.question, chain.steps, image_tokens)
+        tokens = self._cache.get(key)
+        if tokens is None:
+            tokens = self._join(*key)
+            self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens))
+        return tokens
 
     def read_image(self, image: Path | str | Image.Image) -> Pixels:
         """Open and process one image. Files are remembered. Raises UserError if it cannot be read."""
@@ -271,9 +322,9 @@ class ChainTokenizer:
             processed = self.image_processor(images=[open_image(image, self.max_image_side)], return_tensors="pt")
         except ValueError as error:  # for one, an image 200 times as wide as it is high
             raise UserError(f"cannot use the image {image}: {error}") from error
-        pixels = Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long())
+        pixels = self.seen(Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long()))
         if key is not None:
-            self._remember(key, pixels, pixels.values.nbytes)
+            self._remember(key, pixels, pixels.nbytes)
             self._last_image = {key: pixels}
         return pixels
 
@@ -340,6 +391,7 @@ class Batch:
 
     input_ids, attention_mask, mm_token_type_ids: [B, T] int64.
     pixel_values [P, C] float32 and image_grid_thw [I, 3] int64, or None where no chain has an image.
+    image_features: one [image tokens, D] for each image, in place of pixel_values, where they are known; else None.
     step_ends [B, S] int64: position of a step's last token (0 where there is no step); step_mask [B, S]
     bool: the step exists.
     targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
@@ -352,6 +404,7 @@ class Batch:
     mm_token_type_ids: Tensor
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
+    image_features: tuple[Tensor, ...] | None
     step_ends: Tensor
     step_mask: Tensor
     targets: Tensor
@@ -364,6 +417,8 @@ class Batch:
         """The same batch on `device`."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+        if self.image_features is not None:
+            moved["image_features"] = tuple(f.to(device, non_blocking=True) for f in self.image_features)
         return replace(self, **moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -386,12 +441,14 @@ def collate(encoded: Sequence[EncodedChain]) -> Batch:
     padded = [item.input_ids[positions.clamp(max=len(item.input_ids) - 1)] for item in encoded]
     targets = pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
     images = [item.pixels for item in encoded if item.pixels is not None]
+    known = bool(images) and images[0].features is not None  # of one tokenizer all are, or none is
     return Batch(
         input_ids=torch.stack(padded),  # [B, T]
         attention_mask=(positions < lengths[:, None]).long(),  # [B, T]
         mm_token_type_ids=pad([item.is_image for item in encoded]),  # [B, T]
-        pixel_values=torch.cat([image.values for image in images]) if images else None,  # [P, C]
+        pixel_values=torch.cat([image.values for image in images]) if images and not known else None,  # [P, C]
         image_grid_thw=torch.cat([image.grid for image in images]) if images else None,  # [I, 3]
+        image_features=tuple(image.features for image in images) if known else None,
         step_ends=pad([item.step_ends for item in encoded]),  # [B, S]
         step_mask=torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
         targets=targets.nan_to_num(nan=0.0),

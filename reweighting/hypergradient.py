@@ -14,10 +14,12 @@ forward pass nor a second derivative of the model is needed. What is left out is
 `tests/test_hypergradient.py`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+PART = 2**20  # parameters that the adjoint is run over at a time
 
 
 def flatten(tensors) -> Tensor:
@@ -33,23 +35,29 @@ def unflatten(vector: Tensor, like) -> list[Tensor]:
 
 @dataclass
 class StepRecord:
-    """What one optimizer step leaves behind for the adjoint; vectors are [P].
+    """What one optimizer step leaves behind for the adjoint.
 
-    domain_grads: (domain, weight * gradient) for each micro-batch.
-    grad: the summed gradient before clipping. clip: the factor (at most 1) that clipping multiplied it with.
-    lr: the step's learning rate. state: the optimizer's own vectors after the step; count: its step number.
+    domain_grads: (domain, weight * gradient [P]) for each micro-batch. clip: the factor (at most 1) that clipping
+    multiplied their sum with. lr: the step's learning rate.
     """
 
     domain_grads: list[tuple[int, Tensor]]
-    grad: Tensor
     clip: float
     lr: float
-    state: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+
+    def gradient(self, part: slice) -> Tensor:
+        """What the optimizer received, of these parameters."""
+        total = self.domain_grads[0][1][part]
+        for _, grad in self.domain_grads[1:]:
+            total = total + grad[part]
+        return total if self.clip == 1.0 else total * self.clip
 
 
 class Window:
-    """The optimizer steps since the last update of the weights.
+    """The optimizer steps since the last update of the weights: their gradients, and AdamW's state before them.
+
+    The state after each step follows from these. It is computed anew when it is needed, for a part of the parameters
+    at a time, since everything but the dot products is elementwise: kept, it would take more memory than the gradients.
 
     optimizer: torch.optim.SGD or AdamW with one parameter group and no amsgrad, nesterov or maximize.
     """
@@ -57,62 +65,72 @@ class Window:
     def __init__(self, optimizer: torch.optim.Optimizer):
         if len(optimizer.param_groups) != 1:
             raise ValueError("the window hypergradient expects an optimizer with one parameter group")
-        self.optimizer, self.records = optimizer, []
+        self.optimizer = optimizer
         self._adamw = isinstance(optimizer, torch.optim.AdamW)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the window."""
+        self.records: list[StepRecord] = []
         self._pending: list[tuple[int, Tensor]] = []
+        self._start: dict[str, Tensor] = {}  # AdamW's moments before the first step, [P] each
+        self._count = 0  # AdamW's steps before the first one
 
     def add_micro_batch(self, domain: int, grad: Tensor) -> None:
         """Keep a micro-batch's share of the step's gradient: weight * g_nk, [P]."""
+        if self._adamw and not self.records and not self._pending:
+            self._note_start(grad)
         self._pending.append((domain, grad))
 
-    def close_step(self, grad: Tensor, clip: float, lr: float) -> None:
-        """Call right after optimizer.step(), with the gradient before clipping and the learning rate it used."""
-        record = StepRecord(self._pending, grad, clip, lr)
-        params = self.optimizer.param_groups[0]["params"]
-        if self._adamw:
-            states = [self.optimizer.state[p] for p in params]
-            record.state = {name: flatten(s[name] for s in states) for name in ("exp_avg", "exp_avg_sq")}
-            record.count = int(states[0]["step"])
-        self.records.append(record)
+    def _note_start(self, like: Tensor) -> None:
+        states = [self.optimizer.state[p] for p in self.optimizer.param_groups[0]["params"]]
+        self._count = int(states[0].get("step", 0))
+        for name in ("exp_avg", "exp_avg_sq"):
+            self._start[name] = flatten(s[name] for s in states) if self._count else torch.zeros_like(like)
+
+    def close_step(self, clip: float, lr: float) -> None:
+        """Call once a step: `clip` is what clipping multiplied its gradient with, `lr` its learning rate."""
+        self.records.append(StepRecord(self._pending, clip, lr))
         self._pending = []
 
     def drop_step(self) -> None:
         """Forget the micro-batches of a step that was not made."""
         self._pending = []
 
-    def clear(self) -> None:
-        """Forget the window."""
-        self.records, self._pending = [], []
-
-    def state(self) -> list[dict]:
+    def state(self) -> dict:
         """The steps so far, between two steps, as plain containers of tensors and numbers."""
-        return [dict(vars(record)) for record in self.records]
+        return {"steps": [dict(vars(r)) for r in self.records], "start": dict(self._start), "count": self._count}
 
-    def load(self, state: list[dict], device: torch.device | str) -> None:
+    def load(self, state: dict, device: torch.device | str) -> None:
         """Go on from what `state` gave."""
         self.clear()
-        for saved in state:
+        self._start = {name: vector.to(device) for name, vector in state["start"].items()}
+        self._count = state["count"]
+        for saved in state["steps"]:
             grads = [(domain, grad.to(device)) for domain, grad in saved["domain_grads"]]
-            vectors = {name: vector.to(device) for name, vector in saved["state"].items()}
-            self.records.append(
-                StepRecord(grads, saved["grad"].to(device), saved["clip"], saved["lr"], vectors, saved["count"])
-            )
+            self.records.append(StepRecord(grads, saved["clip"], saved["lr"]))
 
     @torch.no_grad()
     def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
         """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
-        backwards = self._adamw_adjoint(v) if self._adamw else self._sgd_adjoint(v)
+        adjoint = self._adamw_adjoint if self._adamw else self._sgd_adjoint
+        dots = [v.new_zeros(len(record.domain_grads)) for record in self.records]  # < u_n , g_nk >
+        for start in range(0, len(v), PART):
+            part = slice(start, start + PART)
+            backwards = zip(reversed(self.records), reversed(dots), adjoint(v[part], part), strict=True)
+            for record, products, u in backwards:
+                products += torch.stack([torch.dot(u, grad[part]) for _, grad in record.domain_grads])
         result = v.new_zeros(len(weights))
-        for record, u in backwards:
-            u = _through_clipping(u, record)
-            for domain, grad in record.domain_grads:
-                result[domain] += torch.dot(u, grad)
+        for record, products in zip(self.records, dots, strict=True):
+            products = _through_clipping(products, record)
+            for (domain, _), product in zip(record.domain_grads, products, strict=True):
+                result[domain] += product
         weights = weights.to(v.dtype)
         # A weight that has become 0 to the last bit does not come back: its raw parameter's slope is 0 as well.
         return torch.where(weights > 0, result / weights, 0)
 
-    def _sgd_adjoint(self, v: Tensor):
-        """(record, dL_meta / d clipped gradient [P]) from the newest step to the oldest."""
+    def _sgd_adjoint(self, v: Tensor, part: slice):
+        """dL_meta / d clipped gradient of these parameters, from the newest step to the oldest."""
         group = self.optimizer.param_groups[0]
         phi, buffer = v.clone(), torch.zeros_like(v)  # adjoints of the parameters and of the momentum buffer
         for record in reversed(self.records):
@@ -120,31 +138,39 @@ class Window:
             # b_n = momentum * b_(n-1) + (1 - dampening) * (g_n + weight_decay * phi_(n-1)); torch starts with b = g
             grad = buffer * (1 - group["dampening"])
             phi.add_(grad, alpha=group["weight_decay"])
-            yield record, grad
+            yield grad
             buffer.mul_(group["momentum"])
 
-    def _adamw_adjoint(self, v: Tensor):
-        """(record, dL_meta / d clipped gradient [P]) from the newest step to the oldest."""
+    def _adamw_adjoint(self, v: Tensor, part: slice):
+        """dL_meta / d clipped gradient of these parameters, from the newest step to the oldest."""
         group = self.optimizer.param_groups[0]
         (beta1, beta2), eps = group["betas"], group["eps"]
+        m, square, after = self._start["exp_avg"][part], self._start["exp_avg_sq"][part], []
+        for record in self.records:
+            grad = record.gradient(part)
+            m, square = m.lerp(grad, 1 - beta1), (square * beta2).addcmul_(grad, grad, value=1 - beta2)
+            after.append((m, square, grad))
         phi, first, second = v.clone(), torch.zeros_like(v), torch.zeros_like(v)  # adjoints of phi, m and v
-        for record in reversed(self.records):
-            bias1, bias2 = 1 - beta1**record.count, 1 - beta2**record.count
-            m, root = record.state["exp_avg"], (record.state["exp_avg_sq"] / bias2).sqrt()
+        for record, count in zip(reversed(self.records), range(self._count + len(self.records), 0, -1), strict=False):
+            m, square, grad = after.pop()
+            bias1, bias2 = 1 - beta1**count, 1 - beta2**count
+            root = (square / bias2).sqrt()
             # phi_n = (1 - lr * decay) * phi_(n-1) - lr * (m_n / bias1) / (root + eps)
             first.addcdiv_(phi, root + eps, value=-record.lr / bias1)
             slope = record.lr * (m / bias1) / ((root + eps).square() * 2 * root * bias2)
             second.add_(torch.where(root > 0, phi * slope, 0))
             # m_n = beta1 * m_(n-1) + (1 - beta1) * g_n,  v_n = beta2 * v_(n-1) + (1 - beta2) * g_n ** 2
-            yield record, (1 - beta1) * first + 2 * (1 - beta2) * record.clip * record.grad * second
+            yield (1 - beta1) * first + 2 * (1 - beta2) * grad * second
             first.mul_(beta1)
             second.mul_(beta2)
             phi.mul_(1 - record.lr * group["weight_decay"])
 
 
-def _through_clipping(u: Tensor, record: StepRecord) -> Tensor:
-    """dL_meta / dg_n from dL_meta / d(clipped g_n): clipping scales by max_norm / |g_n|, which depends on g_n too."""
+def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:
+    """< dL_meta / dg_n , g_nk > from the same with the clipped g_n: clipping scales by max_norm / |g_n|, and |g_n|
+    depends on g_n too. One entry for each micro-batch, before and after; their sums are the products with g_n."""
     if record.clip == 1.0:
-        return u
-    direction = record.grad / record.grad.norm()
-    return record.clip * (u - direction * torch.dot(direction, u))
+        return products
+    grads = torch.stack([grad for _, grad in record.domain_grads])
+    along = grads @ grads.sum(0)  # < g_n , g_nk >
+    return record.clip * (products - along * products.sum() / along.sum())

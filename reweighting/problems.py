@@ -150,7 +150,7 @@ class PRMFineTuning(OwnSystems):
 
     def state_dict(self) -> dict:
         """As every problem's, the rows seen and the window so far."""
-        window = [] if self.window is None else self.window.state()
+        window = {} if self.window is None else self.window.state()
         return super().state_dict() | {"rows_seen": self.rows_seen, "micro_steps": self.gas, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -182,7 +182,7 @@ class PRMFineTuning(OwnSystems):
             for param in params:
                 self.optimizer.state[param]["last_grad"] = param.grad.clone()
         if self.window is not None:
-            self.window.close_step(grad, factor, lr)
+            self.window.close_step(factor, lr)
 
     @staticmethod
     def set_gradients(params: list[torch.nn.Parameter], gradient: Tensor) -> None:

@@ -11,7 +11,7 @@ Notation:
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -166,10 +166,13 @@ class ProcessRewardModel(nn.Module):
         if config.freeze_vision:
             base = backbone.get_base_model() if config.lora_rank else backbone
             base.visual.requires_grad_(False)
+        model = cls(backbone, chain_tokenizer, config)
+        if config.freeze_vision and model.features_suffice:
+            chain_tokenizer.see = model.see
         if checkpointing:
             # The non-reentrant kind gives exact gradients also where the inputs need none (frozen base).
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        return cls(backbone, chain_tokenizer, config)
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model in Hugging Face's layout: backbone (or LoRA adapter), processors, head, config."""
@@ -183,17 +186,25 @@ class ProcessRewardModel(nn.Module):
         save_file(head, folder / HEAD_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
-    def forward(self, batch: Batch, image_features: Sequence[Tensor] | None = None) -> Tensor:
-        """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
-        autocast, the head never does.
+    @property
+    def features_suffice(self) -> bool:
+        """Whether the language model wants no more of the vision tower than its last layer (Qwen3-VL's does)."""
+        return not hasattr(self.backbone.config.vision_config, "deepstack_visual_indexes")
 
-        image_features: one [image tokens, D] for each of the batch's images, what the vision tower makes of it, where
-        that is known already; the batch's own `pixel_values` are then not read.
-        """
+    def see(self, pixels: Pixels) -> Tensor:
+        """What the vision tower makes of one image: features [image tokens, D] on the CPU, without gradients."""
+        device = self.score_head.weight.device
+        # Tensors of inference mode could not be trained on later.
+        with torch.inference_mode(False), torch.no_grad():
+            found = self.backbone.get_image_features(pixels.values.to(device), pixels.grid.to(device), return_dict=True)
+        return found.pooler_output[0].cpu()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
+        autocast, the head never does."""
         inputs = batch.model_inputs()
-        if image_features is not None:
-            del inputs["pixel_values"]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(image_features))}
+        if batch.image_features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=batch.image_features)}
         hidden = self.backbone(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
         ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
         at_ends = hidden.gather(1, ends)  # [B, S, D]
@@ -211,22 +222,21 @@ class ProcessRewardModel(nn.Module):
         fill. Dropout is off meanwhile. `pixels` (from `chain_tokenizer.read_image`) stands in for the chains'
         images. Raises UserError as `ChainTokenizer.encode` does, and if a score is no number.
         """
+        tokenizer = self.chain_tokenizer
+        if tokenizer.see is None and self.features_suffice:
+            tokenizer = tokenizer.seeing(self.see)
+        pixels = pixels and tokenizer.seen(pixels)
         steps = max((len(chain.steps) for chain in chains), default=0)
         # Made outside inference mode, so that the caller may go on computing with them in any way.
         logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)
         was_training = self.training
         self.eval()
-        features = _ImageFeatures(self)
         try:
             with torch.inference_mode():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
-                    encoded = [self.chain_tokenizer.encode(chain, pixels) for chain in part]
-                    known = features.of([item.pixels for item in encoded if item.pixels is not None])
-                    if known is not None:
-                        encoded = [replace(item, pixels=item.pixels and item.pixels.grid_only()) for item in encoded]
-                    batch = collate(encoded)
-                    z = self(batch.to(self.score_head.weight.device), known)
+                    batch = collate([tokenizer.encode(chain, pixels) for chain in part])
+                    z = self(batch.to(self.score_head.weight.device))
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask
         finally:
@@ -274,31 +284,6 @@ class ProcessRewardModel(nn.Module):
         values = aggregate(logits, mask, aggregation).tolist()  # of the distinct ones
         place = {text: index for index, text in enumerate(distinct)}
         return sorted(range(len(responses)), key=lambda i: -values[place[responses[i]]])
-
-
-class _ImageFeatures:
-    """What the vision tower makes of images, each seen once as long as every batch asks for it again."""
-
-    def __init__(self, model: ProcessRewardModel):
-        self.model = model
-        self.known: dict[int, tuple[Pixels, Tensor]] = {}  # by id; the pixels are kept, so no other gets their id
-
-    def of(self, images: Sequence[Pixels]) -> list[Tensor] | None:
-        """Features [image tokens, D] of each image, on the model's device; None if there is no image, or if the model
-        wants more of the tower than its last layer (as Qwen3-VL does)."""
-        if not images or hasattr(self.model.backbone.config.vision_config, "deepstack_visual_indexes"):
-            return None
-        wanted = {id(image): image for image in images}
-        new = [image for key, image in wanted.items() if key not in self.known]
-        made: Sequence[Tensor] = ()
-        if new:
-            device = self.model.score_head.weight.device
-            values = torch.cat([image.values for image in new]).to(device)  # [P, C]
-            grids = torch.cat([image.grid for image in new]).to(device)  # [I, 3]
-            made = self.model.backbone.get_image_features(values, grids, return_dict=True).pooler_output
-        found = self.known | {id(image): (image, tensor) for image, tensor in zip(new, made, strict=True)}
-        self.known = {key: found[key] for key in wanted}
-        return [self.known[id(image)][1] for image in images]
 
 
 def _read_config(folder: Path) -> PRMConfig:

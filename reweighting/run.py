@@ -84,11 +84,11 @@ def read_fixed_weights(args: Namespace, domains: list[str]) -> torch.Tensor | No
 
 
 def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
-    """Encode every chain once, so that one that is too long is found (and named) before training, not in it."""
+    """Look at every chain once, so that one that is too long is found (and named) before training, not in it."""
     problems = []
     for chain in chains:
         try:
-            model.chain_tokenizer.encode(chain)
+            model.chain_tokenizer.check(chain)
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -144,6 +144,7 @@ def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
     """
     if place is None:
         set_aside(folder)
+        (folder / "checkpoints").mkdir(exist_ok=True)  # now, not at the first save: it might not be possible
         return
     history = (place / HISTORY_FILE).read_text(encoding="utf-8")
     if args.resume_from is not None:

@@ -348,3 +348,22 @@ def test_collate_pads_on_the_right_and_masks():
     assert batch.labelled == int(batch.target_mask.sum())
     text_only = collate(encoded[:1])
     assert text_only.pixel_values is None and "pixel_values" not in text_only.model_inputs()
+
+
+@pytest.mark.parametrize("size", [(300, 200), (57, 1000), (20, 30), (4000, 20), (112, 112)])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("max_side", [None, 100])
+def test_lengths_are_known_from_image_sizes_alone(tmp_path, size, turned, max_side):
+    exif = Image.Exif()
+    exif[274] = 6 if turned else 1  # lies on its side
+    Image.new("RGB", size).save(tmp_path / "a.png", exif=exif)
+    chain = Chain("Q", ("a",), image=tmp_path / "a.png")
+    try:
+        length = len(chain_tokenizer(max_image_side=max_side).encode(chain).input_ids)
+    except UserError:  # of an impossible shape
+        with pytest.raises(UserError, match="cannot use the image .*a.png"):
+            chain_tokenizer(max_image_side=max_side).check(chain)
+        return
+    chain_tokenizer(max_image_side=max_side, max_length=length).check(chain)
+    with pytest.raises(UserError, match=f"{length} tokens, but the model takes {length - 1}"):
+        chain_tokenizer(max_image_side=max_side, max_length=length - 1).check(chain)

@@ -52,10 +52,13 @@ def image(tmp_path_factory):
     return path
 
 
+def logits_with_graph(model, chains):
+    return model(collate([model.chain_tokenizer.encode(chain) for chain in chains]))
+
+
 def logits(model, chains):
-    batch = collate([model.chain_tokenizer.encode(chain) for chain in chains])
     with torch.no_grad():
-        return model(batch)
+        return logits_with_graph(model, chains)
 
 
 @pytest.mark.parametrize("with_image", [True, False])
@@ -305,3 +308,36 @@ def test_missing_tensors_are_not_replaced_by_random_ones(tmp_path):
     save_file(tensors, tmp_path / "backbone" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 of its tensors, .*merger.mlp.0.weight"):
         ProcessRewardModel.from_backbone(tmp_path / "backbone")
+
+
+def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_else_changes(image):
+    """Remembered features against the tower itself: logits and gradients, also after they were made in inference."""
+    chains = [Chain(QUESTION, STEPS, image), Chain(QUESTION, LONG), Chain(QUESTION, STEPS[:1], image)]
+    remembers, looks = build_model(freeze_vision=True), build_model(freeze_vision=True)
+    looks.chain_tokenizer.see = None
+    seen = []
+    remembers.backbone.visual.register_forward_pre_hook(lambda *_: seen.append(1))
+    remembers.chain_logits(chains)
+    results = []
+    for model in (remembers, looks):
+        z = logits_with_graph(model, chains)
+        params = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(z.square().sum(), params)
+        results.append((z, *gradients))
+    assert len(seen) == 1
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+def test_a_trained_vision_tower_is_looked_at_anew(image):
+    model = build_model()
+    chains = [Chain(QUESTION, STEPS, image)]
+    before = model.chain_logits(chains)[0]
+    with torch.no_grad():
+        for parameter in model.backbone.visual.parameters():
+            parameter.mul_(1.5)
+    after = model.chain_logits(chains)[0]
+    assert (before - after).abs().max() > 1e-3
+    z = logits_with_graph(model, chains)
+    assert (z - after).abs().max() <= 1e-5
+    assert torch.autograd.grad(z.sum(), next(model.backbone.visual.parameters()))[0].abs().max() > 0
