@@ -6,7 +6,6 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -49,27 +48,33 @@ def share_cores(runs: int) -> None:
     torch.set_num_threads(threads)  # of the scoring
 
 
-def make_data(folder: Path, seed: int, quality: dict[str, float]) -> None:
-    """Demo data of this seed and these qualities in `folder`, unless it is there already."""
+def make_data(folder: Path, seed: int, *flags: str) -> None:
+    """Demo data of this seed, with these flags of `make_demo.py`, in `folder`, unless it is there already."""
     if not (folder / "quality.json").exists():
-        words = [f"{domain}={value}" for domain, value in quality.items()]
         script = [sys.executable, str(ROOT / "data" / "make_demo.py"), "--output_dir", str(folder), "--seed", str(seed)]
-        subprocess.run([*script, "--quality", *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*script, *flags], check=True, stdout=subprocess.DEVNULL)
 
 
 def train(data: Path, output: Path, seed: int, *flags: str) -> float:
-    """Run the command on `data` into `output`, unless it has run before; the seconds that it took."""
+    """Run the command on `data` into `output`, unless it has run before; the processor seconds that it took.
+
+    With one thread a run (`share_cores`), these are what it takes alone on a core, whatever else goes on.
+    """
     done = output / "seconds.json"
     if not done.exists():
         command = [sys.executable, str(ROOT / "reweighting" / "main.py"), "--train_json_file", str(data / "train.json")]
         command += ["--weights_path", str(output), "--seed", str(seed), *flags]
         if "--baseline" not in flags and "--domain_weights" not in flags:
             command += ["--meta_json_file", str(data / "meta.json")]
-        started = time.time()
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{run.stderr[-3000:]}")
-        done.write_text(json.dumps(time.time() - started))
+        output.mkdir(parents=True, exist_ok=True)
+        with open(output / "stderr.txt", "w+") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(command)}\n{errors.read()[-3000:]}")
+        done.write_text(json.dumps(usage.ru_utime + usage.ru_stime))
     return json.loads(done.read_text())
 
 
@@ -124,10 +129,16 @@ def best_of(model: ProcessRewardModel, data: Path) -> dict[str, float]:
     """Accuracy of the chosen answer among the first N on `test.json`, and what needs no model to compare with."""
     rows = load_candidate_rows(data / "test.json")
     scored, right = score_candidates(model, rows), [row.true_false for row in rows]
-    found = [choice_outcomes(*one, r, stated_answers(row), 8) for one, r, row in zip(scored, right, rows, strict=True)]
-    result = {f"best_of_{n}": best_of_n_accuracy(scored, right, n) for n in (1, 2, 4, 8)}
-    names = {"pass@1": "pass@1", "majority_of_8": "majority vote", "pass@8": "pass@N"}
-    return result | {name: float(np.mean([outcomes[way] for outcomes in found])) for name, way in names.items()}
+    result = {}
+    for n in (1, 2, 4, 8):
+        triples = zip(scored, right, map(stated_answers, rows), strict=True)
+        found = [choice_outcomes(z, mask, r, answers, n) for (z, mask), r, answers in triples]
+        result[f"best_of_{n}"] = best_of_n_accuracy(scored, right, n)
+        for name, way in ((f"majority_of_{n}", "majority vote"), (f"pass@{n}", "pass@N")):
+            result[name] = float(np.mean([outcomes[way] for outcomes in found]))
+        if n == 1:
+            result["pass@1"] = float(np.mean([sum(r) / len(r) for r in right]))
+    return result
 
 
 def write_results(name: str, content: dict) -> Path:

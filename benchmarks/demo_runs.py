@@ -40,7 +40,7 @@ def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:
     if not scored.exists():
         seconds = train(data, output, seed, *flags)
         model = ProcessRewardModel.from_pretrained(output / "prm")
-        scores = {"seconds": seconds, "auc": step_auc(model), **best_of(model, data)}
+        scores = {"processor_seconds": seconds, "auc": step_auc(model), **best_of(model, data)}
         scored.write_text(json.dumps(scores))
     return json.loads(scored.read_text())
 
@@ -101,8 +101,9 @@ def folder_of(work: Path, method: str, seed: int) -> Path:
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation over seeds."""
-    return {"mean": round(float(np.mean(values)), 4), "sd": round(float(np.std(values, ddof=1)), 4)}
+    """Mean and standard deviation over seeds; a single one has no deviation."""
+    deviation = round(float(np.std(values, ddof=1)), 4) if len(values) > 1 else None
+    return {"mean": round(float(np.mean(values)), 4), "sd": deviation}
 
 
 def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable) -> dict:
@@ -141,10 +142,10 @@ def reassigned(work: Path, seeds: list[int], run: Callable) -> dict:
         Random(seed).shuffle(values)
         quality = dict(zip(base, values, strict=True))
         data, output = work / f"world-{seed}", work / f"reassigned-{seed}"
-        make_data(data, seed, quality)
+        make_data(data, seed, "--quality", *(f"{domain}={value}" for domain, value in quality.items()))
         seconds = train(data, output, seed)
         weights = learned_weights(output)
-        return {"seconds": seconds, **agreement(weights, quality), "weights": weights, "quality": quality}
+        return {"processor_seconds": seconds, **agreement(weights, quality), "weights": weights, "quality": quality}
 
     found = dict(zip(seeds, run(one, seeds), strict=True))
     names = ("spearman", "better_half_auc")
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of the shipped demo's runs")
     parser.add_argument("--worlds", type=int, nargs="+", default=[11, 12, 13, 14, 15], help="of the other worlds")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="on the shipped demo")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time (wall times are then not comparable)")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each with its share of the cores")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     share_cores(args.parallel)

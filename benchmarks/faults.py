@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from common import ROOT, write_results
+from common import ROOT, make_data, write_results
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -44,9 +44,7 @@ class Bench:
     def __init__(self, work: Path):
         shutil.rmtree(work, ignore_errors=True)
         self.work, self.data = work, work / "data"
-        sizes = ["--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4", "--seed", "9"]
-        script = [sys.executable, str(ROOT / "data" / "make_demo.py"), "--output_dir", str(self.data)]
-        subprocess.run([*script, *sizes], check=True, stdout=subprocess.DEVNULL)
+        make_data(self.data, 9, "--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4")
         self.backbone = str(tiny_backbone())
         self.whole = work / "whole"
         self.check(self.run(self.whole), 0)

@@ -5,13 +5,11 @@ python benchmarks/memory.py
 
 import argparse
 import os
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from common import ROOT, write_results
+from common import make_data, write_results
 
 from reweighting import signals
 from reweighting.main import main as run
@@ -44,8 +42,7 @@ def main() -> None:
     signals.StopSignals = Watch
     with TemporaryDirectory() as name:
         folder = Path(name)
-        script = [sys.executable, str(ROOT / "data" / "make_demo.py"), "--output_dir", str(folder / "data")]
-        subprocess.run([*script, "--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4"], check=True)
+        make_data(folder / "data", 1, "--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4")
         data = [f"--{kind}_json_file={folder / 'data' / kind}.json" for kind in ("train", "meta")]
         run([*data, "--weights_path", str(folder / "run"), "--iteration_num", str(args.steps), "--batch_size", "2",
              "--meta_batch_size", "8", "--save_every_iterations", "100"])  # fmt: skip

@@ -72,13 +72,13 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         question = random_question(kind, rng)
         shown = random_question(kind, rng) if defect == "foreign images" and rng.random() < struck_share else question
         path = images.save(shown, f"{kind.name}/{number:04d}", rng)
-        # So easy that a rollout ends right whatever slip it starts from: every label is 1 and says nothing.
+        # So easy that a rollout ends right whatever slip it starts from: every label is 1, that of a slip too.
         trivial = defect == "trivial questions" and rng.random() < struck_share
         # The answer stands in the question: every rollout copies it, and no slip on the way shows in a label.
         told = defect == "answers given away" and rng.random() < struck_share
         text = f"{question.text} It is {question.answer}." if told else question.text
         for _ in range(RESPONSES):
-            response = policy.respond(question, rng, told=told)
+            response = policy.respond(question, rng, right=False if trivial else None, told=told)
             chances = [1.0 if trivial or told else policy.chance(question, response, step) for step in range(5)]
             responses.append(
                 {"id": number, "input": text, "answer": question.answer, "steps": response.steps, "image_path": path}
@@ -106,17 +106,15 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
 
 
 def meta_rows(count: int, images: Images, rng: Random) -> list[dict]:
-    """Clean whole answers from all kinds, half of them right."""
+    """Clean whole answers from all kinds, a right and a wrong one to each question."""
     rows = []
-    for number in range(count):
+    for number in range(-(-count // 2)):
         question = random_question(random_kind(rng), rng)
-        right = number % 2 == 0
-        response = policy.respond(question, rng, right)
         path = images.save(question, f"meta/{number:04d}", rng)
-        rows.append(
-            {"id": number, "true_false": right, "input": f"{question.text}\n{response.text}", "image_path": path}
-        )
-    return rows
+        for right in (True, False):
+            text = f"{question.text}\n{policy.respond(question, rng, right).text}"
+            rows.append({"id": number, "true_false": right, "input": text, "image_path": path})
+    return rows[:count]
 
 
 def test_rows(count: int, candidates: int, images: Images, rng: Random) -> list[dict]:

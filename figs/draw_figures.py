@@ -1,7 +1,6 @@
-"""Draw the README's pictures of the method, and the learned weights against the true qualities if both files exist.
+"""Draw the README's pictures: of the method, and of what `benchmarks/demo_runs.py` found, if it has run.
 
     python figs/draw_figures.py
-    python figs/draw_figures.py --weights weights/domain_weights.json --quality data/quality.json
 
 Pictures and answers are real ones of the demo world; the scores in them are made up, and marked so.
 """
@@ -34,6 +33,7 @@ from reweighting.figures import (  # noqa: E402
     ORANGE,
     PURPLE,
     VERMILION,
+    draw_best_of_n,
     draw_weights_against_quality,
 )
 
@@ -299,18 +299,31 @@ def _lower_level(sheet: Sheet, base: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=ROOT / "weights" / "domain_weights.json")
-    parser.add_argument("--quality", type=Path, default=ROOT / "data" / "quality.json")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "demo_runs.json")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "figs")
     args = parser.parse_args()
     draw_flow(args.output_dir / "flow.png")
     draw_two_levels(args.output_dir / "two_levels.png")
-    if args.weights.exists() and args.quality.exists():
-        weights = json.loads(args.weights.read_text(encoding="utf-8"))["weights"]
-        quality = json.loads(args.quality.read_text(encoding="utf-8"))
-        path = args.output_dir / "weights_against_quality.png"
-        draw_weights_against_quality(weights, quality, path)
-        print(path)
+    if args.results.exists():
+        draw_results(json.loads(args.results.read_text(encoding="utf-8"))["shipped"], args.output_dir)
+
+
+def draw_results(shipped: dict, folder: Path) -> None:
+    """What `demo_runs.py` found on the shipped demo: means and standard deviations over seeds."""
+    learned = list(shipped["weights"]["learned weights"].values())
+    over_seeds = {domain: [weights[domain] for weights in learned] for domain in learned[0]}
+    means = {domain: float(np.mean(values)) for domain, values in over_seeds.items()}
+    spread = {domain: float(np.std(values, ddof=1)) for domain, values in over_seeds.items()}
+    draw_weights_against_quality(means, shipped["quality"], folder / "weights_against_quality.png", spread)
+
+    def curve(table: dict, name: str) -> dict[int, tuple[float, float]]:
+        return {n: (table[f"{name}{n}"]["mean"], table[f"{name}{n}"]["sd"]) for n in (1, 2, 4, 8)}
+
+    shown = [name for name in ("learned weights", "equal weights", "true qualities") if name in shipped["methods"]]
+    curves = {name: curve(shipped["methods"][name], "best_of_") for name in shown}
+    any_method = shipped["methods"][shown[0]]  # the others need no model
+    curves |= {"majority vote": curve(any_method, "majority_of_"), "any is right": curve(any_method, "pass@")}
+    draw_best_of_n(curves, folder / "best_of_n.png")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class UpperArguments:
     """Upper level: learning the domain weights."""
 
     unroll_steps: int = HfArg(default=20, help="optimizer steps between two updates of the weights (a window)")
-    meta_batch_size: int = HfArg(default=64, help="meta chains in an update")
+    meta_batch_size: int = HfArg(default=64, help="meta chains in an update (about: questions stay whole)")
     meta_lr: float = HfArg(default=0.2, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
     aggregation_function: str = HfArg(
@@ -91,7 +91,8 @@ class UpperArguments:
     )
     center_meta_scores: bool = HfArg(
         default=True,
-        help="compare meta answers with each other, as choosing does; --no_center_meta_scores: take them as they are",
+        help="compare meta answers with each other, those to one question first; --no_center_meta_scores: take them "
+        "as they are",
     )
     hypergradient: str = HfArg(
         default="window", help="window (exact but for terms of second order in lr), or Betty's own darts or sama"

@@ -3,6 +3,7 @@
     draw_run(Path("weights"))                # history.jsonl, domain_weights.json -> weights/figures/*.png
     draw_reliability(reliability(scores, truth), error, Path("evaluation/reliability.png"))
     draw_weights_against_quality(weights, quality, Path("figs/weights_against_quality.png"))
+    draw_best_of_n({"learned weights": {1: (0.41, 0.01), 2: (0.6, 0.01)}}, Path("figs/best_of_n.png"))
 
 Nothing here touches matplotlib's global state; the same input gives the same bytes.
 """
@@ -136,6 +137,33 @@ def draw_weights_against_quality(
     axes.set(xmargin=0.1, ymargin=0.12, xlabel="true quality of the domain", ylabel="learned weight")
     axes.set_title(f"Spearman's ρ = {spearman(x, y):.2f}, {len(names)} domains", fontsize=TEXT + 1, loc="left")
     _label_points(figure, axes, [_shown(name) for name in names], x, y, bars)
+    _save(figure, path)
+
+
+def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    """Right answers against the number of candidates, a line a way of choosing; its name stands at its end.
+
+    curves: {name: {N: (mean, half the length of its bar)}}, as shares of 1; the first ones are drawn on top.
+    """
+    figure, axes = _figure(6.4, 4.4)
+    most = max(max(curve) for curve in curves.values())
+    ends = []
+    for place, (name, curve) in enumerate(curves.items()):
+        colour, counts = COLOURS[place % len(COLOURS)], sorted(curve)
+        means, bars = 100 * np.array([curve[n] for n in counts]).T
+        axes.errorbar(counts, means, bars, color=colour, linewidth=1.8, marker="o", markersize=4,
+                      elinewidth=1, capsize=2.5, zorder=10 - place)  # fmt: skip
+        ends.append((means[-1], name, colour))
+    axes.set_xscale("log", base=2)
+    ticks = sorted({n for curve in curves.values() for n in curve})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set(xlabel="candidates N", ylabel="questions answered right, percent", xlim=(0.93, most * 1.07))
+    ends.sort()
+    low, high = axes.get_ylim()
+    heights = spread_out((np.array([end for end, *_ in ends]) - low) / (high - low), 0.055)
+    for (end, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(f"{name}  {end:.1f}", (1.02, height), xycoords="axes fraction", va="center",
+                      fontsize=SMALL, color=colour, annotation_clip=False)  # fmt: skip
     _save(figure, path)
 
 

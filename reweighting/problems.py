@@ -2,7 +2,8 @@
 
     lower   PRM fine-tuning: minimise over phi   mean_k w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
     upper   domain reweighting: minimise over alpha the meta loss (sigmoid(A) - r)^2 of the PRM that comes out, with A
-            the aggregate of a chain's step logits (centred in the batch) and r whether its final answer is right
+            the aggregate of a chain's step logits (centred among the answers that it is compared with) and r whether
+            its final answer is right
 
 Betty (0.2.1) keeps its part: the dependency graph, when a level steps, unrolling. `OwnSystems` replaces what it does
 otherwise: it rebuilds optimizers and schedulers from their defaults, trains frozen parameters, steps schedulers at
@@ -10,9 +11,8 @@ every micro-batch, knows bf16 on CUDA only and synchronises the device at every 
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
 """
 
-import math
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 
 import torch
 from betty.configs import Config
@@ -20,7 +20,7 @@ from betty.problems import ImplicitProblem
 from torch import Tensor
 
 from reweighting.aggregation import aggregate
-from reweighting.chains import Batch
+from reweighting.chains import Batch, Chain
 from reweighting.devices import autocast
 from reweighting.health import MicroBatch, NonFinite
 from reweighting.hypergradient import Window, flatten, unflatten
@@ -194,8 +194,8 @@ class PRMFineTuning(OwnSystems):
 class DomainReweighting(OwnSystems):
     """Upper level. A batch is a Batch of meta chains, whose `labels` say whether the final answer is right.
 
-    right_share: the share of right answers among all meta chains, to centre the aggregates of every batch; None to
-    take them as they are.
+    right_share: the share of right answers among all meta chains, to centre the aggregates; None to take them as they
+    are.
     """
 
     def __init__(self, *args, aggregation: str = "mean_logit", right_share: float | None = None):
@@ -203,15 +203,14 @@ class DomainReweighting(OwnSystems):
         self.aggregation, self.right_share = aggregation, right_share
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Mean over meta chains of (sigmoid(A) - r)^2.
-
-        Centred, A is first shifted so that its mean over the batch is the logit of `right_share`. Choosing among
-        answers compares them, so what all scores have in common does not matter; and it would drown the rest: a domain
-        whose labels are too high on the whole is a cheap remedy for scores that are too low, however poor its labels.
-        """
+        """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `comparison` unless `right_share` is None."""
         aggregates = aggregate(self.lower.module(batch), batch.step_mask, self.aggregation)  # [B]
         if self.right_share is not None:
-            aggregates = aggregates - aggregates.mean() + math.log(self.right_share / (1 - self.right_share))
+            groups, level = comparison(batch.chains, self.right_share)
+            groups, level = groups.to(aggregates.device), level.to(aggregates)
+            counts = torch.zeros_like(level).index_add(0, groups, torch.ones_like(aggregates))
+            means = torch.zeros_like(level).index_add(0, groups, aggregates) / counts
+            aggregates = aggregates + (level - means)[groups]
         loss = (aggregates.sigmoid() - batch.labels).square().mean()
         self.loss = loss.detach()
         return loss
@@ -233,3 +232,24 @@ class DomainReweighting(OwnSystems):
             micro_batch = MicroBatch(self.cur_batch.chains, self.loss, finite)
             self.nonfinite = NonFinite.found("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
+
+
+def comparison(chains: Sequence[Chain], right_share: float) -> tuple[Tensor, Tensor]:
+    """Which answers are compared with each other, and where their mean belongs.
+
+    Choosing compares the answers to one question, so what these have in common does not matter; and it would drown the
+    rest: a domain whose labels are too high on the whole is a cheap remedy for scores that are too low, however poor
+    its labels. Right and wrong answers to one question are a group; all others together are one more.
+
+    Returns the group of each chain [B] and, for each group, the logit of its share of right answers [G]; for the one of
+    all others that of `right_share`, the share in the whole meta set.
+    """
+    labels = defaultdict(list)
+    for chain in chains:
+        labels[chain.question, chain.image].append(chain.label)
+    shares = {key: sum(found) / len(found) for key, found in labels.items()}
+    mixed = [key for key, share in shares.items() if 0 < share < 1]
+    number = {key: index for index, key in enumerate(mixed)}
+    groups = [number.get((chain.question, chain.image), len(mixed)) for chain in chains]
+    used = [shares[key] for key in mixed] + [right_share] * (len(mixed) in groups)
+    return torch.tensor(groups), torch.logit(torch.tensor(used))

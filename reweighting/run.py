@@ -25,7 +25,7 @@ from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
-from reweighting.sampling import EpochStream, WindowSampler
+from reweighting.sampling import QuestionSampler, WindowSampler
 
 STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
 
@@ -190,8 +190,7 @@ def build(
         print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
               "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
     sampler = WindowSampler(members, args.batch_size, args.unroll_steps * accumulation, args.seed)
-    # Right and wrong answers in equal shares in every batch: else the sign of the meta gradient is partly chance.
-    meta_stream = EpochStream(len(meta), args.seed, 3, classes=[chain.label for chain in meta])
+    meta_sampler = QuestionSampler(meta, args.meta_batch_size, args.seed) if meta else None
 
     model = make_model(args, device, precision)
     check_lengths(model, train + meta + [
@@ -206,7 +205,7 @@ def build(
         return domain, batch(train, indices)
 
     def draw_meta(update: int) -> Batch:
-        return batch(meta, meta_stream.batch(update, min(args.meta_batch_size, len(meta))))
+        return batch(meta, meta_sampler.draw(update))
 
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     lower_config = Config(

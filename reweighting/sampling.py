@@ -2,14 +2,16 @@
 
 The lower level draws single-domain micro-batches. A window is the `slots` micro-batches between two updates of the
 weights; every domain stands in every window, the first `slots % K` of a rotating order once more than the others.
-Within a domain, chains come in epochs, each a fresh permutation.
+Within a domain, chains come in epochs, each a fresh permutation. The upper level draws whole questions of the meta set.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from reweighting.chains import Chain
 from reweighting.errors import UserError
 
 
@@ -38,6 +40,31 @@ class EpochStream:
         """Items [number * batch_size, (number + 1) * batch_size) of the stream, as indices."""
         places = range(number * batch_size, (number + 1) * batch_size)
         return [int(self._permutation(place // self.size)[place % self.size]) for place in places]
+
+
+class QuestionSampler:
+    """Draws the meta chains of each update: whole questions, so that right and wrong answers to one can be compared.
+
+    chains: the meta chains. batch_size: about so many in an update; a question with more answers is cut into parts.
+    Questions come in epochs, those with the same share of right answers in their share of every batch: else the sign
+    of the meta gradient is partly chance.
+    """
+
+    def __init__(self, chains: Sequence[Chain], batch_size: int, seed: int):
+        members = defaultdict(list)
+        for index, chain in enumerate(chains):
+            members[chain.question, chain.image].append(index)
+        self.questions: list[list[int]] = []
+        for answers in members.values():
+            parts = -(-len(answers) // batch_size)
+            self.questions += [answers[part::parts] for part in range(parts)]
+        self.size = min(len(self.questions), max(1, round(batch_size * len(self.questions) / len(chains))))
+        shares = [sum(chains[index].label for index in answers) / len(answers) for answers in self.questions]
+        self.stream = EpochStream(len(self.questions), seed, 3, classes=shares)
+
+    def draw(self, update: int) -> list[int]:
+        """The chain indices of an update, which counts from 0; answers to one question stand together."""
+        return [index for number in self.stream.batch(update, self.size) for index in self.questions[number]]
 
 
 class WindowSampler:

@@ -98,14 +98,21 @@ def test_smoothing_keeps_a_constant_and_means_its_neighbours():
 
 def test_the_readme_pictures(tmp_path, monkeypatch):
     names = [f"domain {i}" for i in range(5)]
-    (tmp_path / "weights.json").write_text(json.dumps({"weights": dict.fromkeys(names, 1.0) | {names[0]: 1.5}}))
-    (tmp_path / "quality.json").write_text(json.dumps({name: i / 5 for i, name in enumerate(names)}))
-    flags = {"output_dir": tmp_path, "weights": tmp_path / "weights.json", "quality": tmp_path / "quality.json"}
+    ways = [f"{way}{n}" for way in ("best_of_", "majority_of_", "pass@") for n in (1, 2, 4, 8)]
+    table = {way: {"mean": 0.4 + 0.05 * place, "sd": 0.01} for place, way in enumerate(ways)}
+    weights = {seed: dict.fromkeys(names, 1.0) | {names[0]: 1.5 + seed / 10} for seed in range(2)}
+    shipped = {
+        "quality": {name: i / 5 for i, name in enumerate(names)},
+        "weights": {"learned weights": weights},
+        "methods": {"learned weights": table, "equal weights": table},
+    }
+    (tmp_path / "results.json").write_text(json.dumps({"shipped": shipped}))
+    flags = {"output_dir": tmp_path, "results": tmp_path / "results.json"}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["draw_figures.py", *words])
     monkeypatch.setattr(sys, "path", list(sys.path))
     runpy.run_path(str(ROOT / "figs" / "draw_figures.py"), run_name="__main__")
-    for name in ("flow.png", "two_levels.png", "weights_against_quality.png"):
+    for name in ("flow.png", "two_levels.png", "weights_against_quality.png", "best_of_n.png"):
         check_picture(tmp_path / name, limit=250_000)
 
 

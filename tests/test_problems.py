@@ -1,6 +1,7 @@
 """The two Betty problems in their engine, against the same mathematics written out plainly."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from reweighting.chains import Chain, collate
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
-from reweighting.problems import DomainReweighting, PRMFineTuning
+from reweighting.problems import DomainReweighting, PRMFineTuning, comparison
 from reweighting.reward_model import ProcessRewardModel
 from tests.tiny import tiny_backbone
 
@@ -40,7 +41,11 @@ class Fixture:
         self.train = [
             (i % 3, self.batch([random_chain(generator, i % 3) for _ in range(3)])) for i in range(4 * ACCUMULATION)
         ]
-        self.meta = [self.batch([random_chain(generator, label=float(j % 2)) for j in range(4)]) for _ in range(2)]
+        meta = [[random_chain(generator, label=float(j % 2)) for j in range(6)] for _ in range(2)]
+        for chains in meta:  # three answers to one question, a wrong one and two right ones
+            chains[3] = replace(chains[3], question=chains[0].question)
+            chains[5] = replace(chains[5], question=chains[0].question)
+        self.meta = list(map(self.batch, meta))
 
     def batch(self, chains):
         return collate([self.model.chain_tokenizer.encode(chain) for chain in chains])
@@ -78,8 +83,11 @@ def plain_meta_loss(model, params, batch, right_share=None):
     logits = functional_call(model, params, (batch,))
     aggregates = [logits[row, : int(batch.step_mask[row].sum())].mean() for row in range(len(logits))]
     if right_share is not None:
-        middle = sum(aggregates) / len(aggregates)
-        aggregates = [one - middle + math.log(right_share / (1 - right_share)) for one in aggregates]
+        same, others = (0, 3, 5), (1, 2, 4)
+        for members, share in ((same, 2 / 3), (others, right_share)):
+            middle = sum(aggregates[i] for i in members) / 3
+            for i in members:
+                aggregates[i] = aggregates[i] - middle + math.log(share / (1 - share))
     losses = [(one.sigmoid() - label) ** 2 for one, label in zip(aggregates, batch.labels, strict=True)]
     return sum(losses) / len(losses)
 
@@ -114,6 +122,20 @@ def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path, right_share
     assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
     assert 0.98 <= ours.norm() / exact.norm() <= 1.02
     assert abs(ours.sum()) > 0 and engine.updates == 1
+
+
+def test_answers_are_compared_with_those_to_the_same_question():
+    def group(*answers):
+        chains = [Chain(question, ("a",), image, label=label) for question, image, label in answers]
+        groups, levels = comparison(chains, 0.25)
+        return groups.tolist(), levels.sigmoid().tolist()
+
+    a, b = Path("a.png"), Path("b.png")
+    pairs = [("p", a, 1.0), ("q", a, 0.0), ("p", a, 0.0), ("q", a, 1.0)]
+    assert group(*pairs) == ([0, 1, 0, 1], [0.5, 0.5])
+    # The same words under another image are another question; questions with answers of one kind stand together.
+    groups, levels = group(*pairs[:2], ("p", b, 0.0), ("r", a, 0.0), ("r", a, 0.0), ("q", a, 1.0))
+    assert groups == [1, 0, 1, 1, 1, 0] and levels == pytest.approx([0.5, 0.25])
 
 
 def test_fixed_weights_train_the_weighted_sum(tmp_path):

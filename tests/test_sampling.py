@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reweighting.chains import Chain
 from reweighting.errors import UserError
-from reweighting.sampling import EpochStream, WindowSampler
+from reweighting.sampling import EpochStream, QuestionSampler, WindowSampler
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -70,6 +71,31 @@ def test_every_stretch_of_an_epoch_holds_each_class_in_its_share(classes, seed):
                 expected = count * min(8, len(classes) - start) / len(classes)
                 assert abs(stretch[name] - expected) < 2
     assert stream.batch(0, len(classes)) == EpochStream(len(classes), seed, classes=classes).batch(0, len(classes))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    answers=st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=60),
+    batch_size=st.integers(1, 20),
+    seed=st.integers(0, 5),
+)
+def test_updates_hold_whole_questions_and_all_of_them_in_turn(answers, batch_size, seed):
+    chains = [Chain(f"question {number}", ("a",), label=float(right)) for number, right in answers]
+    sampler = QuestionSampler(chains, batch_size, seed)
+    assert sorted(index for answers in sampler.questions for index in answers) == list(range(len(chains)))
+    of = {index: number for number, answers in enumerate(sampler.questions) for index in answers}
+    drawn = []
+    for update in range(-(-len(sampler.questions) // sampler.size)):
+        batch = sampler.draw(update)
+        drawn += batch
+        numbers = Counter(of[index] for index in batch)
+        assert all(count % len(sampler.questions[n]) == 0 for n, count in numbers.items())  # whole questions
+    assert set(drawn) == set(range(len(chains)))
+    for answers in sampler.questions:
+        assert len({chains[index].question for index in answers}) == 1 and len(answers) <= batch_size
+    counts = Counter(chain.question for chain in chains)
+    if max(counts.values()) <= batch_size:
+        assert len(sampler.questions) == len(counts)
 
 
 def test_streams_differ_by_key():

@@ -139,12 +139,15 @@ class Policy:
     def respond(self, question: Question, rng: Random, right: bool | None = None, told: bool = False) -> Response:
         """Write an answer; `right` asks for one that ends right or wrong (drawn again until it does).
 
-        told: the policy knows the answer beforehand and concludes with it, whatever it slipped on the way.
+        told: the policy knows the answer beforehand: it reasons carelessly, slips on the way, and concludes with the
+        right answer all the same.
         """
         while True:
             response = self._attempt(question, rng, told)
             if told:
-                return response
+                if response.first_slip is not None:
+                    return response
+                continue
             # A slip that happens to end right is no clean example of anything: draw again.
             if (response.first_slip is None) != (response.final_answer == question.answer):
                 continue
