@@ -163,11 +163,9 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     share_cores(args.parallel)
     with ThreadPoolExecutor(args.parallel) as pool:
-        content = {
-            "parallel": args.parallel,
-            "shipped": shipped(args.work, args.seeds, args.methods, lambda *job: list(pool.map(*job))),
-            "reassigned": reassigned(args.work, args.worlds, pool.map),
-        }
+        worlds = reassigned(args.work, args.worlds, pool.map)
+        methods = shipped(args.work, args.seeds, args.methods, lambda *job: list(pool.map(*job)))
+    content = {"parallel": args.parallel, "shipped": methods, "reassigned": worlds}
     print(json.dumps({k: v for k, v in content["shipped"].items() if k not in ("per_seed", "weights")}, indent=1))
     print(json.dumps({k: v for k, v in content["reassigned"].items() if k != "worlds"}, indent=1))
     print(write_results("demo_runs", content))

@@ -192,7 +192,8 @@ class PRMFineTuning(OwnSystems):
 
 
 class DomainReweighting(OwnSystems):
-    """Upper level. A batch is a Batch of meta chains, whose `labels` say whether the final answer is right.
+    """Upper level. A batch is a list of Batches of meta chains, whose `labels` say whether the final answer is right;
+    several small ones are faster than a large one.
 
     right_share: the share of right answers among all meta chains, to centre the aggregates; None to take them as they
     are.
@@ -202,16 +203,18 @@ class DomainReweighting(OwnSystems):
         super().__init__("upper", *args)
         self.aggregation, self.right_share = aggregation, right_share
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batches: list[Batch]) -> Tensor:
         """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `comparison` unless `right_share` is None."""
-        aggregates = aggregate(self.lower.module(batch), batch.step_mask, self.aggregation)  # [B]
+        logits = ((self.lower.module(batch), batch.step_mask) for batch in batches)
+        aggregates = torch.cat([aggregate(z, mask, self.aggregation) for z, mask in logits])  # [B] of all batches
+        labels = torch.cat([batch.labels for batch in batches])
         if self.right_share is not None:
-            groups, level = comparison(batch.chains, self.right_share)
+            groups, level = comparison(_chains(batches), self.right_share)
             groups, level = groups.to(aggregates.device), level.to(aggregates)
             counts = torch.zeros_like(level).index_add(0, groups, torch.ones_like(aggregates))
             means = torch.zeros_like(level).index_add(0, groups, aggregates) / counts
             aggregates = aggregates + (level - means)[groups]
-        loss = (aggregates.sigmoid() - batch.labels).square().mean()
+        loss = (aggregates.sigmoid() - labels).square().mean()
         self.loss = loss.detach()
         return loss
 
@@ -229,9 +232,13 @@ class DomainReweighting(OwnSystems):
             self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
         finite = loss.isfinite() & torch.stack([param.grad.isfinite().all() for param in params]).all()
         if not finite:
-            micro_batch = MicroBatch(self.cur_batch.chains, self.loss, finite)
+            micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
             self.nonfinite = NonFinite.found("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
+
+
+def _chains(batches: list[Batch]) -> list[Chain]:
+    return [chain for batch in batches for chain in batch.chains]
 
 
 def comparison(chains: Sequence[Chain], right_share: float) -> tuple[Tensor, Tensor]:

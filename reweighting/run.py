@@ -197,15 +197,15 @@ def build(
         chain for row in candidates for chain in candidate_chains(row, args.validation_json_file)
     ])  # fmt: skip
 
-    def batch(chains: list[Chain], indices: list[int]) -> Batch:
-        return collate([model.chain_tokenizer.encode(chains[index]) for index in indices]).to(device)
-
     def draw_train(micro_step: int) -> tuple[int, Batch]:
         domain, indices = sampler.draw(micro_step)
-        return domain, batch(train, indices)
+        return domain, collate([model.chain_tokenizer.encode(train[index]) for index in indices]).to(device)
 
-    def draw_meta(update: int) -> Batch:
-        return batch(meta, meta_sampler.draw(update))
+    def draw_meta(update: int) -> list[Batch]:
+        encoded = [model.chain_tokenizer.encode(meta[index]) for index in meta_sampler.draw(update)]
+        encoded.sort(key=lambda item: len(item.input_ids))  # little padding
+        parts = range(0, len(encoded), args.batch_size)
+        return [collate(encoded[start : start + args.batch_size]).to(device) for start in parts]
 
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     lower_config = Config(

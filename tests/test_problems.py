@@ -45,7 +45,7 @@ class Fixture:
         for chains in meta:  # three answers to one question, a wrong one and two right ones
             chains[3] = replace(chains[3], question=chains[0].question)
             chains[5] = replace(chains[5], question=chains[0].question)
-        self.meta = list(map(self.batch, meta))
+        self.meta = [[self.batch(chains[:2]), self.batch(chains[2:])] for chains in meta]
 
     def batch(self, chains):
         return collate([self.model.chain_tokenizer.encode(chain) for chain in chains])
@@ -79,16 +79,19 @@ def plain_lower_loss(model, params, batch):
     return sum(errors) / len(errors)
 
 
-def plain_meta_loss(model, params, batch, right_share=None):
-    logits = functional_call(model, params, (batch,))
-    aggregates = [logits[row, : int(batch.step_mask[row].sum())].mean() for row in range(len(logits))]
+def plain_meta_loss(model, params, batches, right_share=None):
+    aggregates, labels = [], []
+    for batch in batches:
+        logits = functional_call(model, params, (batch,))
+        aggregates += [logits[row, : int(batch.step_mask[row].sum())].mean() for row in range(len(logits))]
+        labels += batch.labels
     if right_share is not None:
         same, others = (0, 3, 5), (1, 2, 4)
         for members, share in ((same, 2 / 3), (others, right_share)):
             middle = sum(aggregates[i] for i in members) / 3
             for i in members:
                 aggregates[i] = aggregates[i] - middle + math.log(share / (1 - share))
-    losses = [(one.sigmoid() - label) ** 2 for one, label in zip(aggregates, batch.labels, strict=True)]
+    losses = [(one.sigmoid() - label) ** 2 for one, label in zip(aggregates, labels, strict=True)]
     return sum(losses) / len(losses)
 
 
