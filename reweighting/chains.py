@@ -285,10 +285,18 @@ class ChainTokenizer:
         return EncodedChain(chain, *tokens, pixels)
 
     def check(self, chain: Chain) -> None:
-        """Raise the UserError of `encode` for a chain that is too long, or an image of an impossible shape. Reads no
-        more of the image than its size, so that a million rows can be checked before training."""
+        """Raise the UserError of `encode` for a chain that is too long, or an image of an impossible shape.
+
+        Reads no more of the image than its size, and tokenises no text so short that it must fit, so that a million
+        rows can be checked before training.
+        """
         try:
-            self._tokens(chain, 0 if chain.image is None else self._image_tokens(chain.image))
+            image_tokens = 0 if chain.image is None else self._image_tokens(chain.image)
+            before, after = self.around_image if image_tokens else self.around_text
+            # A token stands for a byte of text at least; a tokenizer may put one more before each piece.
+            text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
+            if len(before) + image_tokens + len(after) + text > self.max_length:
+                self._tokens(chain, image_tokens)
         except UserError as error:
             raise UserError(f"{chain.place}: {error}") from error
 
