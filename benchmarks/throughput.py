@@ -118,20 +118,18 @@ class Meter:
 def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     """The command, or its batches in a bare loop."""
     from reweighting.arguments import parse_arguments
-    from reweighting.records import load_meta_rows, load_training_rows
     from reweighting.run import build, run_settings
+    from reweighting.run_data import read_run_data
 
     _, flags, (warm_up, steps), _ = BACKBONES[name]
     files = ["--train_json_file", str(data / "train.json"), "--weights_path", str(folder), "--reward_model", backbone]
-    meta_rows = []
     if case == "ours":
         files += ["--meta_json_file", str(data / "meta.json")]
-        meta_rows = load_meta_rows(data / "meta.json")
     else:
         files += ["--baseline"]
         flags = flags[:-2]  # without the meta batch size
     args = parse_arguments([*files, *flags, "--iteration_num", str(warm_up + steps)])
-    engine = build(args, run_settings(args), load_training_rows(data / "train.json"), meta_rows, [], folder)
+    engine = build(args, run_settings(args), read_run_data(args), folder)
     lower = engine.lower
     if case == "bare loop":
         return bare_loop(lower, warm_up * lower.gas, steps * lower.gas)

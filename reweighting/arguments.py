@@ -26,7 +26,7 @@ EMBEDDED_BACKBONE = Path(__file__).resolve().parent.parent / "backbone"
 class DataArguments:
     """Files."""
 
-    train_json_file: str = HfArg(help="training rows: a JSON file (or .jsonl); see the README for its fields")
+    train_json_file: str = HfArg(help="training rows: a JSON file (or .jsonl, .parquet); see the README for its fields")
     meta_json_file: str | None = HfArg(default=None, help="meta rows; needed to learn the weights")
     validation_json_file: str | None = HfArg(
         default=None, help="candidate rows: the checkpoint with the best best-of-N accuracy on them is kept"

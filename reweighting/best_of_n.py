@@ -15,8 +15,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
 from reweighting.errors import run_command  # noqa: E402
-from reweighting.json_stream import iterate_rows  # noqa: E402
 from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
+from reweighting.row_stream import iterate_rows  # noqa: E402
 from reweighting.use_arguments import BEST_OF_N, parse_use_arguments  # noqa: E402
 
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet

@@ -16,7 +16,8 @@ Notation:
 
 import math
 import re
-from collections import defaultdict, deque
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -91,18 +92,23 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
     rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the
     next branch or alone, because the loss is a mean over rows. Returns (chains in file order of their first
     row, domain names sorted). `source` is the file name that later messages use. Takes time linear in the
-    rows.
+    rows, and keeps none of them.
     """
-    rows = list(rows)
-    domains = sorted({row.dataset for row in rows})
-    domain_of = {name: index for index, name in enumerate(domains)}
-
-    texts = []
-    unextended: dict[tuple, deque[int]] = defaultdict(deque)  # text -> its rows that no row extends yet
+    texts, indices, accuracies = [], array("q"), array("d")  # of each row; the rows themselves are let go
+    unextended: dict[tuple, list[int]] = defaultdict(list)  # text -> its rows that no row extends yet, last one first
+    known: dict[str, str] = {}  # equal texts are kept once
     for number, row in enumerate(rows):
         question, steps = split_steps(row.input)
-        texts.append((row.dataset, question, row.image, (*steps, *split_response(row.add))))
+        steps = tuple(known.setdefault(step, step) for step in (*steps, *split_response(row.add)))
+        dataset, question = known.setdefault(row.dataset, row.dataset), known.setdefault(question, question)
+        texts.append((dataset, question, row.image, steps))
+        indices.append(row.index)
+        accuracies.append(row.accuracy)
         unextended[texts[-1]].append(number)
+    for numbers in unextended.values():
+        numbers.reverse()
+    domains = sorted({dataset for dataset, *_ in texts})
+    domain_of = {name: index for index, name in enumerate(domains)}
 
     next_of: dict[int, int] = {}  # row -> the row that extends it
     extends: set[int] = set()  # rows that continue another row's chain
@@ -110,11 +116,11 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
         prefixes = ((*place, steps[:n]) for n in range(len(steps) - 1, 0, -1))
         parent = next((p for p in prefixes if unextended.get(p)), None)
         if parent is not None:
-            next_of[unextended[parent].popleft()] = number
+            next_of[unextended[parent].pop()] = number
             extends.add(number)
 
     ordered = []
-    for number in range(len(rows)):
+    for number in range(len(texts)):
         if number in extends:
             continue
         members = [number]
@@ -123,9 +129,9 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
         dataset, question, image, steps = texts[members[-1]]
         targets = [math.nan] * len(steps)
         for member in members:
-            targets[len(texts[member][3]) - 1] = float(rows[member].accuracy)
-        indices = tuple(rows[member].index for member in members)
-        chain = Chain(question, steps, image, tuple(targets), math.nan, domain_of[dataset], indices, source)
+            targets[len(texts[member][3]) - 1] = accuracies[member]
+        places = tuple(indices[member] for member in members)
+        chain = Chain(question, steps, image, tuple(targets), math.nan, domain_of[dataset], places, source)
         ordered.append((min(members), chain))
     ordered.sort(key=lambda pair: pair[0])
     return [chain for _, chain in ordered], domains

@@ -13,11 +13,10 @@ import torch
 from reweighting.checkpoints import load_latest
 from reweighting.errors import UserError
 from reweighting.run import build
+from reweighting.run_data import RunData
 
 
-def dry_run(
-    args: Namespace, settings: dict, train_rows: list, meta_rows: list, candidates: list, folder: Path
-) -> None:
+def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> None:
     """Train one window, save a checkpoint, read it again, and print speed, memory, disk and hours of the whole run.
 
     Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
@@ -28,7 +27,7 @@ def dry_run(
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         trial = Path(name)
         started = time.monotonic()
-        engine = build(short, settings, train_rows, meta_rows, candidates, trial)
+        engine = build(short, settings, data, trial)
         loading = time.monotonic() - started
         engine.run()
         seconds = engine.seconds / steps

@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
-from reweighting.arguments import learns_weights, parse_arguments  # noqa: E402
+from reweighting.arguments import parse_arguments  # noqa: E402
 from reweighting.errors import run_command  # noqa: E402
 
 
@@ -21,30 +21,21 @@ def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
     args = parse_arguments(argv)
 
-    from reweighting.records import load_candidate_rows, load_meta_rows, load_training_rows
-
-    # Every row is checked before anything slow is loaded.
-    learns = learns_weights(args)
-    train_rows = load_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
-    meta_rows = load_meta_rows(args.meta_json_file, args.image_root) if learns else []
-    candidates = []
-    if args.validation_json_file is not None:
-        candidates = load_candidate_rows(args.validation_json_file, args.image_root)
-
+    from reweighting.dry_run import dry_run
     from reweighting.folders import hold_folder
     from reweighting.report import finish
     from reweighting.run import build, find_checkpoint, run_settings, take_over
+    from reweighting.run_data import read_run_data
     from reweighting.signals import StopSignals
 
+    data = read_run_data(args)  # every row is checked before a model is loaded
     with hold_folder(args.weights_path) as folder:
         settings = run_settings(args)
         if args.dry_run:
-            from reweighting.dry_run import dry_run
-
-            dry_run(args, settings, train_rows, meta_rows, candidates, folder)
+            dry_run(args, settings, data, folder)
             return
         place, state = find_checkpoint(args, settings, folder) or (None, None)
-        engine = build(args, settings, train_rows, meta_rows, candidates, folder, state)
+        engine = build(args, settings, data, folder, state)
         take_over(args, folder, place)
         with StopSignals() as stop:
             engine.run(stop)

@@ -1,9 +1,9 @@
-"""What a row is: the schema and the checks of the three kinds of JSON files.
+"""What a row is: the schema and the checks of the kinds of files.
 
     rows = load_training_rows("data/train.json", image_root="data/images")
 
-A file holds a list of objects (`.json`) or one object per line (`.jsonl`); keys that no field has are left
-out. All wrong fields and images of a file go into one `UserError`, so that they can be mended in one go.
+A file holds a list of objects (`.json`), one object per line (`.jsonl`) or a table (`.parquet`); keys that no field
+has are left out. All wrong fields and images of a file go into one `UserError`, so that they can be mended in one go.
 """
 
 import difflib
@@ -21,11 +21,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError, ValidationError
 
 from reweighting.errors import UserError
-from reweighting.json_stream import iterate_rows, shown
+from reweighting.row_stream import iterate_rows, shown
 
 LISTED_PROBLEMS = 20
 IMAGE_THREADS = 4
-ROWS_AT_A_TIME = 256
+ROWS_AT_A_TIME = 1024  # read before their images are checked
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
@@ -107,14 +107,25 @@ def load_training_rows(
     file, then in the working folder. `min_domains` is the least number of distinct `dataset` values.
     Raises `UserError` for anything wrong in the file or its images.
     """
-    rows = _load_rows(TrainingRow, path, image_root)
-    domains = sorted({row.dataset for row in rows})
+    return list(iterate_training_rows(path, image_root, min_domains=min_domains))
+
+
+def iterate_training_rows(
+    path: str | Path, image_root: str | Path | None = None, *, min_domains: int = 2
+) -> Iterator[TrainingRow]:
+    """As `load_training_rows`, but one row after the other, in memory that grows with the number of images only.
+
+    Rows behind a wrong one are checked and not given; the `UserError` comes at the end of the file and names them all.
+    """
+    domains = set()
+    for row in _checked_rows(TrainingRow, path, image_root):
+        domains.add(row.dataset)
+        yield row
     if len(domains) < min_domains:
         raise UserError(
-            f"{path}: dataset: found only {', '.join(map(shown, domains))}, allowed: at least {min_domains} "
+            f"{path}: dataset: found only {', '.join(map(shown, sorted(domains)))}, allowed: at least {min_domains} "
             "domains. Weights compare domains: add rows of another, or fine-tune without reweighting."
         )
-    return rows
 
 
 def load_meta_rows(path: str | Path, image_root: str | Path | None = None) -> list[MetaRow]:
@@ -122,7 +133,7 @@ def load_meta_rows(path: str | Path, image_root: str | Path | None = None) -> li
 
     Raises `UserError` for anything wrong, also when all rows are true or all are false.
     """
-    rows = _load_rows(MetaRow, path, image_root)
+    rows = list(_checked_rows(MetaRow, path, image_root))
     right = sum(row.true_false for row in rows)
     if right in (0, len(rows)):
         raise UserError(
@@ -134,12 +145,12 @@ def load_meta_rows(path: str | Path, image_root: str | Path | None = None) -> li
 
 def load_evaluation_rows(path: str | Path, image_root: str | Path | None = None) -> list[EvaluationRow]:
     """Reads and checks a file of rows with step labels, images as in `load_training_rows`; or raises `UserError`."""
-    return _load_rows(EvaluationRow, path, image_root)
+    return list(_checked_rows(EvaluationRow, path, image_root))
 
 
 def load_candidate_rows(path: str | Path, image_root: str | Path | None = None) -> list[CandidateRow]:
     """Reads and checks a best-of-N file, images as in `load_training_rows`; or raises `UserError`."""
-    return _load_rows(CandidateRow, path, image_root)
+    return list(_checked_rows(CandidateRow, path, image_root))
 
 
 def iterate_candidate_rows(
@@ -150,17 +161,13 @@ def iterate_candidate_rows(
     Rows behind a wrong one are checked and not given; the `UserError` comes at the end of the file and names them all.
     decode_images: False only looks whether the images are there, for a file that has been checked before.
     """
-    return _checked_rows(CandidateRow, path, image_root, ROWS_AT_A_TIME, decode_images)
-
-
-def _load_rows(row_type: type[AnyRow], path: str | Path, image_root: str | Path | None) -> list[AnyRow]:
-    return list(_checked_rows(row_type, path, image_root, None, True))
+    return _checked_rows(CandidateRow, path, image_root, decode_images, remember=False)
 
 
 def _checked_rows(
-    row_type: type[AnyRow], path: str | Path, image_root: str | Path | None, at_a_time: int | None, decode: bool
+    row_type: type[AnyRow], path: str | Path, image_root: str | Path | None, decode: bool = True, remember: bool = True
 ) -> Iterator[AnyRow]:
-    """The file's rows. `at_a_time`: how many are read before their images are checked, each once; None: all."""
+    """The file's rows. `remember`: an image is checked once, wherever in the file it is named; else it may be again."""
     path = Path(path)
     if image_root is not None:
         image_root = Path(image_root)
@@ -170,9 +177,13 @@ def _checked_rows(
 
     count = total = 0
     problems: list[str] = []
+    images: dict[str, Path | str] = {}
     stream = iterate_rows(path)
-    while raw_rows := list(islice(stream, at_a_time)):
-        images = _check_images(filter(None, map(_image_path, raw_rows)), path.parent, image_root, decode)
+    while raw_rows := list(islice(stream, ROWS_AT_A_TIME)):
+        if not remember:
+            images.clear()
+        new = (name for name in map(_image_path, raw_rows) if name and name not in images)
+        images |= _check_images(new, path.parent, image_root, decode)
         for index, raw in enumerate(raw_rows, count):
             row, row_problems = _check_fields(row_type, raw)
             image = images.get(_image_path(raw))

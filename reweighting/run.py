@@ -1,4 +1,4 @@
-"""Puts a run together: rows -> chains -> model -> the two problems -> the engine."""
+"""Puts a run together: chains -> model -> the two problems -> the engine."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from betty.configs import Config
 from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
-from reweighting.candidates import best_of_n_accuracy, right_or_wrong, score_candidates
-from reweighting.chains import Batch, Chain, candidate_chains, collate, meta_chains, training_chains
+from reweighting.candidates import best_of_n_accuracy, score_candidates
+from reweighting.chains import Batch, Chain, candidate_chains, collate
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
 from reweighting.devices import choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
@@ -25,6 +25,7 @@ from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
+from reweighting.run_data import RunData
 from reweighting.sampling import QuestionSampler, WindowSampler
 
 STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
@@ -157,31 +158,19 @@ def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
 
 
 def build(
-    args: Namespace,
-    settings: dict,
-    train_rows: list,
-    meta_rows: list,
-    candidates: list,
-    folder: Path,
-    state: dict | None = None,
+    args: Namespace, settings: dict, data: RunData, folder: Path, state: dict | None = None
 ) -> ReweightingEngine:
     """The engine of a run that writes into `folder`, at its start or at a checkpoint's `state`.
 
-    settings: from `run_settings`. candidates: rows of --validation_json_file, or none.
+    settings: from `run_settings`.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     torch.manual_seed(args.seed)
     device, precision = choose_device(args.device), settings["precision"]
 
-    train, domains = training_chains(train_rows, args.train_json_file)
+    train, domains, meta = data.train, data.domains, data.meta
     fixed_weights = read_fixed_weights(args, domains)
-    meta = []
-    if fixed_weights is None:
-        meta, stepless = meta_chains(meta_rows, args.meta_json_file)
-        if stepless:
-            print(f"warning: {args.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and "
-                  "are left out", file=sys.stderr)  # fmt: skip
     members = [[] for _ in domains]
     for index, chain in enumerate(train):
         members[chain.domain].append(index)
@@ -193,9 +182,8 @@ def build(
     meta_sampler = QuestionSampler(meta, args.meta_batch_size, args.seed) if meta else None
 
     model = make_model(args, device, precision)
-    check_lengths(model, train + meta + [
-        chain for row in candidates for chain in candidate_chains(row, args.validation_json_file)
-    ])  # fmt: skip
+    candidates = [chain for row in data.validation for chain in candidate_chains(row, args.validation_json_file)]
+    check_lengths(model, train + meta + candidates)
 
     def draw_train(micro_step: int) -> tuple[int, Batch]:
         domain, indices = sampler.draw(micro_step)
@@ -231,25 +219,19 @@ def build(
             aggregation=args.aggregation_function, right_share=right_share,
         )  # fmt: skip
     print(
-        f"{len(train_rows)} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
+        f"{data.rows} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "
         f"({precision}); {accumulation} x {args.batch_size} chains a step"
     )
-    validate = None
-    if candidates:
-        right = list(map(right_or_wrong, candidates))
-        if None in right:
-            unknown = candidates[right.index(None)].index
-            raise UserError(f"--validation_json_file {args.validation_json_file}: row {unknown}: needs true_false or "
-                            "ground_truth, to tell right candidates from wrong")  # fmt: skip
 
-        def validate() -> float:
-            scored = score_candidates(model, candidates, source=args.validation_json_file)
-            return best_of_n_accuracy(scored, right, max(map(len, right)))
+    def validate() -> float:
+        scored = score_candidates(model, data.validation, source=args.validation_json_file)
+        return best_of_n_accuracy(scored, data.right, max(map(len, data.right)))
 
     engine = ReweightingEngine(
         lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings,
-        keep=args.keep_checkpoints, skip_nonfinite=args.skip_nonfinite, validate=validate,
+        keep=args.keep_checkpoints, skip_nonfinite=args.skip_nonfinite,
+        validate=validate if data.validation else None,
     )  # fmt: skip
     if state is not None:
         engine.load_state_dict(state)

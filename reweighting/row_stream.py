@@ -1,8 +1,9 @@
-"""The rows of a JSON file one after the other: a file of any size takes the memory of a few rows.
+"""The rows of a file one after the other: a file of any size takes the memory of a few rows.
 
     for raw in iterate_rows(Path("data/test.json")): ...
 
-A file named `.jsonl` holds an object a line, any other a list of objects. Nothing is checked here but that it is JSON.
+A file named `.jsonl` holds an object a line, one named `.parquet` is a table with a column for each field, any other
+holds a JSON list of objects. Nothing is checked here but that the file can be read.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from reweighting.errors import UserError
 
 CHUNK = 2**20  # characters
+TABLE_ROWS = 1024  # of a Parquet file at a time
 HALF_A_TOKEN = 16  # characters: what a cut may leave of a literal or of a pair of \u escapes
 SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
@@ -25,11 +27,9 @@ def iterate_rows(path: Path) -> Iterator[Any]:
     """The file's rows, not yet checked; at least one. Raises UserError where the file is not what it should be."""
     count = 0
     try:
-        # newline="\n": lines end nowhere else, and no character is changed.
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for row in _lines(path, file) if path.suffix.lower() == ".jsonl" else _elements(path, file):
-                count += 1
-                yield row
+        for row in READERS.get(path.suffix.lower(), _elements)(path):
+            count += 1
+            yield row
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Check the path.") from None
     except IsADirectoryError:
@@ -104,9 +104,14 @@ class _Window:
         return _not_json(self.path, error.msg, self.line + error.lineno - 1, column)
 
 
-def _elements(path: Path, file: TextIOBase) -> Iterator[Any]:
-    """The members of the list that the file holds."""
-    window = _Window(path, file)
+def _elements(path: Path) -> Iterator[Any]:
+    """The members of the list that a JSON file holds."""
+    with _open(path) as file:
+        yield from _members(_Window(path, file))
+
+
+def _members(window: _Window) -> Iterator[Any]:
+    path = window.path
     first = window.next_character()
     if not first:
         return
@@ -133,16 +138,34 @@ def _elements(path: Path, file: TextIOBase) -> Iterator[Any]:
         raise window.not_json(json.JSONDecodeError("Extra data", window.text, window.at))
 
 
-def _lines(path: Path, file: TextIOBase) -> Iterator[Any]:
+def _lines(path: Path) -> Iterator[Any]:
     """The value on each line that is not blank."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _not_json(path, error.msg, number, error.colno) from None
-            except ValueError as error:
-                raise _too_many_digits(path) from error
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise _not_json(path, error.msg, number, error.colno) from None
+                except ValueError as error:
+                    raise _too_many_digits(path) from error
+
+
+def _table(path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file, as {column: value}."""
+    import pyarrow.parquet  # half a second that no other file needs to wait for
+
+    with open(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(TABLE_ROWS):
+            yield from batch.to_pylist()
+
+
+def _open(path: Path) -> TextIOBase:
+    # newline="\n": lines end nowhere else, and no character is changed.
+    return open(path, encoding="utf-8-sig", newline="\n")
+
+
+READERS = {".jsonl": _lines, ".parquet": _table}
 
 
 def _not_json(path: Path, what: str, line: int, column: int) -> UserError:

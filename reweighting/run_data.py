@@ -1,0 +1,53 @@
+"""What a run reads: its JSON files, checked row by row, as chains."""
+
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+
+from reweighting.arguments import learns_weights
+from reweighting.candidates import right_or_wrong
+from reweighting.chains import Chain, meta_chains, training_chains
+from reweighting.errors import UserError
+from reweighting.records import CandidateRow, iterate_training_rows, load_candidate_rows, load_meta_rows
+
+
+@dataclass(frozen=True)
+class RunData:
+    """train: the training chains; domains: their K names, in the order of the weights. meta: the meta chains, empty
+    where no weights are learned. validation: candidate rows, or none; right: whether each of their candidates is."""
+
+    train: list[Chain]
+    domains: list[str]
+    meta: list[Chain]
+    validation: list[CandidateRow]
+    right: list[list[bool]]
+
+    @property
+    def rows(self) -> int:
+        """How many training rows there are."""
+        return sum(len(chain.rows) for chain in self.train)
+
+
+def read_run_data(args: Namespace) -> RunData:
+    """Read the files that the flags name. Raises UserError, naming each wrong row, for what the user can mend."""
+    learns = learns_weights(args)
+    rows = iterate_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
+    train, domains = training_chains(rows, args.train_json_file)
+    meta = []
+    if learns:
+        meta_rows = load_meta_rows(args.meta_json_file, args.image_root)
+        meta, stepless = meta_chains(meta_rows, args.meta_json_file)
+        if stepless:
+            print(f"warning: {args.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and "
+                  "are left out", file=sys.stderr)  # fmt: skip
+    validation = []
+    if args.validation_json_file is not None:
+        validation = load_candidate_rows(args.validation_json_file, args.image_root)
+    right = []
+    for row in validation:
+        known = right_or_wrong(row)
+        if known is None:
+            raise UserError(f"--validation_json_file {args.validation_json_file}: row {row.index}: needs true_false or "
+                            "ground_truth, to tell right candidates from wrong")  # fmt: skip
+        right.append(known)
+    return RunData(train, domains, meta, validation, right)
