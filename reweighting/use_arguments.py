@@ -29,7 +29,9 @@ class ScoringArguments:
 class CandidateArguments:
     """Candidates: best_of_n.py and show.py."""
 
-    candidates_json_file: str = HfArg(help="candidate rows: a JSON file (or .jsonl, .parquet); see the README for its fields")
+    candidates_json_file: str = HfArg(
+        help="candidate rows: a JSON file (or .jsonl, .parquet); see the README for its fields"
+    )
     aggregation_function: str | None = HfArg(
         default=None, help="how steps become one number, as in training (default: as the model was trained)"
     )

@@ -1,0 +1,112 @@
+"""How long a run with a million rows and 200,000 images takes to its first step, and how much memory.
+
+    python benchmarks/scale.py --work /tmp/scale        # a few minutes and 1.2 GB of disk to make the data, once
+
+The command runs with its defaults, but for small batches; the meta set is the demo's. Files that were read a moment ago
+are in the system's cache.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+
+from common import ROOT, write_results
+from demo_world.pictures import KINDS, draw_picture
+from demo_world.solutions import Policy, random_question
+from memory import Watch
+
+STEPS = 400
+PICTURES = 200  # drawn; each of the others differs from one of these in its corner
+
+
+def make_files(folder: Path, rows: int, images: int) -> Path:
+    """`rows` training rows, five a chain, over `images` images, as JSON lines. Returns the file."""
+    path = folder / f"train-{rows}-{images}.jsonl"
+    if path.exists():
+        return path
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, policy, kinds = Random(1), Policy(), list(KINDS.values())
+    questions = [random_question(rng.choice(kinds), rng) for _ in range(PICTURES)]
+    drawn = [draw_picture(q.kind, q.entries, rng).quantize(32) for q in questions]
+    for number in range(images):
+        picture = drawn[number % PICTURES]
+        picture.putpixel((0, 0), number // PICTURES % 32)
+        picture.save(folder / "images" / f"{number}.png")
+    aside = path.with_suffix(".part")
+    with open(aside, "w", encoding="utf-8") as file:
+        for number in range(rows // 5):
+            image = number % images
+            question = questions[image % PICTURES]
+            steps = policy.respond(question, rng).steps
+            for step in range(5):
+                row = {
+                    "id": number,
+                    "sid": step,
+                    "input": f"{question.text} ({number})",
+                    "add": "\n".join(steps[: step + 1]),
+                    "image_path": f"images/{image}.png",
+                    "dataset": question.kind.name,
+                    "accuracy": rng.randrange(17) / 16,
+                }
+                file.write(json.dumps(row) + "\n")
+    aside.rename(path)
+    return path
+
+
+def run(train: Path, started: float) -> None:
+    """Train in this process; print the seconds to the first step, and the memory at its end and later on."""
+    from reweighting import signals
+    from reweighting.main import main
+
+    class FirstStep(Watch):
+        @property
+        def received(self) -> None:
+            super().received  # noqa: B018
+            if Watch.steps == 1:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                found.update(seconds_to_first_step=time.time() - started, peak_gb_at_first_step=peak / 1e9)
+
+        @received.setter
+        def received(self, value) -> None:
+            """There is never a signal."""
+
+    found: dict = {}
+    signals.StopSignals = FirstStep
+    with TemporaryDirectory() as folder:
+        main(["--train_json_file", str(train), "--meta_json_file", str(ROOT / "data" / "meta.json"),
+              "--weights_path", folder, "--iteration_num", str(STEPS), "--batch_size", "4",
+              "--meta_batch_size", "8"])  # fmt: skip
+    found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    found["resident_mb_by_step"] = [(step, round(memory)) for step, memory in Watch.samples]
+    print("RESULT " + json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="the data")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # the run itself: its file and when it was started
+    args = parser.parse_args()
+    if args.child:
+        run(Path(args.child[0]), float(args.child[1]))
+        return
+    train = make_files(args.work, args.rows, args.images)
+    command = [sys.executable, __file__, "--child", str(train), str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    result = {"rows": args.rows, "images": args.images, "steps": STEPS, **json.loads(line.removeprefix("RESULT "))}
+    print({name: value for name, value in result.items() if name != "resident_mb_by_step"})
+    print(write_results("scale", result))
+
+
+if __name__ == "__main__":
+    main()
