@@ -83,7 +83,7 @@ class UpperArguments:
     """Upper level: learning the domain weights."""
 
     unroll_steps: int = HfArg(default=20, help="optimizer steps between two updates of the weights (a window)")
-    meta_batch_size: int = HfArg(default=64, help="meta chains in an update (about: questions stay whole)")
+    meta_batch_size: int = HfArg(default=64, help="meta chains in an update (about: a question stays whole)")
     meta_lr: float = HfArg(default=0.2, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
     aggregation_function: str = HfArg(
@@ -157,7 +157,8 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
                 action.required = False
         parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    _check(args)
+    words = {word.split("=")[0] for word in argv}
+    _check(args, {action.dest for action in parser._actions if words & set(action.option_strings)})
     return args
 
 
@@ -177,7 +178,9 @@ def _read_recipe(path: Path) -> dict:
         raise UserError(f"--recipe {path}: expected names and values, one flag each")
     types = {field.name: field.type for group in GROUPS for field in fields(group)}
     if "gradient_accumulation" in settings:
-        settings.setdefault("gradiant_accumulation", settings.pop("gradient_accumulation"))
+        if "gradiant_accumulation" in settings:
+            raise UserError(f"--recipe {path}: gradient_accumulation and gradiant_accumulation are the same flag")
+        settings["gradiant_accumulation"] = settings.pop("gradient_accumulation")
     for name, value in settings.items():
         if name not in types:
             raise UserError(f"--recipe {path}: {name}: there is no such flag")
@@ -204,14 +207,16 @@ def _as_flag(value, allowed: tuple[type, ...]):
         return value
     if value is None or isinstance(value, list | dict):
         raise ValueError("expected a number")
+    if isinstance(value, int):  # of any size
+        return wanted(value)
     number = float(value)  # YAML reads 5e-7 as a text, and 1 where 1.0 is meant
     if wanted is int and number != int(number):
         raise ValueError("expected a whole number")
     return wanted(number)
 
 
-def _check(args: Namespace) -> None:
-    """Raise UserError for the first flag whose value cannot be meant."""
+def _check(args: Namespace, given: set[str]) -> None:
+    """Raise UserError for the first flag whose value cannot be meant. given: those on the command line itself."""
     for name, allowed in CHOICES.items():
         if getattr(args, name) not in allowed:
             raise UserError(f"--{name}: found {getattr(args, name)}, allowed: {', '.join(filter(None, allowed))}")
@@ -245,9 +250,8 @@ def _check(args: Namespace) -> None:
     if args.lora_rank and not args.freeze_vision:
         raise UserError("--no_freeze_vision does nothing with --lora_rank: adapters are on the language model only")
     if not learns_weights(args):
-        defaults = {field.name: field.default for field in fields(UpperArguments)}
         for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient"):
-            if getattr(args, name) != defaults[name]:
+            if name in given:  # a recipe's are for the runs that learn weights
                 raise UserError(f"--{name} does nothing with --baseline or --domain_weights: no weights are learned")
         return
     if args.iteration_num % args.unroll_steps:

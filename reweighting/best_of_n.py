@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
@@ -14,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
-from reweighting.errors import run_command  # noqa: E402
+from reweighting.errors import UserError, run_command  # noqa: E402
 from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
 from reweighting.row_stream import iterate_rows  # noqa: E402
 from reweighting.use_arguments import BEST_OF_N, parse_use_arguments  # noqa: E402
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
     args = parse_use_arguments("best_of_n.py", __doc__, BEST_OF_N, argv)
     count = sum(1 for _ in iterate_candidate_rows(args.candidates_json_file, args.image_root))
 
+    from reweighting.chains import candidate_chains
     from reweighting.checkpoints import digest
     from reweighting.scoring import Scorer, model_folder
     from reweighting.selections import Selections
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> None:
     }
     selections = Selections(Path(args.output), settings)
     if not selections.finished:
+        rows = rest(args, selections)
+        scorer.model.check(chain for row in rows for chain in candidate_chains(row, args.candidates_json_file))
         score_rest(scorer, args, selections, count)
     print(f"{count} questions, choices by {scorer.aggregation}: {args.output}")
     report(args, scorer.aggregation, Path(args.output))
@@ -53,21 +57,23 @@ def score_rest(scorer, args, selections, count: int) -> None:
 
     if selections.done:
         print(f"{args.output}: {selections.done} of {count} questions are there; going on behind them")
-    # Its images have been looked at just now.
-    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
     with tqdm(total=count, initial=selections.done, unit=" questions", mininterval=1) as bar:
-        for block in blocks(rows, selections.done, BATCHES_IN_A_BLOCK * args.batch_size):
+        for block in blocks(rest(args, selections), BATCHES_IN_A_BLOCK * args.batch_size):
             selections.append(select(scorer, block, args.batch_size, args.candidates_json_file))
             bar.update(len(block))
     selections.finish()
 
 
-def blocks(rows: Iterator[CandidateRow], skip: int, size: int) -> Iterator[list[CandidateRow]]:
-    """The rows behind the first `skip`, in lists of about `size` candidates together."""
+def rest(args, selections) -> Iterator[CandidateRow]:
+    """The rows that the selections lack. The file and its images have been checked before."""
+    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
+    return (row for row in rows if row.index >= selections.done)
+
+
+def blocks(rows: Iterator[CandidateRow], size: int) -> Iterator[list[CandidateRow]]:
+    """The rows in lists of about `size` candidates together."""
     block: list[CandidateRow] = []
     for row in rows:
-        if row.index < skip:
-            continue
         block.append(row)
         if sum(len(member.candidates) for member in block) >= size:
             yield block
@@ -93,6 +99,18 @@ def select(scorer, rows: list[CandidateRow], batch_size: int, source: str) -> li
     return chosen
 
 
+def pairs(rows: Iterator[CandidateRow], choices: Iterator[dict], output: Path) -> Iterator[tuple[CandidateRow, dict]]:
+    """Each row with its choice. Raises UserError if the output has been changed since it was written."""
+    for row, choice in zip_longest(rows, choices):
+        try:
+            fits = row.id == choice["id"] and len(row.candidates) == len(choice["scores"])
+        except (AttributeError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise UserError(f"--output {output}: does not hold what was written. Move it away to choose anew")
+        yield row, choice
+
+
 def report(args, aggregation: str, output: Path) -> None:
     """Print, and write beside the output, what each way of choosing gets; or a few choices if that is not known."""
     import json
@@ -101,7 +119,7 @@ def report(args, aggregation: str, output: Path) -> None:
     from reweighting.selections import sidecar
 
     rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
-    results = measure(zip(rows, iterate_rows(output), strict=True), aggregation)
+    results = measure(pairs(rows, iterate_rows(output), output), aggregation)
     if not results:
         print("no row says which candidates are right (`true_false`, or `ground_truth` and `Final answer:`)")
         for chosen, _ in zip(iterate_rows(output), range(SHOWN), strict=False):

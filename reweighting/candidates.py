@@ -7,7 +7,7 @@ choice_outcomes(*scored[0], right, answers, n=8) # what each way of choosing get
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from reweighting.chains import candidate_chains
 from reweighting.records import CandidateRow
 from reweighting.reward_model import ProcessRewardModel
 
+# 13, -1.50, .5, 1,300 (but not 1,3: a pair, or a decimal comma), 2e6
+NUMBER = re.compile(r"[+-]?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)(e[+-]?\d{1,4})?")
 FINAL_ANSWER = re.compile(r"final answer\W*?:[ \t*]*(.*)", re.I)
 
 
@@ -70,10 +72,11 @@ def normal_answer(answer: str | None) -> str | None:
     if answer is None:
         return None
     text = " ".join(answer.lstrip(" \t\n*$`").rstrip(" \t\n*$`.").casefold().split())
-    try:
-        return format(Decimal(text.replace(",", "")).normalize(), "E")
-    except InvalidOperation:
+    if not NUMBER.fullmatch(text):
         return text or None
+    number = Decimal(text.replace(",", ""))
+    digits = Context(prec=len(text) + 1)  # none is rounded away
+    return format(number.normalize(digits), "E") if number else "0"
 
 
 def stated_answers(row: CandidateRow) -> list[str | None]:

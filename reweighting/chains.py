@@ -24,13 +24,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from reweighting.errors import UserError
+from reweighting.errors import UnreadableImage, UserError
 
 # "Step 3" at the beginning of a line, under any decoration: `### Step 3:`, `**Step 3**`, `> - step 3.`
-STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*[#-]?[ \t]*\d+(?![0-9a-z])", re.I | re.M)
+STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*(?:[#-][ \t]*)?\d+(?![0-9a-z])", re.I | re.M)
 QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: they stand in no chat template
 
 
@@ -177,7 +177,7 @@ def candidate_chains(row, source: str = "") -> list[Chain]:
 def open_image(image: Path | str | Image.Image, max_side: int | None = None) -> Image.Image:
     """Open an image as upright RGB, transparency laid over white, its longest side at most `max_side` px.
 
-    Raises UserError if the file is missing or no readable image.
+    Raises UnreadableImage if the file is missing or no readable image.
     """
     source = image
     try:
@@ -185,14 +185,17 @@ def open_image(image: Path | str | Image.Image, max_side: int | None = None) -> 
             with Image.open(source) as image:
                 image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit grey: a plain convert() would clip it to white
-            image = image.convert("I").point(lambda value: value * (1 / 257) + 0).convert("L")
+        if image.mode == "F" or image.mode.startswith("I"):  # a plain convert() would clip what is above 255 to white
+            image = image.convert("F")
+            brightest = image.getextrema()[1]
+            scale = 255 if brightest <= 1 else 1 if brightest <= 255 else 1 / 257  # of [0, 1], 8 or 16 bits
+            image = image.point(lambda value: value * scale + 0).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
     except Exception as error:  # Pillow raises a dozen kinds for broken files, SyntaxError among them
-        raise UserError(f"cannot read the image {source}: {error}") from error
+        raise UnreadableImage(f"cannot read the image {source}: {error}") from error
     size = _shrunk(image.size, max_side)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
@@ -262,6 +265,7 @@ class ChainTokenizer:
         self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
         self._cache_bytes_left = cache_bytes
         self._last_image: dict[str, Pixels] = {}
+        self._image_lengths: dict[Path, int] = {}
         self.see: Callable[[Pixels], Tensor] | None = None
 
     def seeing(self, see: Callable[[Pixels], Tensor]) -> "ChainTokenizer":
@@ -287,7 +291,7 @@ class ChainTokenizer:
                 pixels = self.read_image(chain.image)
             tokens = self._tokens(chain, 0 if pixels is None else int(pixels.grid.prod()) // self.merge**2)
         except UserError as error:
-            raise UserError(f"{chain.place}: {error}") from error
+            raise type(error)(f"{chain.place}: {error}") from error
         return EncodedChain(chain, *tokens, pixels)
 
     def check(self, chain: Chain) -> None:
@@ -307,16 +311,16 @@ class ChainTokenizer:
             raise UserError(f"{chain.place}: {error}") from error
 
     def _image_tokens(self, image: Path) -> int:
-        """How many tokens an image file takes."""
-        try:
-            with Image.open(image) as opened:
-                width, height = opened.size
-                if opened.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # lies on its side
-                    width, height = height, width
-            width, height = _shrunk((width, height), self.max_image_side)
-            return self.image_processor.get_number_of_image_patches(height, width) // self.merge**2
-        except Exception as error:  # as in `open_image`
-            raise UserError(f"cannot use the image {image}: {error}") from error
+        """How many tokens an image file takes, upright or lying on its side."""
+        if image not in self._image_lengths:
+            try:
+                with Image.open(image) as opened:
+                    width, height = _shrunk(opened.size, self.max_image_side)
+                patches = self.image_processor.get_number_of_image_patches(height, width)
+            except Exception as error:  # as in `open_image`
+                raise UserError(f"cannot use the image {image}: {error}") from error
+            self._image_lengths[image] = patches // self.merge**2
+        return self._image_lengths[image]
 
     def _tokens(self, chain: Chain, image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `_join` gives, remembered."""

@@ -154,11 +154,11 @@ def load_checkpoint(place: Path) -> dict:
         raise DamagedCheckpoint(f"{place / STATE_FILE} cannot be loaded: {error}") from error
 
 
-def load_latest(folder: Path) -> tuple[Path, dict] | None:
+def load_latest(folder: Path, own: bool = True) -> tuple[Path, dict] | None:
     """The newest undamaged checkpoint under `folder` and its state; None if there is no checkpoint at all.
 
-    A damaged one is reported and the one before it is taken; it is then called `damaged-step-…`, so that it no longer
-    counts as the newest. Raises UserError if all are damaged.
+    A damaged one is reported and the one before it is taken; in the run's own folder it is then called
+    `damaged-step-…`, so that it no longer counts as the newest. Raises UserError if all are damaged.
     """
     places, damaged = checkpoints(folder), []
     for place in reversed(places):
@@ -168,7 +168,7 @@ def load_latest(folder: Path) -> tuple[Path, dict] | None:
             print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
             damaged.append(place)
             continue
-        for other in damaged:
+        for other in damaged if own else ():
             shutil.rmtree(other.with_name(f"damaged-{other.name}"), ignore_errors=True)
             other.rename(other.with_name(f"damaged-{other.name}"))
         return found
@@ -181,7 +181,7 @@ def load_named(path: Path) -> tuple[Path, dict]:
     """The checkpoint at `path`, or the newest undamaged one of the run at `path`. Raises UserError if there is none."""
     if (path / MANIFEST_FILE).exists():
         return path, load_checkpoint(path)
-    found = load_latest(path / "checkpoints") or load_latest(path)
+    found = load_latest(path / "checkpoints", own=False) or load_latest(path, own=False)
     if found is None:
         raise UserError(f"--resume_from {path}: expected a checkpoint (a folder with {MANIFEST_FILE}) or a folder that "
                         "a run wrote")  # fmt: skip
@@ -190,16 +190,18 @@ def load_named(path: Path) -> tuple[Path, dict]:
 
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
-    "weights_path", "device", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
+    "weights_path", "device", "reward_model", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
     "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "skip_nonfinite",
 )  # fmt: skip
+
+BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a setting that is a digest
 
 
 def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
     """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
     With `allow_changes`, tell of each change instead.
 
-    Files may have moved: what counts is the content of the training and meta data (`settings["data"]`).
+    Files may have moved: what counts is the content of the training and meta data and of a local backbone.
     """
     saved, step = state["settings"], state["step"]
     if settings["iteration_num"] < step:
@@ -208,7 +210,7 @@ def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
     for name in sorted(saved.keys() | settings.keys()):
         before, now = saved.get(name), settings.get(name)
         if before != now and name not in FREE_SETTINGS:
-            changes.append("the content of the training or meta data is not what it was" if name == "data"
+            changes.append(f"the content of the {BY_CONTENT[name]} is not what it was" if name in BY_CONTENT
                            else f"{name} was {before} and is {now} now")  # fmt: skip
     if changes and not allow_changes:
         raise UserError(f"this is not the run of the checkpoint: {'; '.join(changes)}. Give the same settings and data,"

@@ -36,6 +36,10 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
         if not same(saved, engine.state_dict()):
             raise UserError(f"{folder}: what was read from a checkpoint is not what was written: is the disk sound?")
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    # Inside a window a checkpoint holds its gradients too; this one was saved at its end.
+    lower = engine.lower
+    if lower.window is not None:
+        size += 4 * steps * lower.gas * sum(parameter.numel() for parameter in lower.trainable_parameters())
     # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
     disk = size * (args.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free

@@ -20,7 +20,7 @@ from betty.logging import get_logger
 from tqdm import tqdm
 
 from reweighting.checkpoints import HISTORY_FILE, random_states, remove_old, save_checkpoint, set_random_states
-from reweighting.errors import UserError
+from reweighting.errors import UnreadableImage, UserError
 from reweighting.folders import write_whole
 from reweighting.health import collapsed
 from reweighting.problems import DomainReweighting, PRMFineTuning
@@ -139,11 +139,11 @@ class ReweightingEngine(Engine):
             self._try_reading(lambda: self.upper.prepare(1))
 
     def _try_reading(self, read: Callable[[], T]) -> T:
-        """What `read` gives. A file that cannot be read now is tried again, then named."""
+        """What `read` gives. An image that cannot be read now is tried again, then named."""
         for attempt in range(READ_ATTEMPTS):
             try:
                 return read()
-            except UserError as error:
+            except UnreadableImage as error:
                 trouble = error
             if attempt < READ_ATTEMPTS - 1:
                 time.sleep(FIRST_PAUSE * 2**attempt)
@@ -242,7 +242,9 @@ class ReweightingEngine(Engine):
             for problem in self.problems:
                 problem.load_state_dict(state["problems"][problem.name])
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"the checkpoint does not fit the settings or the data of this run: {error}") from error
+            raise UserError(f"the checkpoint does not fit the settings or the data of this run ({error}): the domains, "
+                            "what is trained, the optimizer and whether weights are learned cannot be changed on the "
+                            "way") from error  # fmt: skip
         self.global_step = self.saved = state["step"]
         self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])

@@ -30,12 +30,13 @@ def main(argv: list[str]) -> None:
     from reweighting.figures import draw_reliability
     from reweighting.metrics import reliability
     from reweighting.scoring import Scorer
-    from reweighting.step_evaluation import choose_thresholds, evaluate_domains, score_rows, split, table
+    from reweighting.step_evaluation import check_labels, choose_thresholds, evaluate_domains, score_rows, split, table
 
     if dev_rows is None:
         dev_rows, rows = split(rows)
         if not dev_rows or not rows:
             raise UserError(f"{args.eval_json_file}: too few questions to split; name others with --dev_json_file.")
+    check_labels(dev_rows, args.threshold, dev_source)
     folder = Path(args.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     with scorer.autocast():
         dev = score_rows(scorer.model, dev_rows, args.threshold, args.batch_size, dev_source)
         chains = score_rows(scorer.model, rows, args.threshold, args.batch_size, args.eval_json_file)
-    thresholds = choose_thresholds(dev, dev_source)
+    thresholds = choose_thresholds(dev)
     results = evaluate_domains(chains, thresholds)
     scores = [score for chain in chains for score in chain.scores]
     bins = reliability(scores, [accuracy for chain in chains for accuracy in chain.accuracies])

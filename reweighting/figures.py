@@ -228,10 +228,15 @@ def _shared_area(a: np.ndarray, b: np.ndarray) -> float:
     return float(sides.clip(0).prod(-1).sum())
 
 
-def _shown(name: str) -> str:
-    """A domain's name as figures show it: one line of at most 40 characters, no dollar taken for mathematics."""
+def shown_name(name: str) -> str:
+    """A domain's name as people are shown it: one line of at most 40 characters."""
     name = " ".join(name.split())
-    return (name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}").replace("$", r"\$")
+    return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
+
+
+def _shown(name: str) -> str:
+    """A domain's name in a figure, no dollar taken for mathematics."""
+    return shown_name(name).replace("$", r"\$")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> list[Figure | Axes]:

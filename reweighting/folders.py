@@ -56,11 +56,11 @@ def hold_folder(path: str) -> Iterator[Path]:
 
 def clean_up(folder: Path) -> None:
     """Put in order what a run that was killed has left in its folder."""
-    for old in folder.glob("checkpoints/.step-*.old"):
+    for old in (*folder.glob("checkpoints/.step-*.old"), *folder.glob(".prm.old")):
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not place.exists():  # killed just before the new one got its name: the old one is whole
             old.rename(place)
-    for pattern in (".dry-run-*", "checkpoints/.step-*", ".taken-over"):
+    for pattern in (".dry-run-*", "checkpoints/.step-*", ".taken-over", ".prm.*"):
         for left in folder.glob(pattern):
             shutil.rmtree(left, ignore_errors=True)
 

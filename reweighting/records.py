@@ -20,12 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, ValidationError
 
-from reweighting.errors import UserError
+from reweighting.errors import LISTED_PROBLEMS, UserError
 from reweighting.row_stream import iterate_rows, shown
 
-LISTED_PROBLEMS = 20
 IMAGE_THREADS = 4
-ROWS_AT_A_TIME = 1024  # read before their images are checked
+ROWS_AT_A_TIME = 256  # read before their images are checked
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.

@@ -5,15 +5,16 @@ from pathlib import Path
 
 from reweighting.checkpoints import best_checkpoint
 from reweighting.engine import ReweightingEngine
-from reweighting.figures import draw_run
+from reweighting.figures import draw_run, shown_name
 from reweighting.folders import write_folder_whole, write_whole
 
 
 def weights_table(weights: dict[str, float]) -> str:
     """The weights as lines of text, largest first."""
-    width = max(map(len, weights))
+    names = {domain: shown_name(domain) for domain in weights}
+    width = max(map(len, names.values()))
     rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(f"  {name:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
+    return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
 
 
 def finish(engine: ReweightingEngine, folder: Path) -> None:

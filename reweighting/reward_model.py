@@ -10,7 +10,7 @@ Notation:
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.chains import Batch, Chain, ChainTokenizer, Pixels, collate, split_response
-from reweighting.errors import UserError
+from reweighting.errors import LISTED_PROBLEMS, UserError
 
 # Linear layers of the language model's attention and MLP; the vision tower's names must not match.
 LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -212,6 +212,23 @@ class ProcessRewardModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
+
+    def check(self, chains: Iterable[Chain]) -> None:
+        """Look at every chain once, so that one that is too long is found before hours of computing, not in them.
+
+        Raises UserError, naming the rows of all that `ChainTokenizer.check` refuses.
+        """
+        problems, count = [], 0
+        for chain in chains:
+            count += 1
+            try:
+                self.chain_tokenizer.check(chain)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            more = len(problems) - LISTED_PROBLEMS
+            listed = "\n".join(problems[:LISTED_PROBLEMS]) + (f"\n… and {more} more" if more > 0 else "")
+            raise UserError(f"{len(problems)} of {count} chains cannot be used\n{listed}")
 
     def chain_logits(
         self, chains: Sequence[Chain], batch_size: int = 8, pixels: Pixels | None = None

@@ -15,15 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
 from reweighting.candidates import best_of_n_accuracy, score_candidates
-from reweighting.chains import Batch, Chain, candidate_chains, collate
+from reweighting.chains import Batch, candidate_chains, collate
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
-from reweighting.devices import choose_device, choose_precision
+from reweighting.devices import autocast, choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
-from reweighting.records import LISTED_PROBLEMS
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run_data import RunData
 from reweighting.sampling import QuestionSampler, WindowSampler
@@ -79,40 +78,30 @@ def read_fixed_weights(args: Namespace, domains: list[str]) -> torch.Tensor | No
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"--domain_weights {args.domain_weights}: expected {{domain: weight}}: {error}") from error
     scaled = (weights / weights.mean()).float()
-    if not (scaled.isfinite().all() and (scaled >= 0).all()):
+    if not (scaled.isfinite().all() and (scaled >= 0).all() and scaled.sum() > 0):
         raise UserError(f"--domain_weights {args.domain_weights}: weights must be at least 0, one of them more")
     return scaled
 
 
-def check_lengths(model: ProcessRewardModel, chains: list[Chain]) -> None:
-    """Look at every chain once, so that one that is too long is found (and named) before training, not in it."""
-    problems = []
-    for chain in chains:
-        try:
-            model.chain_tokenizer.check(chain)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        more = len(problems) - LISTED_PROBLEMS
-        listed = "\n".join(problems[:LISTED_PROBLEMS]) + (f"\n… and {more} more" if more > 0 else "")
-        raise UserError(f"{len(problems)} of {len(chains)} chains cannot be used\n{listed}")
-
-
 def run_settings(args: Namespace) -> dict:
     """What a checkpoint remembers of a run: the flags that say what is computed, not how it is started; the precision
-    that is meant where none is given; and digests of the JSON files' bytes, since another file of the same name is
-    another run. Raises UserError if a file cannot be read, or the device is not there."""
+    that is meant where none is given; and digests of the JSON files' and a local backbone's bytes, since another file
+    of the same name is another run. Raises UserError if a file cannot be read, or the device is not there."""
     names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
     if args.domain_weights is not None:
         names.append(args.domain_weights)
     try:
         data = digest(*map(Path, names))
         validation = None if args.validation_json_file is None else digest(Path(args.validation_json_file))
+        backbone = args.reward_model
+        if os.path.isdir(backbone):
+            files = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
+            backbone = digest(*sorted(files))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     flags = {name: value for name, value in vars(args).items() if name not in STARTING}
     return flags | {
-        "reward_model": os.path.realpath(args.reward_model) if os.path.isdir(args.reward_model) else args.reward_model,
+        "backbone": backbone,
         "precision": choose_precision(args.precision, choose_device(args.device)),
         "data": data,
         "validation": validation,
@@ -120,7 +109,7 @@ def run_settings(args: Namespace) -> dict:
 
 
 def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path, dict] | None:
-    """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing of the folder's.
+    """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing but what is damaged.
 
     settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's.
     """
@@ -183,7 +172,7 @@ def build(
 
     model = make_model(args, device, precision)
     candidates = [chain for row in data.validation for chain in candidate_chains(row, args.validation_json_file)]
-    check_lengths(model, train + meta + candidates)
+    model.check(train + meta + candidates)
 
     def draw_train(micro_step: int) -> tuple[int, Batch]:
         domain, indices = sampler.draw(micro_step)
@@ -225,7 +214,8 @@ def build(
     )
 
     def validate() -> float:
-        scored = score_candidates(model, data.validation, source=args.validation_json_file)
+        with autocast(device, precision):
+            scored = score_candidates(model, data.validation, args.batch_size, args.validation_json_file)
         return best_of_n_accuracy(scored, data.right, max(map(len, data.right)))
 
     engine = ReweightingEngine(

@@ -31,9 +31,11 @@ class EpochStream:
     def _permute(self, epoch: int) -> np.ndarray:
         order = np.random.default_rng((*self.key, epoch)).permutation(self.size)
         place = np.zeros(self.size)  # of an item in its class, as a share of the class
-        for name in np.unique(self.classes):
+        names = np.unique(self.classes)
+        # The classes begin at evenly spread places: else all that have a single item would stand together.
+        for name, start in zip(names, (np.arange(len(names)) + 0.5) / len(names), strict=True):
             members = order[self.classes[order] == name]
-            place[members] = (np.arange(len(members)) + 0.5) / len(members)
+            place[members] = (np.arange(len(members)) + start) / len(members)
         return order[np.argsort(place[order], kind="stable")]
 
     def batch(self, number: int, batch_size: int) -> list[int]:
@@ -45,7 +47,8 @@ class EpochStream:
 class QuestionSampler:
     """Draws the meta chains of each update: whole questions, so that right and wrong answers to one can be compared.
 
-    chains: the meta chains. batch_size: about so many in an update; a question with more answers is cut into parts.
+    chains: the meta chains. batch_size: about so many in an update; a question with more answers is cut into parts,
+    each with its share of the right ones.
     Questions come in epochs, those with the same share of right answers in their share of every batch: else the sign
     of the meta gradient is partly chance.
     """
@@ -57,6 +60,7 @@ class QuestionSampler:
         self.questions: list[list[int]] = []
         for answers in members.values():
             parts = -(-len(answers) // batch_size)
+            answers.sort(key=lambda index: chains[index].label)  # each part below takes every so many-th
             self.questions += [answers[part::parts] for part in range(parts)]
         self.size = min(len(self.questions), max(1, round(batch_size * len(self.questions) / len(chains))))
         shares = [sum(chains[index].label for index in answers) / len(answers) for answers in self.questions]

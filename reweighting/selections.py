@@ -5,13 +5,16 @@
     selections.append([{"id": 7, "chosen": 2, …}])
     selections.finish()
 
-Beside `selections.json` stands `selections.json.run`: the settings that wrote it, and whether it is finished.
+Beside `selections.json` stand `selections.json.run`, the settings that wrote it and whether it is finished, and
+`selections.json.lock`, by which a command that writes keeps others out.
 """
 
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from reweighting.errors import UserError
 
@@ -34,12 +37,17 @@ class Selections:
         self._head, self._end, self._foot = (b"", b"\n", b"") if self._lines else (b"[\n", b",\n", b"\n]\n")
         self.done, self.finished = 0, False
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The system drops it when the process ends, however it ends.
+            self._lock = FileLock(sidecar(path, ".lock"))
+            self._lock.acquire(timeout=0)
             if path.exists():
                 self._continue()
             else:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 self._note(False)
                 path.write_bytes(self._head)
+        except Timeout as error:
+            raise UserError(f"--output {path}: another command writes there: wait for it, or name another.") from error
         except OSError as error:
             raise UserError(f"--output {path}: cannot be written: {error.strerror or error}") from error
 
@@ -81,8 +89,11 @@ class Selections:
         if self.finished:
             return
         with open(self.path, "r+b") as file:
-            whole = len(self._head) if file.read(len(self._head)) == self._head else 0
-            for line in file if whole == len(self._head) else ():
+            head = file.read(len(self._head))
+            if not self._head.startswith(head):
+                raise UserError(f"--output {self.path}: is there, but does not begin as a list of choices. {remedy}")
+            whole = len(head)
+            for line in file:
                 if not line.endswith(self._end) or not _is_json(line.removesuffix(self._end)):
                     break
                 whole, self.done = whole + len(line), self.done + 1

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         right_or_wrong(row),
     )
     try:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {args.output}: cannot be written: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reweighting.chains import Chain, training_chains
+from reweighting.chains import Chain, split_steps, training_chains
 from reweighting.errors import UserError
 from reweighting.metrics import (
     auc,
@@ -41,7 +41,7 @@ def split(rows: Sequence[EvaluationRow]) -> tuple[list[EvaluationRow], list[Eval
     """A third of the questions, and the others. It depends on domain, question and image only, not on the order."""
     parts: tuple[list, list] = [], []
     for row in rows:
-        key = "\n".join((row.dataset, row.input, str(row.image_path)))
+        key = "\n".join((row.dataset, split_steps(row.input)[0], str(row.image_path)))
         parts[hashlib.sha256(key.encode()).digest()[0] % 3 > 0].append(row)
     return parts
 
@@ -54,18 +54,33 @@ def score_rows(
     threshold: a step whose row has no `correct` is right if its accuracy is above this. source: the file, for error
     messages. Raises UserError as `ProcessRewardModel.chain_logits` does.
     """
-    row_of = {row.index: row for row in rows}
     chains, domains = training_chains(rows, source)
+    model.check(chains)
     logits, _ = model.chain_logits(chains, batch_size)
-    scored = []
-    for chain, z in zip(chains, logits.double().sigmoid().tolist(), strict=True):
-        labelled = [row_of[index] for index in chain.rows]
-        right = [row.accuracy > threshold if row.correct is None else row.correct for row in labelled]
-        accuracies = [row.accuracy for row in labelled]
-        scored.append(
-            ScoredChain(domains[chain.domain], [z[step] for step in labelled_steps(chain)], accuracies, right)
+    right, accuracies = right_steps(chains, rows, threshold), {row.index: row.accuracy for row in rows}
+    return [
+        ScoredChain(
+            domains[chain.domain], [z[step] for step in labelled_steps(chain)], [accuracies[i] for i in chain.rows], own
         )
-    return scored
+        for chain, z, own in zip(chains, logits.double().sigmoid().tolist(), right, strict=True)
+    ]
+
+
+def right_steps(chains: Sequence[Chain], rows: Sequence[EvaluationRow], threshold: float) -> list[list[bool]]:
+    """For each chain of these rows, whether its labelled steps are right."""
+    right = {row.index: row.accuracy > threshold if row.correct is None else row.correct for row in rows}
+    return [[right[index] for index in chain.rows] for chain in chains]
+
+
+def check_labels(rows: Sequence[EvaluationRow], threshold: float, source: str) -> None:
+    """Raise UserError if no thresholds can be chosen on these rows, whatever their scores: one kind is missing."""
+    right = right_steps(training_chains(rows)[0], rows, threshold)
+    steps = [one for own in right for one in own]
+    if all(steps) or not any(steps):
+        kind = "right" if any(steps) else "wrong"
+        raise UserError(f"{source}: all {len(steps)} steps to choose thresholds on are {kind}; both kinds are needed.")
+    if len({all(own) for own in right}) == 1:
+        raise UserError(f"{source}: thresholds need answers with and without a wrong step; one kind is missing.")
 
 
 def labelled_steps(chain: Chain) -> list[int]:
@@ -73,15 +88,10 @@ def labelled_steps(chain: Chain) -> list[int]:
     return [step for step, target in enumerate(chain.targets) if not math.isnan(target)]
 
 
-def choose_thresholds(dev: Sequence[ScoredChain], source: str) -> dict[str, float]:
-    """The thresholds of the best `f1` and `process_bench`. Raises UserError if right or wrong steps are missing."""
+def choose_thresholds(dev: Sequence[ScoredChain]) -> dict[str, float]:
+    """The thresholds of the best `f1` and `process_bench`, on chains that `check_labels` lets pass."""
     scores, right = _steps(dev)
-    if not right.any() or all(right):
-        kind = "right" if right.any() else "wrong"
-        raise UserError(f"{source}: all {len(right)} steps to choose thresholds on are {kind}; both kinds are needed.")
     first = [chain.first_wrong for chain in dev]
-    if max(first) < 0 or min(first) >= 0:
-        raise UserError(f"{source}: thresholds need answers with and without a wrong step; one kind is missing.")
     chains = [chain.scores for chain in dev]
     return {"f1": best_f1_threshold(scores, right), "process_bench": best_process_bench_threshold(chains, first)}
 

@@ -113,6 +113,36 @@ def test_another_runs_file_is_refused_and_left_alone(demo, weights_path, finishe
     assert (tmp_path / "mine.json").read_text() == "[1]"
 
 
+def test_one_command_writes_an_output_at_a_time(demo, weights_path, tmp_path):
+    first = Selections(tmp_path / "out.json", {})
+    with pytest.raises(UserError, match="another command writes there"):
+        main(flags(demo, weights_path, tmp_path / "out.json"))
+    del first
+
+
+def test_an_output_that_was_changed_is_told_of(demo, weights_path, tmp_path):
+    output = tmp_path / "out.json"
+    main(flags(demo, weights_path, output))
+    output.write_text(json.dumps(json.loads(output.read_text())[:-1]))
+    with pytest.raises(UserError, match="does not hold what was written"):
+        main(flags(demo, weights_path, output))
+    unfinished = tmp_path / "other.json"
+    unfinished.write_text("my notes")
+    note = json.loads((tmp_path / "out.json.run").read_text()) | {"finished": False}
+    (tmp_path / "other.json.run").write_text(json.dumps(note))
+    with pytest.raises(UserError, match="does not begin as a list of choices"):
+        main(flags(demo, weights_path, unfinished))
+    assert unfinished.read_text() == "my notes"
+
+
+def test_a_candidate_that_is_too_long_is_found_before_the_first_is_scored(demo, weights_path, tmp_path):
+    rows = json.loads((demo / "test.json").read_text())
+    rows[-1]["candidates"][0] = "Step 1: " + "so " * 5000
+    (demo / "long.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="1 of 24 chains cannot be used\n.*long.json: row 5: .* tokens"):
+        main(flags(demo, weights_path, tmp_path / "out.json", "--candidates_json_file", str(demo / "long.json")))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -273,10 +273,13 @@ def test_a_chain_that_is_too_long_names_its_rows_and_the_limit():
         ("LA", (0, 0), (255, 255, 255)),
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
         ("I;16", 77 * 257, (77, 77, 77)),
+        ("I", 77, (77, 77, 77)),
+        ("F", 77.0, (77, 77, 77)),
+        ("F", 0.302, (77, 77, 77)),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode, colour, expected):
-    path = tmp_path / ("image.tiff" if mode == "CMYK" else "image.png")
+    path = tmp_path / ("image.tiff" if mode in ("CMYK", "I", "F") else "image.png")
     Image.new(mode, (30, 20), colour).save(path)
     image = open_image(path)
     assert image.mode == "RGB" and image.size == (30, 20)

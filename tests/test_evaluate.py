@@ -11,9 +11,16 @@ from PIL import Image
 
 from reweighting.errors import UserError
 from reweighting.evaluate import main
-from reweighting.records import load_evaluation_rows
+from reweighting.records import EvaluationRow, load_evaluation_rows
 from reweighting.reward_model import ProcessRewardModel
-from reweighting.step_evaluation import ScoredChain, choose_thresholds, evaluate_domains, score_rows, split
+from reweighting.step_evaluation import (
+    ScoredChain,
+    check_labels,
+    choose_thresholds,
+    evaluate_domains,
+    score_rows,
+    split,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,12 +80,24 @@ def test_the_numbers_by_hand_per_domain():
 
 def test_thresholds_need_both_kinds():
     both = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, True])]
-    assert choose_thresholds(both, "dev.json") == {"f1": 0.6, "process_bench": 0.6}
-    for dev in (both[1:], [chain([0.5], [False])]):
+    assert choose_thresholds(both) == {"f1": 0.6, "process_bench": 0.6}
+
+    def rows(*answers: str) -> list[EvaluationRow]:
+        """Answers of steps that are right (+) or wrong (-)."""
+        made = []
+        for number, marks in enumerate(answers):
+            for step, mark in enumerate(marks, 1):
+                text = "\n".join(f"Step {i}: {number}" for i in range(1, step + 1))
+                right = float(mark == "+")
+                made.append({"input": "q", "add": text, "image_path": None, "dataset": "d", "accuracy": right})
+        return [EvaluationRow(**row, index=index) for index, row in enumerate(made)]
+
+    check_labels(rows("+-", "++"), 0.0, "dev.json")
+    for answers in (["++"], ["-", "--"]):
         with pytest.raises(UserError, match="dev.json: all .* both kinds are needed"):
-            choose_thresholds(dev, "dev.json")
+            check_labels(rows(*answers), 0.0, "dev.json")
     with pytest.raises(UserError, match="with and without a wrong step"):
-        choose_thresholds(both[:1], "dev.json")
+        check_labels(rows("+-", "-"), 0.0, "dev.json")
 
 
 def test_the_split_keeps_a_questions_rows_together_and_does_not_depend_on_the_order(demo):

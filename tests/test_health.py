@@ -10,7 +10,7 @@ from reweighting import engine as engine_module
 from reweighting import run as run_module
 from reweighting.checkpoints import checkpoints, load_checkpoint
 from reweighting.dry_run import same
-from reweighting.errors import UserError
+from reweighting.errors import UnreadableImage, UserError
 from reweighting.folders import hold_folder
 from reweighting.health import collapsed
 from reweighting.main import main
@@ -156,7 +156,7 @@ def test_an_image_that_comes_back_in_time_costs_nothing(tiny, tmp_path, monkeypa
 
             def read_image(image):
                 if failures and failures.pop():
-                    raise UserError(f"cannot read the image {image}")
+                    raise UnreadableImage(f"cannot read the image {image}")
                 return original(image)
 
             tokenizer.read_image = read_image

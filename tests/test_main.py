@@ -110,6 +110,11 @@ def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"train_json_file": "t", "baseline": True, "gradient_accumulation": 4}))
     args = parse_arguments(["--recipe", str(recipe)])
+    recipe.write_text(json.dumps({"train_json_file": "t", "meta_lr": 0.5, "seed": 9007199254740993}))
+    fixed = parse_arguments(["--recipe", str(recipe), "--baseline"])  # what it says of the upper level is not wanted
+    assert fixed.baseline and fixed.seed == 9007199254740993
+    with pytest.raises(UserError, match="--meta_lr does nothing with --baseline"):
+        parse_arguments(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
     assert args.baseline is True and args.gradiant_accumulation == 4 and args.train_json_file == "t"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from reweighting import signals
 from reweighting.checkpoints import best_checkpoint, checkpoints, load_checkpoint, read_manifest, remove_old
@@ -219,6 +220,11 @@ def test_what_may_change_when_a_run_resumes(demo, backbone, tiny, tmp_path, fini
     moved = ("--train_json_file", str(other), "--image_root", str(demo))
     with pytest.raises(UserError, match="the content of the training or meta data"):
         main(tiny(folder, *moved, "--resume"))
+    changed = shutil.copytree(backbone, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="the content of the backbone is not what it was"):
+        main(tiny(folder, "--reward_model", str(changed), "--resume"))
     with pytest.raises(UserError, match="the checkpoint is at step 10 already"):
         main(tiny(folder, "--iteration_num", "5", "--resume"))
     other.write_bytes((demo / "train.json").read_bytes())  # the same content in another place is the same data

@@ -98,6 +98,13 @@ def test_updates_hold_whole_questions_and_all_of_them_in_turn(answers, batch_siz
         assert len(sampler.questions) == len(counts)
 
 
+def test_a_question_of_many_answers_is_cut_into_parts_with_right_and_wrong_ones():
+    chains = [Chain("q", ("a",), label=float(number % 2)) for number in range(8)]
+    sampler = QuestionSampler(chains, 4, 1)
+    for update in range(4):
+        assert sorted(chains[index].label for index in sampler.draw(update)) == [0, 0, 1, 1]
+
+
 def test_streams_differ_by_key():
     batches = {tuple(EpochStream(50, *key).batch(0, 50)) for key in ((1, 1), (1, 2), (2, 1))}
     assert len(batches) == 3
