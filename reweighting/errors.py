@@ -28,7 +28,8 @@ class UnreadableImage(UserError):
 def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None:
     """Run a command's `main` on the command line's flags. Exits, without a traceback, with 2 on UserError and on what
     the system says of a file or disk, with 128 + its number on a signal; `after_interrupt` says what to do then."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the commands turn it off while their packages load
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the commands set it while their packages load
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is not None:  # closed by whoever started this
         sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
     try:

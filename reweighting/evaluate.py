@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
 from reweighting.errors import UserError, run_command  # noqa: E402

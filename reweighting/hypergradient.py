@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PART = 2**20  # parameters that the adjoint is run over at a time
+# Parameters that the adjoint is run over at a time: what a processor's cache holds; on a GPU, few large kernels.
+PARTS = {"cpu": 2**15}
+LARGE_PART = 2**24
 
 
 def flatten(tensors) -> Tensor:
@@ -115,8 +117,9 @@ class Window:
         """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
         adjoint = self._adamw_adjoint if self._adamw else self._sgd_adjoint
         dots = [v.new_zeros(len(record.domain_grads)) for record in self.records]  # < u_n , g_nk >
-        for start in range(0, len(v), PART):
-            part = slice(start, start + PART)
+        size = PARTS.get(v.device.type, LARGE_PART)
+        for start in range(0, len(v), size):
+            part = slice(start, start + size)
             backwards = zip(reversed(self.records), reversed(dots), adjoint(v[part], part), strict=True)
             for record, products, u in backwards:
                 products += torch.stack([torch.dot(u, grad[part]) for _, grad in record.domain_grads])
@@ -154,13 +157,16 @@ class Window:
         for record, count in zip(reversed(self.records), range(self._count + len(self.records), 0, -1), strict=False):
             m, square, grad = after.pop()
             bias1, bias2 = 1 - beta1**count, 1 - beta2**count
-            root = (square / bias2).sqrt()
-            # phi_n = (1 - lr * decay) * phi_(n-1) - lr * (m_n / bias1) / (root + eps)
-            first.addcdiv_(phi, root + eps, value=-record.lr / bias1)
-            slope = record.lr * (m / bias1) / ((root + eps).square() * 2 * root * bias2)
-            second.add_(torch.where(root > 0, phi * slope, 0))
+            root = square.div_(bias2).sqrt_()
+            denominator = root + eps
+            # phi_n = (1 - lr * decay) * phi_(n-1) - lr * (m_n / bias1) / denominator
+            step = phi / denominator
+            first.sub_(step, alpha=record.lr / bias1)
+            # d denominator / d v_n = 1 / (2 * root * bias2); where root is 0, so are m_n and every gradient so far
+            step.mul_(m).div_(denominator.mul_(root)).masked_fill_(root == 0, 0)
+            second.add_(step, alpha=record.lr / (2 * bias1 * bias2))
             # m_n = beta1 * m_(n-1) + (1 - beta1) * g_n,  v_n = beta2 * v_(n-1) + (1 - beta2) * g_n ** 2
-            yield (1 - beta1) * first + 2 * (1 - beta2) * grad * second
+            yield (first * (1 - beta1)).addcmul_(grad, second, value=2 * (1 - beta2))
             first.mul_(beta1)
             second.mul_(beta2)
             phi.mul_(1 - record.lr * group["weight_decay"])

@@ -61,7 +61,7 @@ def unrolled(kind, model, params, state, weights, steps, clip, momentum):
 def test_window_equals_autograd_through_the_optimizer(
     kind, momentum, count, accumulation, clip, seed, monkeypatch
 ):
-    monkeypatch.setattr(hypergradient, "PART", 50)  # of the 193 parameters
+    monkeypatch.setitem(hypergradient.PARTS, "cpu", 50)  # of the 193 parameters
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     params = list(model.parameters())
