@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,9 @@ def test_ctrl_c_with_nobody_reading(tiny, tmp_path, moment):
     """Ctrl-C in `main.py | tee log` ends the reader too: nothing can be printed any more, all is saved."""
     run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
     command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # As from a terminal, also where whoever runs the tests ignores interrupts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed)
     while moment == "training" and not reached(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
