@@ -1,11 +1,12 @@
 # make train   the main job on the demo data      make test   every test
-# make demo    the demo data, byte for byte       make figs   the README's pictures       make bench   its numbers
+# make demo    the demo data, byte for byte       make figs   the README's pictures
+# make evidence   does it pay (2 hours)           make bench  how fast is it (half an hour)
 
 PYTHON ?= python3
 BIN = .venv/bin
 BETTY = betty-ml==0.2.1
 
-.PHONY: train test demo figs bench
+.PHONY: train test demo figs evidence bench
 
 train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
@@ -20,8 +21,11 @@ demo: .venv/ready
 figs: .venv/ready
 	$(BIN)/python figs/draw_figures.py
 
+evidence: .venv/ready
+	$(BIN)/python benchmarks/demo_runs.py --parallel 2
+
 bench: .venv/ready
-	$(BIN)/python benchmarks/demo_runs.py
+	$(BIN)/python benchmarks/throughput.py
 
 # Betty's metadata names no Python newer than 3.10, so it is installed by itself, without touching the other packages.
 .venv/ready: requirements.txt requirements-dev.txt
