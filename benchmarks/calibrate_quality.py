@@ -20,8 +20,8 @@ from make_demo import Images, domain_rows
 # Flipping half of the labels leaves no signal, flipping all of them teaches the opposite.
 STRENGTHS = {defect: (0.0, 0.5, 0.8, 1.0) for defect in DEFECTS} | {
     "flipped labels": (0.0, 0.25, 0.5, 1.0),
-    "trivial questions": (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
-    "answers given away": (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0),
+    "trivial questions": (0.0, 0.35, 0.5, 0.65, 1.0),
+    "answers given away": (0.0, 0.35, 0.5, 0.65, 1.0),
 }
 FLAGS = ("--baseline", "--iteration_num", "200", "--save_every_iterations", "100000")
 
