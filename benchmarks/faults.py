@@ -32,8 +32,8 @@ FORGETFUL = f"""
 import sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {str(ROOT)!r})
-from reweighting import chains, main, errors
-chains.ChainTokenizer._remember = lambda *_: None
+from reweighting import batches, main, errors
+batches.ChainTokenizer._remember = lambda *_: None
 errors.run_command(main.main, "--resume")
 """
 

@@ -14,7 +14,8 @@ from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem
 
-from reweighting.chains import collate, meta_chains, training_chains
+from reweighting.batches import collate
+from reweighting.chains import meta_chains, training_chains
 from reweighting.domain_weights import DomainWeights
 from reweighting.records import load_meta_rows, load_training_rows
 from reweighting.reward_model import ProcessRewardModel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from reweighting.chains import open_image
+from reweighting.images import open_image
 
 IMAGE_SIDE = 1200  # pixels: sharp on a page, and no megabytes of photo
 

@@ -20,7 +20,8 @@ from betty.problems import ImplicitProblem
 from torch import Tensor
 
 from reweighting.aggregation import aggregate
-from reweighting.chains import Batch, Chain
+from reweighting.batches import Batch
+from reweighting.chains import Chain
 from reweighting.devices import autocast
 from reweighting.health import MicroBatch, NonFinite
 from reweighting.hypergradient import Window, flatten, unflatten

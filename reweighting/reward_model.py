@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reweighting.aggregation import AGGREGATIONS, aggregate
-from reweighting.chains import Batch, Chain, ChainTokenizer, Pixels, collate, split_response
+from reweighting.batches import Batch, ChainTokenizer, Pixels, collate
+from reweighting.chains import Chain, split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
 
 # Linear layers of the language model's attention and MLP; the vision tower's names must not match.

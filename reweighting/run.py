@@ -14,8 +14,9 @@ from betty.configs import Config
 from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
+from reweighting.batches import Batch, collate
 from reweighting.candidates import best_of_n_accuracy, score_candidates
-from reweighting.chains import Batch, candidate_chains, collate
+from reweighting.chains import candidate_chains
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
 from reweighting.devices import autocast, choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights

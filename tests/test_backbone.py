@@ -6,8 +6,9 @@ import torch
 from demo_world.pictures import KINDS
 
 from reweighting.arguments import EMBEDDED_BACKBONE
+from reweighting.batches import collate
 from reweighting.candidates import best_of_n_accuracy, choose, score_candidates
-from reweighting.chains import Chain, candidate_chains, collate
+from reweighting.chains import Chain, candidate_chains
 from reweighting.records import load_candidate_rows
 from reweighting.reward_model import ProcessRewardModel
 

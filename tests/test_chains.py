@@ -1,4 +1,4 @@
-"""chains.py: cutting text into steps, merging rows, tokens, images, batches."""
+"""chains.py, images.py, batches.py: cutting text into steps, merging rows, tokens, images, batches."""
 
 import math
 from pathlib import Path
@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
+from reweighting.batches import ChainTokenizer, collate
 from reweighting.chains import (
     Chain,
-    ChainTokenizer,
     candidate_chains,
-    collate,
     meta_chains,
-    open_image,
     split_response,
     split_steps,
     training_chains,
 )
 from reweighting.errors import UserError
+from reweighting.images import open_image
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
 

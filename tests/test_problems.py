@@ -9,7 +9,8 @@ import torch
 from betty.configs import Config
 from torch.func import functional_call
 
-from reweighting.chains import Chain, collate
+from reweighting.batches import collate
+from reweighting.chains import Chain
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError

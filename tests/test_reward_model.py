@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from reweighting.chains import Chain, collate
+from reweighting.batches import collate
+from reweighting.chains import Chain
 from reweighting.errors import UserError
 from reweighting.reward_model import PRMConfig, ProcessRewardModel
 from tests.tiny import build, tiny_backbone

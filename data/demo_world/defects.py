@@ -27,9 +27,9 @@ DEFECTS = (*LABEL_DEFECTS, "foreign images", "trivial questions", "answers given
 
 # The strength of each defect at quality 0, 0.25, 0.5, 0.75 and 1; between these by straight lines. Read off
 # `benchmarks/results/calibrate_quality.json`: clean, the AUC of whole answers is 0.90; at quality 0.5 it is 0.80, at
-# 0.25 it is 0.75 (to 0.02). At 0.75 a defect has half the strength of 0.5: between there and clean the AUC is too flat to read
-# anything off. At 0 each defect strikes everything: nothing is left to learn (AUC 0.67 to 0.73, where the pretrained
-# backbone stands without training), but labels that are all flipped teach the opposite (0.12).
+# 0.25 it is 0.75 (to 0.02). At 0.75 a defect has half the strength of 0.5: between there and clean the AUC is too flat
+# to read anything off. At 0 each defect strikes everything: nothing is left to learn (AUC 0.67 to 0.73, where the
+# pretrained backbone stands without training), but labels that are all flipped teach the opposite (0.12).
 QUALITIES = (0.0, 0.25, 0.5, 0.75, 1.0)
 STRENGTH = {
     "noisy labels": (1.0, 0.68, 0.51, 0.255, 0.0),
