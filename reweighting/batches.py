@@ -23,6 +23,7 @@ from reweighting.chains import Chain
 from reweighting.errors import UserError
 from reweighting.images import open_image, shrunk_size
 
+REMEMBERED_LENGTHS = 2**16  # of images: rows with one image mostly stand together
 QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: they stand in no chat template
 
 
@@ -137,6 +138,8 @@ class ChainTokenizer:
                 patches = self.image_processor.get_number_of_image_patches(height, width)
             except Exception as error:  # as in `open_image`
                 raise UserError(f"cannot use the image {image}: {error}") from error
+            if len(self._image_lengths) >= REMEMBERED_LENGTHS:
+                self._image_lengths.clear()
             self._image_lengths[image] = patches // self.merge**2
         return self._image_lengths[image]
 

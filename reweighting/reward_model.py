@@ -219,17 +219,18 @@ class ProcessRewardModel(nn.Module):
 
         Raises UserError, naming the rows of all that `ChainTokenizer.check` refuses.
         """
-        problems, count = [], 0
+        problems, total, count = [], 0, 0
         for chain in chains:
             count += 1
             try:
                 self.chain_tokenizer.check(chain)
             except UserError as error:
-                problems.append(str(error))
-        if problems:
-            more = len(problems) - LISTED_PROBLEMS
-            listed = "\n".join(problems[:LISTED_PROBLEMS]) + (f"\n… and {more} more" if more > 0 else "")
-            raise UserError(f"{len(problems)} of {count} chains cannot be used\n{listed}")
+                total += 1
+                if total <= LISTED_PROBLEMS:
+                    problems.append(str(error))
+        if total:
+            more = [f"… and {total - LISTED_PROBLEMS} more"] if total > LISTED_PROBLEMS else []
+            raise UserError("\n".join([f"{total} of {count} chains cannot be used", *problems, *more]))
 
     def chain_logits(
         self, chains: Sequence[Chain], batch_size: int = 8, pixels: Pixels | None = None
