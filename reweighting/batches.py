@@ -1,12 +1,13 @@
 """From chains to what the model reads: tokens and pixels, then padded batches.
 
 Each step is tokenised on its own: its tokens never depend on what follows, and one pass over a chain equals one pass
-for each prefix.
+for each prefix. So chains of one question may also share the pass over their prompt, the image and the question.
 
 Notation:
     B  chains in a batch             P  image patches before merging, all images of a batch together
     S  steps of the longest chain    C  numbers in a patch (channels * frames * height * width)
-    T  tokens of the longest chain   I  images in a batch (chains without an image have none)
+    T  tokens of the longest text    I  images in a batch (chains without an image have none)
+    Q  prompts in a batch, where chains share them
 """
 
 import math
@@ -45,12 +46,14 @@ class Pixels:
 @dataclass(frozen=True)
 class EncodedChain:
     """A chain as tokens: `input_ids` [T], `is_image` [T] (1 at image tokens, the model's
-    mm_token_type_ids), `step_ends` [S] (position of each step's last token), all int64."""
+    mm_token_type_ids), `step_ends` [S] (position of each step's last token), all int64; the first
+    `prompt_length` tokens are the prompt, the rest are the steps."""
 
     chain: Chain
     input_ids: Tensor
     is_image: Tensor
     step_ends: Tensor
+    prompt_length: int
     pixels: Pixels | None
 
 
@@ -143,13 +146,13 @@ class ChainTokenizer:
             self._image_lengths[image] = patches // self.merge**2
         return self._image_lengths[image]
 
-    def _tokens(self, chain: Chain, image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, chain: Chain, image_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
         """What `_join` gives, remembered."""
         key = (chain.question, chain.steps, image_tokens)
         tokens = self._cache.get(key)
         if tokens is None:
             tokens = self._join(*key)
-            self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens))
+            self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens[:-1]))
         return tokens
 
     def read_image(self, image: Path | str | Image.Image) -> Pixels:
@@ -177,8 +180,8 @@ class ChainTokenizer:
         encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return encoding["input_ids"]
 
-    def _join(self, question: str, steps: Sequence[str], image_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """input_ids, is_image and step_ends of EncodedChain. Raises UserError if they are too many."""
+    def _join(self, question: str, steps: Sequence[str], image_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """input_ids, is_image, step_ends and prompt_length of EncodedChain. Raises UserError if they are too many."""
         before, after = self.around_image if image_tokens else self.around_text
         if image_tokens:
             at = before.index(self.image_token_id)
@@ -187,6 +190,7 @@ class ChainTokenizer:
         pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
         question_ids, *steps_ids = self._tokenize([question, *pieces])
         ids, step_ends = before + question_ids + after, []
+        prompt_length = len(ids)
         for step_ids in steps_ids:
             ids = ids + step_ids
             step_ends.append(len(ids) - 1)
@@ -196,7 +200,7 @@ class ChainTokenizer:
                 "image's: a smaller max_image_side saves some). Shorten the text or leave the row out."
             )
         input_ids = torch.tensor(ids)
-        return input_ids, (input_ids == self.image_token_id).long(), torch.tensor(step_ends)
+        return input_ids, (input_ids == self.image_token_id).long(), torch.tensor(step_ends), prompt_length
 
     def _remember(self, key, value, size: int) -> None:
         # When full, keep what is there: epochs visit everything once, so throwing out the oldest would
@@ -225,37 +229,41 @@ class ChainTokenizer:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Chains of a batch, padded on the right.
+class Tokens:
+    """What the backbone reads in one pass, padded on the right.
 
     input_ids, attention_mask, mm_token_type_ids: [B, T] int64.
-    pixel_values [P, C] float32 and image_grid_thw [I, 3] int64, or None where no chain has an image.
+    pixel_values [P, C] float32 and image_grid_thw [I, 3] int64, or None where there is no image.
     image_features: one [image tokens, D] for each image, in place of pixel_values, where they are known; else None.
-    step_ends [B, S] int64: position of a step's last token (0 where there is no step); step_mask [B, S]
-    bool: the step exists.
-    targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
-    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
-    labelled: how many steps have a label. chains: where all of it comes from.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     mm_token_type_ids: Tensor
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
-    image_features: tuple[Tensor, ...] | None
-    step_ends: Tensor
-    step_mask: Tensor
-    targets: Tensor
-    target_mask: Tensor
-    labels: Tensor
-    labelled: int
-    chains: tuple[Chain, ...]
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    image_features: tuple[Tensor, ...] | None = None
 
-    def to(self, device) -> "Batch":
-        """The same batch on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, Tensor)}
+    @classmethod
+    def pad(cls, texts: Sequence[Tensor], is_image: Sequence[Tensor], images: Sequence[Pixels] = ()) -> "Tokens":
+        """Put texts and their images together."""
+        lengths = torch.tensor([len(text) for text in texts])
+        # Padding repeats each text's last token: masked anyway, and never by accident the image token.
+        positions = torch.arange(int(lengths.max()))
+        padded = [text[positions.clamp(max=len(text) - 1)] for text in texts]
+        known = bool(images) and images[0].features is not None  # of one tokenizer all are, or none is
+        return cls(
+            input_ids=torch.stack(padded),
+            attention_mask=(positions < lengths[:, None]).long(),
+            mm_token_type_ids=_pad(is_image),
+            pixel_values=torch.cat([image.values for image in images]) if images and not known else None,
+            image_grid_thw=torch.cat([image.grid for image in images]) if images else None,
+            image_features=tuple(image.features for image in images) if known else None,
+        )
+
+    def to(self, device) -> "Tokens":
+        """The same on `device`."""
+        moved = _moved(self, device)
         if self.image_features is not None:
             moved["image_features"] = tuple(f.to(device, non_blocking=True) for f in self.image_features)
         return replace(self, **moved)
@@ -266,29 +274,67 @@ class Batch:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def collate(encoded: Sequence[EncodedChain]) -> Batch:
-    """Put encoded chains, with and without images, into one batch padded on the right."""
+@dataclass(frozen=True)
+class Batch:
+    """Chains of a batch.
+
+    tokens: the chains [B, T]; or, where they share prompts, what follows these.
+    prompts [Q, T] and prompt_of [B]: the prompts, and each chain's; None where nothing is shared.
+    step_ends [B, S] int64: position in `tokens` of a step's last token (0 where there is no step); step_mask [B, S]
+    bool: the step exists.
+    targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
+    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
+    labelled: how many steps have a label. chains: where all of it comes from.
+    """
+
+    tokens: Tokens
+    prompts: Tokens | None
+    prompt_of: Tensor | None
+    step_ends: Tensor
+    step_mask: Tensor
+    targets: Tensor
+    target_mask: Tensor
+    labels: Tensor
+    labelled: int
+    chains: tuple[Chain, ...]
+
+    def to(self, device) -> "Batch":
+        """The same batch on `device`."""
+        prompts = None if self.prompts is None else self.prompts.to(device)
+        return replace(self, tokens=self.tokens.to(device), prompts=prompts, **_moved(self, device))
+
+
+def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Batch:
+    """Put encoded chains, with and without images, into one batch.
+
+    share_prompts: the model can go on from a prompt that it has read once, so where a quarter of the prompts or more
+    are repeated, they are put aside.
+    """
     chains = [item.chain for item in encoded]
-
-    def pad(rows: list[Tensor], value: float = 0) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-
-    lengths = torch.tensor([len(item.input_ids) for item in encoded])
+    number: dict = {}  # prompt -> its place among the different ones
+    prompt_of = [number.setdefault(_prompt_key(item), len(number)) for item in encoded]
+    prompts = None
+    if share_prompts and 4 * len(number) <= 3 * len(encoded):
+        first = [encoded[prompt_of.index(place)] for place in range(len(number))]
+        prompts = Tokens.pad(
+            [item.input_ids[: item.prompt_length] for item in first],
+            [item.is_image[: item.prompt_length] for item in first],
+            [item.pixels for item in first if item.pixels is not None],
+        )
+    # Where the text begins that this chain has for itself.
+    begins = [0 if prompts is None else item.prompt_length for item in encoded]
+    tokens = Tokens.pad(
+        [item.input_ids[begin:] for item, begin in zip(encoded, begins, strict=True)],
+        [item.is_image[begin:] for item, begin in zip(encoded, begins, strict=True)],
+        [item.pixels for item in encoded if item.pixels is not None] if prompts is None else (),
+    )
     step_counts = torch.tensor([len(chain.steps) for chain in chains])
-    # Padding repeats each chain's last token: masked anyway, and never by accident the image token.
-    positions = torch.arange(int(lengths.max()))
-    padded = [item.input_ids[positions.clamp(max=len(item.input_ids) - 1)] for item in encoded]
-    targets = pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
-    images = [item.pixels for item in encoded if item.pixels is not None]
-    known = bool(images) and images[0].features is not None  # of one tokenizer all are, or none is
+    targets = _pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
     return Batch(
-        input_ids=torch.stack(padded),  # [B, T]
-        attention_mask=(positions < lengths[:, None]).long(),  # [B, T]
-        mm_token_type_ids=pad([item.is_image for item in encoded]),  # [B, T]
-        pixel_values=torch.cat([image.values for image in images]) if images and not known else None,  # [P, C]
-        image_grid_thw=torch.cat([image.grid for image in images]) if images else None,  # [I, 3]
-        image_features=tuple(image.features for image in images) if known else None,
-        step_ends=pad([item.step_ends for item in encoded]),  # [B, S]
+        tokens=tokens,
+        prompts=prompts,
+        prompt_of=None if prompts is None else torch.tensor(prompt_of),
+        step_ends=_pad([item.step_ends - begin for item, begin in zip(encoded, begins, strict=True)]),  # [B, S]
         step_mask=torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
         targets=targets.nan_to_num(nan=0.0),
         target_mask=~targets.isnan(),
@@ -296,3 +342,28 @@ def collate(encoded: Sequence[EncodedChain]) -> Batch:
         labelled=sum(not math.isnan(target) for chain in chains for target in chain.targets),
         chains=tuple(chains),
     )
+
+
+def by_length(encoded: Sequence[EncodedChain]) -> list[EncodedChain]:
+    """Chains of like length next to each other, for little padding; those of one prompt stay together."""
+    longest: dict = {}
+    for item in encoded:
+        key = item.chain.prompt
+        longest[key] = max(longest.get(key, 0), len(item.input_ids))
+    place = {key: number for number, key in enumerate(longest)}
+    return sorted(encoded, key=lambda item: (longest[item.chain.prompt], place[item.chain.prompt]))
+
+
+def _prompt_key(item: EncodedChain) -> tuple:
+    """What two chains of one prompt have in common. A chain whose image is no file shares it by identity."""
+    return (item.chain.prompt, id(item.pixels) if item.chain.image is None else None)
+
+
+def _pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _moved(holder, device) -> dict[str, Tensor]:
+    """The tensors among a dataclass's fields, on `device`."""
+    tensors = {field.name: getattr(holder, field.name) for field in fields(holder)}
+    return {name: v.to(device, non_blocking=True) for name, v in tensors.items() if isinstance(v, Tensor)}

@@ -65,6 +65,11 @@ class Chain:
     source: str = ""
 
     @property
+    def prompt(self) -> tuple[str, Path | None]:
+        """What is asked: the question and its image."""
+        return self.question, self.image
+
+    @property
     def place(self) -> str:
         """Where the chain comes from, in words for a message: 'train.json: rows 3, 7'."""
         rows = f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows))}" if self.rows else ""

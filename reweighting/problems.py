@@ -254,10 +254,10 @@ def comparison(chains: Sequence[Chain], right_share: float) -> tuple[Tensor, Ten
     """
     labels = defaultdict(list)
     for chain in chains:
-        labels[chain.question, chain.image].append(chain.label)
+        labels[chain.prompt].append(chain.label)
     shares = {key: sum(found) / len(found) for key, found in labels.items()}
     mixed = [key for key, share in shares.items() if 0 < share < 1]
     number = {key: index for index, key in enumerate(mixed)}
-    groups = [number.get((chain.question, chain.image), len(mixed)) for chain in chains]
+    groups = [number.get(chain.prompt, len(mixed)) for chain in chains]
     used = [shares[key] for key in mixed] + [right_share] * (len(mixed) in groups)
     return torch.tensor(groups), torch.logit(torch.tensor(used))

@@ -11,7 +11,7 @@ Notation:
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from reweighting.aggregation import AGGREGATIONS, aggregate
-from reweighting.batches import Batch, ChainTokenizer, Pixels, collate
+from reweighting.batches import Batch, ChainTokenizer, EncodedChain, Pixels, Tokens, collate
 from reweighting.chains import Chain, split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
 
@@ -69,6 +69,7 @@ class ProcessRewardModel(nn.Module):
     def __init__(self, backbone: nn.Module, chain_tokenizer: ChainTokenizer, config: PRMConfig):
         super().__init__()
         self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
+        self.gradient_checkpointing = False
         self.score_head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
         nn.init.normal_(self.score_head.weight, std=0.02)
         nn.init.zeros_(self.score_head.bias)
@@ -170,6 +171,7 @@ class ProcessRewardModel(nn.Module):
         model = cls(backbone, chain_tokenizer, config)
         if config.freeze_vision and model.features_suffice:
             chain_tokenizer.see = model.see
+        model.gradient_checkpointing = checkpointing
         if checkpointing:
             # The non-reentrant kind gives exact gradients also where the inputs need none (frozen base).
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -203,16 +205,59 @@ class ProcessRewardModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
         autocast, the head never does."""
-        inputs = batch.model_inputs()
-        if batch.image_features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=batch.image_features)}
-        hidden = self.backbone(**inputs, use_cache=False).last_hidden_state  # [B, T, D]
+        if batch.prompts is None:
+            hidden = self._read(batch.tokens, use_cache=False)  # [B, T, D]
+        else:
+            hidden = self._read_after_prompts(batch)
         ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
         at_ends = hidden.gather(1, ends)  # [B, S, D]
         # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
+
+    def _read(self, tokens: Tokens, **options) -> Tensor:
+        """Hidden states [B, T, D] of one pass of the backbone."""
+        inputs = tokens.model_inputs() | options
+        if tokens.image_features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens.image_features)}
+        return self.backbone(**inputs).last_hidden_state
+
+    def _read_after_prompts(self, batch: Batch) -> Tensor:
+        """The same of what follows the prompts, each of which is read once. Gradients flow through both passes."""
+        prompts, prompt_of = batch.prompts, batch.prompt_of
+        positions, following = self._positions(prompts)
+        cache = DynamicCache()
+        self._read(prompts, position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(prompt_of)
+        length = batch.tokens.input_ids.shape[1]
+        tokens = replace(
+            batch.tokens,
+            attention_mask=torch.cat([prompts.attention_mask[prompt_of], batch.tokens.attention_mask], dim=1),
+        )
+        after = following[prompt_of, None] + torch.arange(length, device=following.device)  # [B, T]
+        return self._read(tokens, position_ids=after, past_key_values=cache, use_cache=True)
+
+    def _positions(self, prompts: Tokens) -> tuple[Tensor, Tensor]:
+        """The rotary positions of prompts, [3, Q, T], and those of the tokens that follow, [Q]."""
+        base = self.backbone.get_base_model() if self.config.lora_rank else self.backbone
+        mask = prompts.attention_mask
+        if prompts.image_grid_thw is None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
+        else:
+            positions, _ = base.get_rope_index(
+                prompts.input_ids, prompts.mm_token_type_ids, prompts.image_grid_thw, attention_mask=mask
+            )
+        return positions, positions.amax(0).masked_fill(mask == 0, 0).amax(1) + 1
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether chains of one question can go on from one pass over their prompt."""
+        return not (self.training and self.gradient_checkpointing)  # which throws away what the steps would go on from
+
+    def collate(self, encoded: Sequence[EncodedChain]) -> Batch:
+        """Encoded chains as one batch of the kind that is fastest for this model, on its device."""
+        return collate(encoded, self.shares_prompts).to(self.score_head.weight.device)
 
     def check(self, chains: Iterable[Chain]) -> None:
         """Look at every chain once, so that one that is too long is found before hours of computing, not in them.
@@ -254,10 +299,10 @@ class ProcessRewardModel(nn.Module):
             with torch.inference_mode():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
-                    batch = collate([tokenizer.encode(chain, pixels) for chain in part])
-                    z = self(batch.to(self.score_head.weight.device))
+                    batch = self.collate([tokenizer.encode(chain, pixels) for chain in part])
+                    z = self(batch)
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
-                    mask[start : start + len(part), : z.shape[1]] = batch.step_mask
+                    mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
         finally:
             self.train(was_training)
         if not logits.isfinite().all():

@@ -14,7 +14,7 @@ from betty.configs import Config
 from transformers.utils import logging as transformers_logging
 
 from reweighting.arguments import learns_weights
-from reweighting.batches import Batch, collate
+from reweighting.batches import Batch, by_length
 from reweighting.candidates import best_of_n_accuracy, score_candidates
 from reweighting.chains import candidate_chains
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
@@ -177,13 +177,12 @@ def build(
 
     def draw_train(micro_step: int) -> tuple[int, Batch]:
         domain, indices = sampler.draw(micro_step)
-        return domain, collate([model.chain_tokenizer.encode(train[index]) for index in indices]).to(device)
+        return domain, model.collate([model.chain_tokenizer.encode(train[index]) for index in indices])
 
     def draw_meta(update: int) -> list[Batch]:
-        encoded = [model.chain_tokenizer.encode(meta[index]) for index in meta_sampler.draw(update)]
-        encoded.sort(key=lambda item: len(item.input_ids))  # little padding
+        encoded = by_length([model.chain_tokenizer.encode(meta[index]) for index in meta_sampler.draw(update)])
         parts = range(0, len(encoded), args.batch_size)
-        return [collate(encoded[start : start + args.batch_size]).to(device) for start in parts]
+        return [model.collate(encoded[start : start + args.batch_size]) for start in parts]
 
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
     lower_config = Config(

@@ -56,7 +56,7 @@ class QuestionSampler:
     def __init__(self, chains: Sequence[Chain], batch_size: int, seed: int):
         members = defaultdict(list)
         for index, chain in enumerate(chains):
-            members[chain.question, chain.image].append(index)
+            members[chain.prompt].append(index)
         self.questions: list[list[int]] = []
         for answers in members.values():
             parts = -(-len(answers) // batch_size)

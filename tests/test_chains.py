@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
-from reweighting.batches import ChainTokenizer, collate
+from reweighting.batches import ChainTokenizer, by_length, collate
 from reweighting.chains import (
     Chain,
     candidate_chains,
@@ -334,22 +334,51 @@ def test_collate_pads_on_the_right_and_masks():
     ]
     encoded = [tokenizer.encode(chains[0]), tokenizer.encode(chains[1], pixels)]
     batch = collate(encoded).to("cpu")
+    tokens = batch.tokens
     for row, item in enumerate(encoded):
         n = len(item.input_ids)
-        assert torch.equal(batch.input_ids[row, :n], item.input_ids)
-        assert batch.attention_mask[row].tolist() == [1] * n + [0] * (batch.input_ids.shape[1] - n)
-        assert not (batch.input_ids[row, n:] == tokenizer.image_token_id).any()
-        assert not batch.mm_token_type_ids[row, n:].any()
-    assert batch.mm_token_type_ids.sum(1).tolist() == [0, 4]
-    assert batch.image_grid_thw.tolist() == [[1, 4, 4]] and batch.pixel_values.shape == (16, 1176)
+        assert torch.equal(tokens.input_ids[row, :n], item.input_ids)
+        assert tokens.attention_mask[row].tolist() == [1] * n + [0] * (tokens.input_ids.shape[1] - n)
+        assert not (tokens.input_ids[row, n:] == tokenizer.image_token_id).any()
+        assert not tokens.mm_token_type_ids[row, n:].any()
+    assert tokens.mm_token_type_ids.sum(1).tolist() == [0, 4]
+    assert tokens.image_grid_thw.tolist() == [[1, 4, 4]] and tokens.pixel_values.shape == (16, 1176)
     assert batch.step_mask.tolist() == [[True, True, True], [True, False, False]]
     assert batch.step_ends.tolist() == [encoded[0].step_ends.tolist(), [encoded[1].step_ends[0].item(), 0, 0]]
     assert torch.equal(batch.targets, torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     assert batch.target_mask.tolist() == [[True, False, True], [False, False, False]]
     assert batch.labels.isnan().tolist() == [True, False] and batch.labels[1] == 1.0
     assert batch.labelled == int(batch.target_mask.sum())
-    text_only = collate(encoded[:1])
+    text_only = collate(encoded[:1]).tokens
     assert text_only.pixel_values is None and "pixel_values" not in text_only.model_inputs()
+
+
+def test_collate_puts_prompts_aside_where_chains_share_them(tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    tokenizer = chain_tokenizer()
+    asked = [("Q", tmp_path / "a.png"), ("Another", None), ("Q", None)]
+    order = [0, 1, 0, 2, 1, 0]
+    encoded = [tokenizer.encode(Chain(asked[k][0], ("a", "bb" * n), asked[k][1])) for n, k in enumerate(order, 1)]
+    batch = collate(encoded, share_prompts=True)
+    assert batch.prompt_of.tolist() == order and batch.prompts.image_grid_thw.tolist() == [[1, 4, 4]]
+    assert batch.tokens.pixel_values is None
+    for row, item in enumerate(encoded):
+        parts = ((batch.prompts, order[row]), (batch.tokens, row))
+        ids = [tokens.input_ids[at][tokens.attention_mask[at].bool()] for tokens, at in parts]
+        assert torch.equal(torch.cat(ids), item.input_ids) and len(ids[0]) == item.prompt_length
+        assert torch.equal(batch.step_ends[row], item.step_ends - item.prompt_length)
+    assert collate(encoded[:3], share_prompts=True).prompts is not None  # two prompts for three chains
+    assert collate([encoded[0], encoded[1], encoded[3], encoded[4], encoded[3]], share_prompts=True).prompts is not None
+    assert collate(encoded[1:4] + [tokenizer.encode(Chain("Q", ("a",)))], share_prompts=True).prompts is not None
+    assert collate(encoded[:2] + encoded[3:4], share_prompts=True).prompts is None
+    assert collate(encoded).prompts is None
+
+
+def test_chains_of_one_prompt_stay_together_when_sorted_by_length():
+    tokenizer = chain_tokenizer()
+    texts = [("A", "x" * 9), ("B", "x"), ("A", "x"), ("C", "x" * 5), ("B", "x" * 6)]
+    encoded = [tokenizer.encode(Chain(question, (text,))) for question, text in texts]
+    assert [item.chain.question for item in by_length(encoded)] == ["C", "B", "B", "A", "A"]
 
 
 @pytest.mark.parametrize("size", [(300, 200), (57, 1000), (20, 30), (4000, 20), (112, 112)])

@@ -78,6 +78,40 @@ def test_one_pass_equals_one_pass_per_prefix(model, image, with_image):
     assert (batched[len(STEPS) :] == 0).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"freeze_vision": True}])
+def test_a_shared_prompt_changes_no_score_and_no_gradient(image, options):
+    """Prompts read once, of different lengths and with other images, against chains read whole."""
+    model = build_model(**options)
+    prompts = [(QUESTION, image), ("Much longer: " + QUESTION, None), ("Q", image)]
+    chains = [
+        Chain(*prompts[k][:1], LONG[: 6 - n] if n % 2 else STEPS, prompts[k][1])
+        for n, k in enumerate([0, 1, 0, 2, 1, 2])
+    ]
+    encoded = [model.chain_tokenizer.encode(chain) for chain in chains]
+    shared, whole = model.collate(encoded), collate(encoded)
+    assert shared.prompts is not None and whole.prompts is None
+    params = [p for p in model.parameters() if p.requires_grad]
+    results = [
+        (z, torch.autograd.grad(z.sigmoid().sum(), params, allow_unused=True)) for z in map(model, (shared, whole))
+    ]
+    (fast, fast_gradients), (slow, slow_gradients) = results
+    assert slow.std() > 0.1 and (fast - slow).abs().max() <= 1e-5
+    for ours, plain in zip(fast_gradients, slow_gradients, strict=True):
+        assert (ours is None) == (plain is None)
+        assert ours is None or torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_not_shared_where_checkpointing_would_lose_them(image):
+    model = build_model(gradient_checkpointing=True)
+    encoded = [model.chain_tokenizer.encode(Chain(QUESTION, STEPS[:n], image)) for n in (1, 2)]
+    assert model.collate(encoded).prompts is None
+    model.eval()
+    shared = model.collate(encoded)
+    assert shared.prompts is not None
+    with torch.no_grad():
+        assert (model(shared) - model(collate(encoded))).abs().max() <= 1e-5
+
+
 def test_the_image_reaches_the_scores(model, image, tmp_path):
     Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "flipped.png")
     scores = [model.score(path, QUESTION, STEPS) for path in (image, tmp_path / "flipped.png", None)]
