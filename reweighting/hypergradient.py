@@ -14,19 +14,23 @@ forward pass nor a second derivative of the model is needed. What is left out is
 `tests/test_hypergradient.py`.
 """
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-# Parameters that the adjoint is run over at a time: what a processor's cache holds; on a GPU, few large kernels.
-PARTS = {"cpu": 2**15}
+# Parameters that the adjoint is run over at a time: what a processor core's cache holds, one part on each core; on a
+# GPU, few large kernels.
+PARTS = {"cpu": 2**17}
 LARGE_PART = 2**24
 
 
-def flatten(tensors) -> Tensor:
-    """One vector [P] of all entries, in order."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def flatten(tensors, out: Tensor | None = None) -> Tensor:
+    """One vector [P] of all entries, in order; in the memory of `out` if that is given."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors], out=out)
 
 
 def unflatten(vector: Tensor, like) -> list[Tensor]:
@@ -69,17 +73,26 @@ class Window:
             raise ValueError("the window hypergradient expects an optimizer with one parameter group")
         self.optimizer = optimizer
         self._adamw = isinstance(optimizer, torch.optim.AdamW)
+        self.records: list[StepRecord] = []
+        self._pending: list[tuple[int, Tensor]] = []
+        self._free: list[Tensor] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget the window."""
-        self.records: list[StepRecord] = []
-        self._pending: list[tuple[int, Tensor]] = []
+        self._free += [grad for record in self.records for _, grad in record.domain_grads]
+        self.records = []
+        self.drop_step()
         self._start: dict[str, Tensor] = {}  # AdamW's moments before the first step, [P] each
         self._count = 0  # AdamW's steps before the first one
 
+    def storage(self) -> Tensor | None:
+        """A vector [P] of an earlier window to write the next gradient into, if there is one: memory that is new to
+        the process costs more time than the copy."""
+        return self._free.pop() if self._free else None
+
     def add_micro_batch(self, domain: int, grad: Tensor) -> None:
-        """Keep a micro-batch's share of the step's gradient: weight * g_nk, [P]."""
+        """Keep a micro-batch's share of the step's gradient: weight * g_nk, [P]. It stays the window's."""
         if self._adamw and not self.records and not self._pending:
             self._note_start(grad)
         self._pending.append((domain, grad))
@@ -97,6 +110,7 @@ class Window:
 
     def drop_step(self) -> None:
         """Forget the micro-batches of a step that was not made."""
+        self._free += [grad for _, grad in self._pending]
         self._pending = []
 
     def state(self) -> dict:
@@ -112,25 +126,29 @@ class Window:
             grads = [(domain, grad.to(device)) for domain, grad in saved["domain_grads"]]
             self.records.append(StepRecord(grads, saved["clip"], saved["lr"]))
 
-    @torch.no_grad()
     def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
         """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
-        adjoint = self._adamw_adjoint if self._adamw else self._sgd_adjoint
-        dots = [v.new_zeros(len(record.domain_grads)) for record in self.records]  # < u_n , g_nk >
         size = PARTS.get(v.device.type, LARGE_PART)
-        for start in range(0, len(v), size):
-            part = slice(start, start + size)
-            backwards = zip(reversed(self.records), reversed(dots), adjoint(v[part], part), strict=True)
-            for record, products, u in backwards:
-                products += torch.stack([torch.dot(u, grad[part]) for _, grad in record.domain_grads])
-        result = v.new_zeros(len(weights))
-        for record, products in zip(self.records, dots, strict=True):
+        parts = [slice(start, start + size) for start in range(0, len(v), size)]
+        workers = torch.get_num_threads() if v.device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers) as pool:
+            dots = torch.stack(list(pool.map(partial(self._products, v), parts))).sum(0)
+        result, counts = v.new_zeros(len(weights)), [len(record.domain_grads) for record in self.records]
+        for record, products in zip(self.records, dots.split(counts), strict=True):
             products = _through_clipping(products, record)
             for (domain, _), product in zip(record.domain_grads, products, strict=True):
                 result[domain] += product
-        weights = weights.to(v.dtype)
+        weights = weights.detach().to(v.dtype)
         # A weight that has become 0 to the last bit does not come back: its raw parameter's slope is 0 as well.
         return torch.where(weights > 0, result / weights, 0)
+
+    @torch.no_grad()
+    def _products(self, v: Tensor, part: slice) -> Tensor:
+        """< u_n , g_nk > over a part of the parameters, an entry for each micro-batch of the window."""
+        adjoint, products = self._adamw_adjoint if self._adamw else self._sgd_adjoint, []
+        for record, u in zip(reversed(self.records), adjoint(v[part], part), strict=True):
+            products += [torch.dot(u, grad[part]) for _, grad in reversed(record.domain_grads)]
+        return torch.stack(products[::-1])
 
     def _sgd_adjoint(self, v: Tensor, part: slice):
         """dL_meta / d clipped gradient of these parameters, from the newest step to the oldest."""
@@ -153,23 +171,25 @@ class Window:
             grad = record.gradient(part)
             m, square = m.lerp(grad, 1 - beta1), (square * beta2).addcmul_(grad, grad, value=1 - beta2)
             after.append((m, square, grad))
-        phi, first, second = v.clone(), torch.zeros_like(v), torch.zeros_like(v)  # adjoints of phi, m and v
+        first, second = torch.zeros_like(v), torch.zeros_like(v)  # adjoints of m and v
+        decay = 1.0  # the adjoint of phi_n is v times this: phi_n = (1 - lr * weight_decay) * phi_(n-1) - lr * step
         for record, count in zip(reversed(self.records), range(self._count + len(self.records), 0, -1), strict=False):
             m, square, grad = after.pop()
-            bias1, bias2 = 1 - beta1**count, 1 - beta2**count
-            root = square.div_(bias2).sqrt_()
-            denominator = root + eps
-            # phi_n = (1 - lr * decay) * phi_(n-1) - lr * (m_n / bias1) / denominator
-            step = phi / denominator
-            first.sub_(step, alpha=record.lr / bias1)
-            # d denominator / d v_n = 1 / (2 * root * bias2); where root is 0, so are m_n and every gradient so far
-            step.mul_(m).div_(denominator.mul_(root)).masked_fill_(root == 0, 0)
-            second.add_(step, alpha=record.lr / (2 * bias1 * bias2))
+            bias1, root2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
+            # step = (m_n / bias1) / denominator,  denominator = root / root2 + eps,  root = sqrt(v_n). Where root is
+            # 0, so are m_n and every gradient so far: there it may be any number.
+            root = square.sqrt_().clamp_(min=torch.finfo(square.dtype).tiny)
+            denominator = root + eps * root2
+            slope = v / denominator  # up to numbers
+            first.sub_(slope, alpha=decay * record.lr * root2 / bias1)
+            # d denominator / d v_n = 1 / (2 * root * root2)
+            slope.mul_(m).div_(denominator).div_(root)
+            second.add_(slope, alpha=decay * record.lr * root2 / (2 * bias1))
             # m_n = beta1 * m_(n-1) + (1 - beta1) * g_n,  v_n = beta2 * v_(n-1) + (1 - beta2) * g_n ** 2
             yield (first * (1 - beta1)).addcmul_(grad, second, value=2 * (1 - beta2))
             first.mul_(beta1)
             second.mul_(beta2)
-            phi.mul_(1 - record.lr * group["weight_decay"])
+            decay *= 1 - record.lr * group["weight_decay"]
 
 
 def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:

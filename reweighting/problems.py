@@ -11,6 +11,7 @@ every micro-batch, knows bf16 on CUDA only and synchronises the device at every 
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
 """
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
@@ -118,6 +119,7 @@ class PRMFineTuning(OwnSystems):
         self.learning_rate, self.clip, self.fixed_weights = learning_rate, clip, fixed_weights
         self.window = Window(self.optimizer) if fixed_weights is None and self.config.type == "window" else None
         self.gradient: Tensor | None = None  # of the step so far, [P]
+        self.total: Tensor | None = None  # where it is added up
         self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
 
@@ -140,12 +142,17 @@ class PRMFineTuning(OwnSystems):
 
     def backward(self, loss: Tensor, params, paths, **options) -> None:
         """Add this micro-batch's share to the step's gradient, and keep it in the window."""
-        share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True))
+        storage = None if self.window is None else self.window.storage()
+        share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True), storage)
         domain, chains = self.cur_batch
         self.rows_seen += chains.labelled
-        finite = loss.isfinite() & share.isfinite().all()
+        # The largest entry is no number as soon as one is none.
+        finite = loss.isfinite() & torch.linalg.vector_norm(share, math.inf).isfinite()
         self.micro_batches.append(MicroBatch(chains.chains, self.loss, finite))
-        self.gradient = share if self.gradient is None else self.gradient + share
+        if self.gradient is None:
+            self.gradient = share
+        else:
+            self.total = self.gradient = torch.add(self.gradient, share, out=self.total)
         if self.window is not None:
             self.window.add_micro_batch(domain, share)
 

@@ -51,7 +51,7 @@ def make_optimizer(args: Namespace, params: list[torch.nn.Parameter]) -> torch.o
     if args.optimizer == "sgd":
         momentum = 0.9 if args.momentum is None else args.momentum
         return torch.optim.SGD(params, lr=args.lr, momentum=momentum, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def learning_rate(args: Namespace) -> Callable[[int], float]:
