@@ -58,6 +58,11 @@ class LowerArguments:
 
     iteration_num: int = HfArg(default=600, help="optimizer steps")
     batch_size: int = HfArg(default=8, help="chains in a micro-batch, all from one domain")
+    questions_together: bool = HfArg(
+        default=False,
+        help="a micro-batch holds whole questions, whose answers share the pass over image and question: faster where "
+        "a question has several answers",
+    )
     gradiant_accumulation: int | None = HfArg(
         aliases=["--gradient_accumulation"],
         default=None,

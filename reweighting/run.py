@@ -26,7 +26,7 @@ from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run_data import RunData
-from reweighting.sampling import QuestionSampler, WindowSampler
+from reweighting.sampling import ChainSampler, QuestionSampler, WindowSampler
 
 STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
 
@@ -168,8 +168,14 @@ def build(
     if args.max_grad_norm and accumulation == 1 and fixed_weights is None:
         print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
               "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
-    sampler = WindowSampler(members, args.batch_size, args.unroll_steps * accumulation, args.seed)
-    meta_sampler = QuestionSampler(meta, args.meta_batch_size, args.seed) if meta else None
+    samplers = [
+        QuestionSampler(train, indices, args.batch_size, args.seed, 1, domain)
+        if args.questions_together
+        else ChainSampler(indices, args.batch_size, args.seed, 1, domain)
+        for domain, indices in enumerate(members)
+    ]
+    sampler = WindowSampler(samplers, args.unroll_steps * accumulation, args.seed)
+    meta_sampler = QuestionSampler(meta, range(len(meta)), args.meta_batch_size, args.seed, 3) if meta else None
 
     model = make_model(args, device, precision)
     candidates = [chain for row in data.validation for chain in candidate_chains(row, args.validation_json_file)]

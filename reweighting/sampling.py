@@ -2,7 +2,8 @@
 
 The lower level draws single-domain micro-batches. A window is the `slots` micro-batches between two updates of the
 weights; every domain stands in every window, the first `slots % K` of a rotating order once more than the others.
-Within a domain, chains come in epochs, each a fresh permutation. The upper level draws whole questions of the meta set.
+Within a domain, chains (or whole questions) come in epochs, each a fresh permutation. The upper level draws whole
+questions of the meta set.
 """
 
 from collections import defaultdict
@@ -44,53 +45,64 @@ class EpochStream:
         return [int(self._permutation(place // self.size)[place % self.size]) for place in places]
 
 
-class QuestionSampler:
-    """Draws the meta chains of each update: whole questions, so that right and wrong answers to one can be compared.
+class ChainSampler:
+    """Draws batches of single chains, each chain once an epoch. members: the indices of the chains."""
 
-    chains: the meta chains. batch_size: about so many in an update; a question with more answers is cut into parts,
-    each with its share of the right ones.
+    def __init__(self, members: Sequence[int], batch_size: int, *key: int):
+        self.members, self.batch_size, self.stream = members, batch_size, EpochStream(len(members), *key)
+
+    def draw(self, number: int) -> list[int]:
+        """The chain indices of a batch, which counts from 0."""
+        return [self.members[place] for place in self.stream.batch(number, self.batch_size)]
+
+
+class QuestionSampler:
+    """Draws batches of whole questions: their answers can be compared, and share the pass over their prompt.
+
+    chains: all chains, of which those with the indices `members` are drawn from. batch_size: about so many chains in a
+    batch; a question with more answers is cut into parts, each with its share of the right ones.
     Questions come in epochs, those with the same share of right answers in their share of every batch: else the sign
     of the meta gradient is partly chance.
     """
 
-    def __init__(self, chains: Sequence[Chain], batch_size: int, seed: int):
-        members = defaultdict(list)
-        for index, chain in enumerate(chains):
-            members[chain.prompt].append(index)
+    def __init__(self, chains: Sequence[Chain], members: Sequence[int], batch_size: int, *key: int):
+        answers_to = defaultdict(list)
+        for index in members:
+            answers_to[chains[index].prompt].append(index)
         self.questions: list[list[int]] = []
-        for answers in members.values():
+        for answers in answers_to.values():
             parts = -(-len(answers) // batch_size)
-            answers.sort(key=lambda index: chains[index].label)  # each part below takes every so many-th
+            answers.sort(key=lambda index: chains[index].label == 1)  # each part below takes every so many-th
             self.questions += [answers[part::parts] for part in range(parts)]
-        self.size = min(len(self.questions), max(1, round(batch_size * len(self.questions) / len(chains))))
-        shares = [sum(chains[index].label for index in answers) / len(answers) for answers in self.questions]
-        self.stream = EpochStream(len(self.questions), seed, 3, classes=shares)
+        self.size = min(len(self.questions), max(1, round(batch_size * len(self.questions) / len(members))))
+        shares = [sum(chains[index].label == 1 for index in answers) / len(answers) for answers in self.questions]
+        self.stream = EpochStream(len(self.questions), *key, classes=shares)
 
-    def draw(self, update: int) -> list[int]:
-        """The chain indices of an update, which counts from 0; answers to one question stand together."""
-        return [index for number in self.stream.batch(update, self.size) for index in self.questions[number]]
+    def draw(self, number: int) -> list[int]:
+        """The chain indices of a batch, which counts from 0; answers to one question stand together."""
+        return [index for place in self.stream.batch(number, self.size) for index in self.questions[place]]
 
 
 class WindowSampler:
     """Draws the chains of each micro-batch of the lower level.
 
-    members: for each domain the indices of its chains, none empty. slots: micro-batches in a window.
+    samplers: of each domain's batches. slots: micro-batches in a window.
     Raises UserError if a window has fewer slots than there are domains.
     """
 
-    def __init__(self, members: list[list[int]], batch_size: int, slots: int, seed: int):
-        if slots < len(members):
+    def __init__(self, samplers: Sequence[ChainSampler | QuestionSampler], slots: int, seed: int):
+        if slots < len(samplers):
             raise UserError(
                 f"a window of --unroll_steps x --gradiant_accumulation = {slots} micro-batches cannot hold each of "
-                f"the {len(members)} domains once; raise one of the two until their product is at least {len(members)}"
+                f"the {len(samplers)} domains once; raise one of the two until their product is at least "
+                f"{len(samplers)}"
             )
-        self.members, self.batch_size, self.slots, self.seed = members, batch_size, slots, seed
-        self.streams = [EpochStream(len(chains), seed, 1, domain) for domain, chains in enumerate(members)]
+        self.samplers, self.slots, self.seed = samplers, slots, seed
         self._window = lru_cache(maxsize=2)(self._draw_window)
 
     def _draw_window(self, window: int) -> list[tuple[int, int]]:
         """The slots of a window in order: (domain, number of earlier micro-batches of that domain)."""
-        domains = len(self.members)
+        domains = len(self.samplers)
         every, extra = divmod(self.slots, domains)
         slots = []
         for domain in range(domains):
@@ -104,5 +116,4 @@ class WindowSampler:
         """The domain and the chain indices of a micro-batch; micro_step counts from 0."""
         window, slot = divmod(micro_step, self.slots)
         domain, number = self._window(window)[slot]
-        chains = self.members[domain]
-        return domain, [chains[i] for i in self.streams[domain].batch(number, self.batch_size)]
+        return domain, self.samplers[domain].draw(number)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from reweighting.chains import Chain
 from reweighting.errors import UserError
-from reweighting.sampling import EpochStream, QuestionSampler, WindowSampler
+from reweighting.sampling import ChainSampler, EpochStream, QuestionSampler, WindowSampler
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
@@ -22,7 +22,8 @@ def test_windows(sizes, more, batch_size, seed):
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     members = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     slots = len(sizes) + more
-    sampler = WindowSampler(members, batch_size, slots, seed)
+    samplers = [ChainSampler(chains, batch_size, seed, domain) for domain, chains in enumerate(members)]
+    sampler = WindowSampler(samplers, slots, seed)
     windows = 2 * len(sizes)
     draws = [sampler.draw(step) for step in range(windows * slots)]
 
@@ -41,10 +42,7 @@ def test_windows(sizes, more, batch_size, seed):
             assert set(chains) <= set(members[domain])
             batches.setdefault(domain, []).append(chains)
         for domain, found in batches.items():
-            stream = sampler.streams[domain]
-            expected = [
-                [members[domain][i] for i in stream.batch(numbers[domain] + j, batch_size)] for j in range(len(found))
-            ]
+            expected = [samplers[domain].draw(numbers[domain] + j) for j in range(len(found))]
             assert sorted(found) == sorted(expected)
             numbers[domain] += len(found)
             seen[domain] += [chain for batch in expected for chain in batch]
@@ -53,7 +51,7 @@ def test_windows(sizes, more, batch_size, seed):
         for epoch in range(len(chains) // size):
             assert sorted(chains[epoch * size : (epoch + 1) * size]) == members[domain]
 
-    again = WindowSampler(members, batch_size, slots, seed)
+    again = WindowSampler(samplers, slots, seed)
     for step in reversed(range(len(draws))):  # any order, any start
         assert again.draw(step) == draws[step]
 
@@ -81,7 +79,7 @@ def test_every_stretch_of_an_epoch_holds_each_class_in_its_share(classes, seed):
 )
 def test_updates_hold_whole_questions_and_all_of_them_in_turn(answers, batch_size, seed):
     chains = [Chain(f"question {number}", ("a",), label=float(right)) for number, right in answers]
-    sampler = QuestionSampler(chains, batch_size, seed)
+    sampler = QuestionSampler(chains, range(len(chains)), batch_size, seed)
     assert sorted(index for answers in sampler.questions for index in answers) == list(range(len(chains)))
     of = {index: number for number, answers in enumerate(sampler.questions) for index in answers}
     drawn = []
@@ -100,9 +98,17 @@ def test_updates_hold_whole_questions_and_all_of_them_in_turn(answers, batch_siz
 
 def test_a_question_of_many_answers_is_cut_into_parts_with_right_and_wrong_ones():
     chains = [Chain("q", ("a",), label=float(number % 2)) for number in range(8)]
-    sampler = QuestionSampler(chains, 4, 1)
+    sampler = QuestionSampler(chains, range(8), 4, 1)
     for update in range(4):
         assert sorted(chains[index].label for index in sampler.draw(update)) == [0, 0, 1, 1]
+
+
+def test_answers_without_labels_stay_together_too():
+    chains = [Chain(f"question {number % 4}", (f"answer {number}",)) for number in range(12)]
+    sampler = QuestionSampler(chains, range(4, 12), 4, 1)
+    drawn = [sampler.draw(number) for number in range(2)]
+    assert sorted(drawn[0] + drawn[1]) == list(range(4, 12))
+    assert all(len({index % 4 for index in batch}) == 2 for batch in drawn)
 
 
 def test_streams_differ_by_key():
@@ -112,4 +118,4 @@ def test_streams_differ_by_key():
 
 def test_a_window_too_small_is_refused():
     with pytest.raises(UserError, match="--unroll_steps x --gradiant_accumulation = 2 .* at least 3"):
-        WindowSampler([[0], [1], [2]], 1, 2, 0)
+        WindowSampler([ChainSampler([domain], 1, 0) for domain in range(3)], 2, 0)
