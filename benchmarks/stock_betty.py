@@ -104,9 +104,9 @@ class MetaLoader:
             yield {"prefixes": prefixes(self.model, self.chains[i]), "label": self.chains[i].label}
 
 
-def stock(backbone: str, data: Path, batch_size: int, steps: int) -> Engine:
-    """An engine whose lower problem counts the rows that it has trained on in `rows_seen`."""
-    torch.manual_seed(1)
+def stock(backbone: str, data: Path, batch_size: int, steps: int, seed: int = 1, meta_lr: float = 0.01) -> Engine:
+    """An engine that knows its `domains`, whose lower problem counts the rows that it has trained on in `rows_seen`."""
+    torch.manual_seed(seed)
     model = ProcessRewardModel.from_backbone(backbone, freeze_vision=True)
     model.chain_tokenizer.see = None  # the vision tower sees each image anew
     train = TrainLoader(model, data, batch_size)
@@ -114,7 +114,9 @@ def stock(backbone: str, data: Path, batch_size: int, steps: int) -> Engine:
     parameters = [p for p in model.parameters() if p.requires_grad]
     lower = Lower("lower", Config(type="darts", unroll_steps=UNROLL), model,
                   torch.optim.AdamW(parameters, lr=3e-4), train_data_loader=train)  # fmt: skip
-    upper = Upper("upper", Config(), table, torch.optim.AdamW(table.parameters(), lr=0.2),
+    upper = Upper("upper", Config(), table, torch.optim.AdamW(table.parameters(), lr=meta_lr),
                   train_data_loader=MetaLoader(model, data))  # fmt: skip
     dependencies = {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}}
-    return Engine([upper, lower], EngineConfig(train_iters=steps), dependencies)
+    engine = Engine([upper, lower], EngineConfig(train_iters=steps), dependencies)
+    engine.domains = train.domains
+    return engine
