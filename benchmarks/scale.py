@@ -1,9 +1,9 @@
-"""How long a run with a million rows and 200,000 images takes to its first step, and how much memory.
+"""How long a run takes to its first step, and how much memory: on the demo, and with a million rows and 200,000 images.
 
     python benchmarks/scale.py --work /tmp/scale        # a few minutes and 1.2 GB of disk to make the data, once
 
-The command runs with its defaults, but for small batches; the meta set is the demo's. Files that were read a moment ago
-are in the system's cache.
+The demo runs with the defaults, the large file with small batches and the demo's meta set. Files that were read a
+moment ago are in the system's cache.
 """
 
 import argparse
@@ -21,7 +21,11 @@ from demo_world.pictures import KINDS, draw_picture
 from demo_world.solutions import Policy, random_question
 from memory import Watch
 
-STEPS = 400
+DEMO = ROOT / "data" / "train.json"
+FLAGS = {  # of the two runs
+    "demo": ("--iteration_num", "20"),
+    "million": ("--iteration_num", "400", "--batch_size", "4", "--meta_batch_size", "8"),
+}
 PICTURES = 200  # drawn; each of the others differs from one of these in its corner
 
 
@@ -59,7 +63,7 @@ def make_files(folder: Path, rows: int, images: int) -> Path:
     return path
 
 
-def run(train: Path, started: float) -> None:
+def run(case: str, train: Path, started: float) -> None:
     """Train in this process; print the seconds to the first step, and the memory at its end and later on."""
     from reweighting import signals
     from reweighting.main import main
@@ -79,9 +83,8 @@ def run(train: Path, started: float) -> None:
     found: dict = {}
     signals.StopSignals = FirstStep
     with TemporaryDirectory() as folder:
-        main(["--train_json_file", str(train), "--meta_json_file", str(ROOT / "data" / "meta.json"),
-              "--weights_path", folder, "--iteration_num", str(STEPS), "--batch_size", "4",
-              "--meta_batch_size", "8"])  # fmt: skip
+        main(["--train_json_file", str(train), "--meta_json_file", str(DEMO.with_name("meta.json")),
+              "--weights_path", folder, *FLAGS[case]])  # fmt: skip
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found["resident_mb_by_step"] = [(step, round(memory)) for step, memory in Watch.samples]
     print("RESULT " + json.dumps(found))
@@ -92,19 +95,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/scale"), help="the data")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--images", type=int, default=200_000)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # the run itself: its file and when it was started
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # a run itself: case, file, when it was started
     args = parser.parse_args()
     if args.child:
-        run(Path(args.child[0]), float(args.child[1]))
+        case, train, started = args.child
+        run(case, Path(train), float(started))
         return
-    train = make_files(args.work, args.rows, args.images)
-    command = [sys.executable, __file__, "--child", str(train), str(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-3000:])
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result = {"rows": args.rows, "images": args.images, "steps": STEPS, **json.loads(line.removeprefix("RESULT "))}
-    print({name: value for name, value in result.items() if name != "resident_mb_by_step"})
+    result = {"rows": args.rows, "images": args.images}
+    for case, train in {"demo": DEMO, "million": make_files(args.work, args.rows, args.images)}.items():
+        command = [sys.executable, __file__, "--child", case, str(train), str(time.time())]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+        result[case] = {"flags": FLAGS[case], **json.loads(line.removeprefix("RESULT "))}
+        print(case, {name: value for name, value in result[case].items() if name != "resident_mb_by_step"})
     print(write_results("scale", result))
 
 
