@@ -89,9 +89,11 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
     texts, indices, accuracies = [], array("q"), array("d")  # of each row; the rows themselves are let go
     unextended: dict[tuple, list[int]] = defaultdict(list)  # text -> its rows that no row extends yet, last one first
     known: dict[str, str] = {}  # equal texts are kept once
+    asked, question, first_steps = None, "", []
     for number, row in enumerate(rows):
-        question, steps = split_steps(row.input)
-        steps = tuple(known.setdefault(step, step) for step in (*steps, *split_response(row.add)))
+        if row.input != asked:  # rows of one question mostly stand together
+            asked, (question, first_steps) = row.input, split_steps(row.input)
+        steps = tuple(known.setdefault(step, step) for step in (*first_steps, *split_response(row.add)))
         dataset, question = known.setdefault(row.dataset, row.dataset), known.setdefault(question, question)
         texts.append((dataset, question, row.image, steps))
         indices.append(row.index)

@@ -8,6 +8,7 @@ has are left out. All wrong fields and images of a file go into one `UserError`,
 
 import difflib
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from reweighting.errors import LISTED_PROBLEMS, UserError
 from reweighting.row_stream import iterate_rows, shown
 
 IMAGE_THREADS = 4
+IMAGES_DECODED = 10_000  # of a file; of the others only the heads are looked at (`ProcessRewardModel.check`)
 ROWS_AT_A_TIME = 256  # read before their images are checked
 
 # A field's description is also what an error message shows after "allowed:".
@@ -182,17 +184,18 @@ def _checked_rows(
         if not remember:
             images.clear()
         new = (name for name in map(_image_path, raw_rows) if name and name not in images)
-        images |= _check_images(new, path.parent, image_root, decode)
+        images |= _check_images(new, path.parent, image_root, decode and len(images) < IMAGES_DECODED)
         for index, raw in enumerate(raw_rows, count):
-            row, row_problems = _check_fields(row_type, raw)
             image = images.get(_image_path(raw))
+            found = {"index": index} if image is None or isinstance(image, str) else {"index": index, "image": image}
+            row, row_problems = _check_fields(row_type, raw, found)
             if isinstance(image, str):
                 row_problems.setdefault("image_path", image)
             total += len(row_problems)
             problems += (f"{path}: row {index}: {field}: {text}" for field, text in row_problems.items())
             del problems[LISTED_PROBLEMS:]
             if not total:
-                yield row.model_copy(update={"image": image, "index": index})
+                yield row
         count += len(raw_rows)
     if total:
         head = f"{path}: {total} problem{'s' * (total > 1)} in {count} row{'s' * (count > 1)}"
@@ -200,8 +203,8 @@ def _checked_rows(
         raise UserError("\n".join([head, *problems, *cut]))
 
 
-def _check_fields(row_type: type[AnyRow], raw: Any) -> tuple[AnyRow | None, dict[str, str]]:
-    """The row, or None and what is wrong with it, by field."""
+def _check_fields(row_type: type[AnyRow], raw: Any, found: dict) -> tuple[AnyRow | None, dict[str, str]]:
+    """The row, or None and what is wrong with it, by field. found: the fields that are not from the file."""
     fields = _file_fields(row_type)
     if not isinstance(raw, dict):
         required = ", ".join(name for name, is_required in fields.items() if is_required)
@@ -210,7 +213,7 @@ def _check_fields(row_type: type[AnyRow], raw: Any) -> tuple[AnyRow | None, dict
     problems = {shown(key)[1:-1]: f"unknown field, did you mean {name}?" for key, name in misspelt.items()}
     row = None
     try:
-        row = row_type.model_validate({name: raw[name] for name in fields if name in raw})
+        row = row_type.model_validate({name: raw[name] for name in fields if name in raw} | found)
     except ValidationError as invalid:
         for error in invalid.errors(include_url=False):
             name, *inner = error["loc"]
@@ -285,15 +288,30 @@ def _locate(name: str, json_folder: Path, root: Path | None) -> Path | str:
     folders = [json_folder, Path.cwd()] if root is None else [root]
     try:
         for folder in folders:
-            file = Path(os.path.realpath(folder / name))
-            if root is not None and not file.is_relative_to(root):
+            file = _resolved(os.path.join(folder, name))
+            if root is not None and not Path(file).is_relative_to(root):
                 return f"which leads outside {root}"
             if os.path.isfile(file):
-                return file
+                return Path(file)
     except ValueError:  # a NUL character, or one that file names cannot hold
         return "which cannot be a path"
     where = "" if os.path.isabs(name) else " in " + " or ".join(map(str, folders))
     return f"which is no file{where}"
+
+
+def _resolved(path: str) -> str:
+    """As os.path.realpath, which asks for every folder on the way each time. Raises ValueError for what is no path."""
+    folder, name = os.path.split(path)
+    try:
+        plain = stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        plain = False
+    return os.path.join(_resolved_folder(folder), name) if plain else os.path.realpath(path)
+
+
+@lru_cache(maxsize=1024)
+def _resolved_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _decode(file: Path) -> str | None:

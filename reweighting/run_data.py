@@ -1,5 +1,6 @@
 """What a run reads: its JSON files, checked row by row, as chains."""
 
+import gc
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ class RunData:
 
 def read_run_data(args: Namespace) -> RunData:
     """Read the files that the flags name. Raises UserError, naming each wrong row, for what the user can mend."""
+    gc.disable()  # it would go through millions of rows again and again, and find nothing
+    try:
+        return _read(args)
+    finally:
+        gc.enable()
+
+
+def _read(args: Namespace) -> RunData:
     learns = learns_weights(args)
     rows = iterate_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
     train, domains = training_chains(rows, args.train_json_file)

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from reweighting import records
 from reweighting.errors import UserError
 from reweighting.records import (
     CandidateRow,
@@ -492,3 +493,19 @@ def test_any_change_of_valid_rows(scratch, mutated, root):
     path = scratch / "rows.json"
     path.write_text(json.dumps(rows))
     loads_or_user_error(kind, path, scratch if root else None)
+
+
+def test_beyond_so_many_images_only_heads_are_looked_at(tmp_path, monkeypatch):
+    """Decoding 200,000 photographs would take longer than many a run."""
+    monkeypatch.setattr(records, "IMAGES_DECODED", 2)
+    monkeypatch.setattr(records, "ROWS_AT_A_TIME", 2)
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
+    broken = (tmp_path / "whole.png").read_bytes()[:60]  # the head is there
+    rows = [training(dataset=f"d{n % 2}", image_path=f"{n}.png") for n in range(4)]
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(broken if n == 3 else (tmp_path / "whole.png").read_bytes())
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert len(load_training_rows(tmp_path / "train.json")) == 4
+    monkeypatch.setattr(records, "IMAGES_DECODED", 3)
+    with pytest.raises(UserError, match="row 3: image_path: .*cannot be decoded"):
+        load_training_rows(tmp_path / "train.json")
