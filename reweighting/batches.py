@@ -121,10 +121,11 @@ class ChainTokenizer:
         """
         try:
             placeholder = chain.image and self._placeholder(chain.image)
-            before, after = self._prompt(placeholder)
+            before, after, times = self._prompt(placeholder)
+            image = (times - 1) * before.count(self.family.image_token_id)
             # A token stands for a byte of text at least; a tokenizer may put one more before each piece.
             text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
-            if len(before) + len(after) + text > self.max_length:
+            if len(before) + image + len(after) + text > self.max_length:
                 self._tokens(chain, placeholder)
         except UserError as error:
             raise UserError(f"{chain.place}: {error}") from error
@@ -178,8 +179,9 @@ class ChainTokenizer:
         encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return encoding["input_ids"]
 
-    def _prompt(self, placeholder: tuple[str, int] | None) -> tuple[list[int], list[int]]:
-        """Tokens before and after the question, with this in the image's place (None: without an image)."""
+    def _prompt(self, placeholder: tuple[str, int] | None) -> tuple[list[int], list[int], int]:
+        """Tokens before and after the question, with this in the image's place (None: without an image), and how many
+        each image token among them stands for."""
         text, times = placeholder or ("", 1)
         if text not in self._prompts:
             # The template's own pieces and the placeholder are the only text in which special tokens count as such.
@@ -188,15 +190,15 @@ class ChainTokenizer:
             encode = self.tokenizer.encode
             before, after = (encode(piece, add_special_tokens=False, split_special_tokens=False) for piece in pieces)
             self._prompts[text] = before, after
-        before, after = self._prompts[text]
-        image = self.family.image_token_id
-        return [token for token in before for _ in range(times if token == image else 1)], after
+        return *self._prompts[text], times
 
     def _join(
         self, question: str, steps: Sequence[str], placeholder: tuple[str, int] | None
     ) -> tuple[Tensor, Tensor, Tensor, int]:
         """input_ids, is_image, step_ends and prompt_length of EncodedChain. Raises UserError if they are too many."""
-        before, after = self._prompt(placeholder)
+        before, after, times = self._prompt(placeholder)
+        image = self.family.image_token_id
+        before = [token for token in before for _ in range(times if token == image else 1)]
         # The newline goes before a step, so that a score is read at the last word of the step itself.
         pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
         question_ids, *steps_ids = self._tokenize([question, *pieces])
@@ -205,7 +207,6 @@ class ChainTokenizer:
         for step_ids in steps_ids:
             ids = ids + step_ids
             step_ends.append(len(ids) - 1)
-        image = self.family.image_token_id
         if len(ids) > self.max_length:
             raise UserError(
                 f"{len(ids)} tokens, but the model takes {self.max_length} ({before.count(image)} of them are the "
