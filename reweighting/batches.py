@@ -4,10 +4,8 @@ Each step is tokenised on its own: its tokens never depend on what follows, and 
 for each prefix. So chains of one question may also share the pass over their prompt, the image and the question.
 
 Notation:
-    B  chains in a batch             P  image patches before merging, all images of a batch together
-    S  steps of the longest chain    C  numbers in a patch (channels * frames * height * width)
-    T  tokens of the longest text    I  images in a batch (chains without an image have none)
-    Q  prompts in a batch, where chains share them
+    B  chains in a batch             T  tokens of the longest text
+    S  steps of the longest chain    Q  prompts in a batch, where chains share them
 """
 
 import math
@@ -22,32 +20,34 @@ from torch import Tensor
 
 from reweighting.chains import Chain
 from reweighting.errors import UserError
+from reweighting.families import family_of
 from reweighting.images import open_image, shrunk_size
 
-REMEMBERED_LENGTHS = 2**16  # of images: rows with one image mostly stand together
+REMEMBERED_SIZES = 2**16  # of images: rows with one image mostly stand together
 QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: they stand in no chat template
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A processed image: `values` [patches, C] float32 and `grid` [1, 3] (frames, rows, columns); or, once the model's
-    vision tower has seen it, `features` [image tokens, D] and no patches."""
+    """A processed image: the model's `inputs` for it; or, once the model's vision tower has seen it, its `features`
+    [image tokens, …] and those inputs that are wanted beside them. `placeholder`: what stands for it in the prompt, as
+    `Family.placeholder` says it."""
 
-    values: Tensor
-    grid: Tensor
+    placeholder: tuple[str, int]
+    inputs: dict[str, Tensor]
     features: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory that it takes."""
-        return self.values.nbytes + (0 if self.features is None else self.features.nbytes)
+        tensors = list(self.inputs.values()) if self.features is None else [*self.inputs.values(), self.features]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class EncodedChain:
-    """A chain as tokens: `input_ids` [T], `is_image` [T] (1 at image tokens, the model's
-    mm_token_type_ids), `step_ends` [S] (position of each step's last token), all int64; the first
-    `prompt_length` tokens are the prompt, the rest are the steps."""
+    """A chain as tokens: `input_ids` [T], `is_image` [T] (1 at image tokens), `step_ends` [S] (position of each step's
+    last token), all int64; the first `prompt_length` tokens are the prompt, the rest are the steps."""
 
     chain: Chain
     input_ids: Tensor
@@ -58,36 +58,32 @@ class EncodedChain:
 
 
 class ChainTokenizer:
-    """Chains -> tokens and pixels, for models that read images as a grid of patches (the Qwen-VL family).
+    """Chains -> tokens and pixels, as the backbone's family wants them.
 
     Args:
         tokenizer, image_processor: of the backbone, from AutoTokenizer and AutoImageProcessor.
-        config: the backbone's; gives the image token and the default of `max_length`.
+        config: the backbone's; gives the family and the default of `max_length`.
         max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
         cache_bytes: memory for processed images and tokens, for later epochs; the last image is always remembered.
 
-    see: what makes an image's features of its Pixels, where the vision tower never changes; they are then remembered
-    in place of the patches. None where the model sees the patches anew each time.
+    family: what differs between kinds of models. see: what makes an image's features of its Pixels, where the vision
+    tower never changes; they are then remembered in place of the pixels. None where the model sees them anew each time.
     """
 
     def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.family = family = family_of(config)(config, tokenizer, image_processor)
         self.max_length = max_length or config.get_text_config().max_position_embeddings
         self.max_image_side = max_image_side
-        self.image_token_id = getattr(config, "image_token_id", None)
-        self.merge = getattr(image_processor, "merge_size", None)
-        if self.image_token_id is None or self.merge is None:
-            raise UserError(f"a {config.model_type} model does not read images as Qwen2-VL does.")
-        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        if self.image_token_id in self._tokenize([self.image_token or ""])[0]:
-            raise UserError(f"this tokenizer cannot read {self.image_token!r} in a question as plain text.")
-        # The template's own pieces are the only text in which special tokens count as such.
+        if family.image_token is None or family.image_token_id in self._tokenize([family.image_token])[0]:
+            raise UserError(f"this tokenizer cannot read {family.image_token!r} in a question as plain text.")
         self.around_image, self.around_text = self._template(True), self._template(False)
-        self._cache: dict = {}  # image path -> Pixels; (question, steps, image tokens) -> token tensors
+        self._prompts: dict[str, tuple[list[int], list[int]]] = {}  # what stands for an image -> tokens around it
+        self._cache: dict = {}  # image path -> Pixels; (question, steps, placeholder) -> token tensors
         self._cache_bytes_left = cache_bytes
         self._last_image: dict[str, Pixels] = {}
-        self._image_lengths: dict[Path, int] = {}
+        self._placeholders: dict[Path, tuple[str, int]] = {}
         self.see: Callable[[Pixels], Tensor] | None = None
 
     def seeing(self, see: Callable[[Pixels], Tensor]) -> "ChainTokenizer":
@@ -100,7 +96,8 @@ class ChainTokenizer:
         """The image as the model wants it: its features where `see` makes them."""
         if self.see is None or pixels.features is not None:
             return pixels
-        return Pixels(pixels.values[:0].clone(), pixels.grid, self.see(pixels))
+        kept = {name: pixels.inputs[name] for name in self.family.kept_inputs}
+        return Pixels(pixels.placeholder, kept, self.see(pixels))
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
         """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
@@ -111,7 +108,7 @@ class ChainTokenizer:
         try:
             if pixels is None and chain.image is not None:
                 pixels = self.read_image(chain.image)
-            tokens = self._tokens(chain, 0 if pixels is None else int(pixels.grid.prod()) // self.merge**2)
+            tokens = self._tokens(chain, pixels and pixels.placeholder)
         except UserError as error:
             raise type(error)(f"{chain.place}: {error}") from error
         return EncodedChain(chain, *tokens, pixels)
@@ -123,32 +120,33 @@ class ChainTokenizer:
         rows can be checked before training.
         """
         try:
-            image_tokens = 0 if chain.image is None else self._image_tokens(chain.image)
-            before, after = self.around_image if image_tokens else self.around_text
+            placeholder = chain.image and self._placeholder(chain.image)
+            before, after, times = self._prompt(placeholder)
+            image = (times - 1) * before.count(self.family.image_token_id)
             # A token stands for a byte of text at least; a tokenizer may put one more before each piece.
             text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
-            if len(before) + image_tokens + len(after) + text > self.max_length:
-                self._tokens(chain, image_tokens)
+            if len(before) + image + len(after) + text > self.max_length:
+                self._tokens(chain, placeholder)
         except UserError as error:
             raise UserError(f"{chain.place}: {error}") from error
 
-    def _image_tokens(self, image: Path) -> int:
-        """How many tokens an image file takes, upright or lying on its side."""
-        if image not in self._image_lengths:
+    def _placeholder(self, image: Path) -> tuple[str, int]:
+        """What stands for an image file in the prompt, upright or lying on its side."""
+        if image not in self._placeholders:
             try:
                 with Image.open(image) as opened:
                     width, height = shrunk_size(opened.size, self.max_image_side)
-                patches = self.image_processor.get_number_of_image_patches(height, width)
+                placeholder = self.family.placeholder(height, width)
             except Exception as error:  # as in `open_image`
                 raise UserError(f"cannot use the image {image}: {error}") from error
-            if len(self._image_lengths) >= REMEMBERED_LENGTHS:
-                self._image_lengths.clear()
-            self._image_lengths[image] = patches // self.merge**2
-        return self._image_lengths[image]
+            if len(self._placeholders) >= REMEMBERED_SIZES:
+                self._placeholders.clear()
+            self._placeholders[image] = placeholder
+        return self._placeholders[image]
 
-    def _tokens(self, chain: Chain, image_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _tokens(self, chain: Chain, placeholder: tuple[str, int] | None) -> tuple[Tensor, Tensor, Tensor, int]:
         """What `_join` gives, remembered."""
-        key = (chain.question, chain.steps, image_tokens)
+        key = (chain.question, chain.steps, placeholder)
         tokens = self._cache.get(key)
         if tokens is None:
             tokens = self._join(*key)
@@ -161,10 +159,11 @@ class ChainTokenizer:
         if known := self._cache.get(key) or self._last_image.get(key):
             return known
         try:
-            processed = self.image_processor(images=[open_image(image, self.max_image_side)], return_tensors="pt")
+            opened = open_image(image, self.max_image_side)
+            pixels = Pixels(self.family.placeholder(opened.height, opened.width), self.family.process(opened))
         except ValueError as error:  # for one, an image 200 times as wide as it is high
             raise UserError(f"cannot use the image {image}: {error}") from error
-        pixels = self.seen(Pixels(processed["pixel_values"].float(), processed["image_grid_thw"].long()))
+        pixels = self.seen(pixels)
         if key is not None:
             self._remember(key, pixels, pixels.nbytes)
             self._last_image = {key: pixels}
@@ -180,12 +179,26 @@ class ChainTokenizer:
         encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return encoding["input_ids"]
 
-    def _join(self, question: str, steps: Sequence[str], image_tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _prompt(self, placeholder: tuple[str, int] | None) -> tuple[list[int], list[int], int]:
+        """Tokens before and after the question, with this in the image's place (None: without an image), and how many
+        each image token among them stands for."""
+        text, times = placeholder or ("", 1)
+        if text not in self._prompts:
+            # The template's own pieces and the placeholder are the only text in which special tokens count as such.
+            pieces = self.around_text if placeholder is None else self.around_image
+            pieces = [piece.replace(self.family.template_token, text) for piece in pieces]
+            encode = self.tokenizer.encode
+            before, after = (encode(piece, add_special_tokens=False, split_special_tokens=False) for piece in pieces)
+            self._prompts[text] = before, after
+        return *self._prompts[text], times
+
+    def _join(
+        self, question: str, steps: Sequence[str], placeholder: tuple[str, int] | None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         """input_ids, is_image, step_ends and prompt_length of EncodedChain. Raises UserError if they are too many."""
-        before, after = self.around_image if image_tokens else self.around_text
-        if image_tokens:
-            at = before.index(self.image_token_id)
-            before = before[:at] + [self.image_token_id] * image_tokens + before[at + 1 :]
+        before, after, times = self._prompt(placeholder)
+        image = self.family.image_token_id
+        before = [token for token in before for _ in range(times if token == image else 1)]
         # The newline goes before a step, so that a score is read at the last word of the step itself.
         pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
         question_ids, *steps_ids = self._tokenize([question, *pieces])
@@ -196,11 +209,11 @@ class ChainTokenizer:
             step_ends.append(len(ids) - 1)
         if len(ids) > self.max_length:
             raise UserError(
-                f"{len(ids)} tokens, but the model takes {self.max_length} ({image_tokens} of them are the "
+                f"{len(ids)} tokens, but the model takes {self.max_length} ({before.count(image)} of them are the "
                 "image's: a smaller max_image_side saves some). Shorten the text or leave the row out."
             )
         input_ids = torch.tensor(ids)
-        return input_ids, (input_ids == self.image_token_id).long(), torch.tensor(step_ends), prompt_length
+        return input_ids, (input_ids == image).long(), torch.tensor(step_ends), prompt_length
 
     def _remember(self, key, value, size: int) -> None:
         # When full, keep what is there: epochs visit everything once, so throwing out the oldest would
@@ -209,39 +222,37 @@ class ChainTokenizer:
             self._cache_bytes_left -= size
             self._cache[key] = value
 
-    def _template(self, with_image: bool) -> tuple[list[int], list[int]]:
-        """Tokens before and after the question, from the chat template or, without one, a plain form."""
-        image = f"<|vision_start|>{self.image_token}<|vision_end|>" if with_image else ""
+    def _template(self, with_image: bool) -> tuple[str, str]:
+        """The prompt before and after the question, from the chat template or, without one, in a plain form."""
+        token = self.family.template_token
+        image = (self.family.plain_image or token) if with_image else ""
         text = f"User: {image}{QUESTION_SLOT}\nAssistant: "
         if self.tokenizer.chat_template:
             content = [{"type": "image"}] if with_image else []
             message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
             text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-        before, *after = text.split(QUESTION_SLOT)
-        encode = self.tokenizer.encode
-        ids = [encode(t, add_special_tokens=False, split_special_tokens=False) for t in (before, *after)]
-        if len(ids) != 2 or ids[0].count(self.image_token_id) != with_image:
+        pieces = text.split(QUESTION_SLOT)
+        if len(pieces) != 2 or pieces[0].count(token) != with_image:
             raise UserError(
                 "the tokenizer's chat template must place the image, then the question, once each; "
                 f"it gave {text.replace(QUESTION_SLOT, '{question}')!r}"
             )
-        return ids[0], ids[1]
+        return pieces[0], pieces[1]
 
 
 @dataclass(frozen=True)
 class Tokens:
     """What the backbone reads in one pass, padded on the right.
 
-    input_ids, attention_mask, mm_token_type_ids: [B, T] int64.
-    pixel_values [P, C] float32 and image_grid_thw [I, 3] int64, or None where there is no image.
-    image_features: one [image tokens, D] for each image, in place of pixel_values, where they are known; else None.
+    input_ids, attention_mask, is_image (1 at image tokens): [B, T] int64.
+    images: the model's inputs for all images, one image after the other; empty where there is none.
+    image_features: one [image tokens, …] for each image, in place of its pixels, where they are known; else None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    mm_token_type_ids: Tensor
-    pixel_values: Tensor | None = None
-    image_grid_thw: Tensor | None = None
+    is_image: Tensor
+    images: dict[str, Tensor]
     image_features: tuple[Tensor, ...] | None = None
 
     @classmethod
@@ -251,27 +262,23 @@ class Tokens:
         # Padding repeats each text's last token: masked anyway, and never by accident the image token.
         positions = torch.arange(int(lengths.max()))
         padded = [text[positions.clamp(max=len(text) - 1)] for text in texts]
+        names = images[0].inputs if images else ()
         known = bool(images) and images[0].features is not None  # of one tokenizer all are, or none is
         return cls(
             input_ids=torch.stack(padded),
             attention_mask=(positions < lengths[:, None]).long(),
-            mm_token_type_ids=_pad(is_image),
-            pixel_values=torch.cat([image.values for image in images]) if images and not known else None,
-            image_grid_thw=torch.cat([image.grid for image in images]) if images else None,
+            is_image=_pad(is_image),
+            images={name: torch.cat([image.inputs[name] for image in images]) for name in names},
             image_features=tuple(image.features for image in images) if known else None,
         )
 
     def to(self, device) -> "Tokens":
         """The same on `device`."""
         moved = _moved(self, device)
+        moved["images"] = {name: x.to(device, non_blocking=True) for name, x in self.images.items()}
         if self.image_features is not None:
             moved["image_features"] = tuple(f.to(device, non_blocking=True) for f in self.image_features)
         return replace(self, **moved)
-
-    def model_inputs(self) -> dict[str, Tensor]:
-        """The backbone's keyword arguments."""
-        names = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import ProcessorMixin
 
 from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.batches import Batch, ChainTokenizer, EncodedChain, Pixels, Tokens, collate
 from reweighting.chains import Chain, split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
+from reweighting.families import family_of, parameters_of
 
-# Linear layers of the language model's attention and MLP; the vision tower's names must not match.
-LORA_TARGETS = r"(.*\.)?language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 CONFIG_FILE = "prm_config.json"
 HEAD_FILE = "score_head.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's name
@@ -43,7 +42,7 @@ class PRMConfig:
     aggregation:    how `rank` turns step logits into one number, a name of `aggregation.AGGREGATIONS`.
     lora_rank:      0: every parameter of the backbone is trained (and saved).
     lora_alpha:     LoRA's scale is lora_alpha / lora_rank.
-    freeze_vision:  the vision tower and its merger are not trained.
+    freeze_vision:  the vision tower and its projector are not trained.
     dtype:          of a frozen base; what is trained is always float32.
     max_length:     tokens of the longest chain; None: what the backbone takes.
     max_image_side: larger images are shrunk to this many pixels; None: never.
@@ -113,7 +112,8 @@ class ProcessRewardModel(nn.Module):
             )
         backbone = _load_backbone(config.backbone, dtype, attn_implementation)
         if lora_rank:
-            lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
+            targets = family_of(backbone.config).lora_targets
+            lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
             backbone = get_peft_model(backbone, lora)  # freezes the base; the adapter is float32
         return cls._assemble(backbone, config.backbone, config, gradient_checkpointing, cache_bytes=2**30).train()
 
@@ -158,18 +158,19 @@ class ProcessRewardModel(nn.Module):
     def _assemble(cls, backbone: nn.Module, processor: str, config: PRMConfig, checkpointing: bool, cache_bytes: int):
         """Both constructors' second half. `processor`: where tokenizer and image processor are."""
         chain_tokenizer = ChainTokenizer(
-            _load(AutoTokenizer, processor),
+            _load_tokenizer(processor),
             _load(AutoImageProcessor, processor),
             backbone.config,
             max_length=config.max_length,
             max_image_side=config.max_image_side,
             cache_bytes=cache_bytes,
         )
+        model = cls(backbone, chain_tokenizer, config)
         if config.freeze_vision:
             base = backbone.get_base_model() if config.lora_rank else backbone
-            base.visual.requires_grad_(False)
-        model = cls(backbone, chain_tokenizer, config)
-        if config.freeze_vision and model.features_suffice:
+            family = chain_tokenizer.family
+            for parameter in parameters_of(base, family.vision_modules + family.projector_modules):
+                parameter.requires_grad_(False)
             chain_tokenizer.see = model.see
         model.gradient_checkpointing = checkpointing
         if checkpointing:
@@ -189,18 +190,13 @@ class ProcessRewardModel(nn.Module):
         save_file(head, folder / HEAD_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
 
-    @property
-    def features_suffice(self) -> bool:
-        """Whether the language model wants no more of the vision tower than its last layer (Qwen3-VL's does)."""
-        return not hasattr(self.backbone.config.vision_config, "deepstack_visual_indexes")
-
     def see(self, pixels: Pixels) -> Tensor:
-        """What the vision tower makes of one image: features [image tokens, D] on the CPU, without gradients."""
+        """What the vision tower makes of one image: features [image tokens, …] on the CPU, without gradients."""
         device = self.score_head.weight.device
+        inputs = {name: tensor.to(device) for name, tensor in pixels.inputs.items()}
         # Tensors of inference mode could not be trained on later.
         with torch.inference_mode(False), torch.no_grad():
-            found = self.backbone.get_image_features(pixels.values.to(device), pixels.grid.to(device), return_dict=True)
-        return found.pooler_output[0].cpu()
+            return self.chain_tokenizer.family.see(self.backbone, inputs).cpu()
 
     def forward(self, batch: Batch) -> Tensor:
         """Step logits z [B, S], float32; 0 where there is no step. The backbone runs under the caller's
@@ -218,10 +214,8 @@ class ProcessRewardModel(nn.Module):
 
     def _read(self, tokens: Tokens, **options) -> Tensor:
         """Hidden states [B, T, D] of one pass of the backbone."""
-        inputs = tokens.model_inputs() | options
-        if tokens.image_features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tokens.image_features)}
-        return self.backbone(**inputs).last_hidden_state
+        inputs = self.chain_tokenizer.family.model_inputs(tokens)
+        return self.backbone(**inputs, **options).last_hidden_state
 
     def _read_after_prompts(self, batch: Batch) -> Tensor:
         """The same of what follows the prompts, each of which is read once. Gradients flow through both passes."""
@@ -239,21 +233,20 @@ class ProcessRewardModel(nn.Module):
         return self._read(tokens, position_ids=after, past_key_values=cache, use_cache=True)
 
     def _positions(self, prompts: Tokens) -> tuple[Tensor, Tensor]:
-        """The rotary positions of prompts, [3, Q, T], and those of the tokens that follow, [Q]."""
+        """The rotary positions of prompts, [Q, T] or one more axis before, and those of the tokens that follow, [Q]."""
+        family, mask = self.chain_tokenizer.family, prompts.attention_mask
         base = self.backbone.get_base_model() if self.config.lora_rank else self.backbone
-        mask = prompts.attention_mask
-        if prompts.image_grid_thw is None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)
-        else:
-            positions, _ = base.get_rope_index(
-                prompts.input_ids, prompts.mm_token_type_ids, prompts.image_grid_thw, attention_mask=mask
-            )
-        return positions, positions.amax(0).masked_fill(mask == 0, 0).amax(1) + 1
+        positions = family.position_ids(base, family.model_inputs(prompts))
+        if positions is None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return positions, positions.masked_fill(mask == 0, 0).amax(-1).view(-1, len(mask)).amax(0) + 1
 
     @property
     def shares_prompts(self) -> bool:
         """Whether chains of one question can go on from one pass over their prompt."""
-        return not (self.training and self.gradient_checkpointing)  # which throws away what the steps would go on from
+        if self.training and self.gradient_checkpointing:  # it throws away what the steps would go on from
+            return False
+        return self.chain_tokenizer.family.shares_prompts
 
     def collate(self, encoded: Sequence[EncodedChain]) -> Batch:
         """Encoded chains as one batch of the kind that is fastest for this model, on its device."""
@@ -287,7 +280,7 @@ class ProcessRewardModel(nn.Module):
         images. Raises UserError as `ChainTokenizer.encode` does, and if a score is no number.
         """
         tokenizer = self.chain_tokenizer
-        if tokenizer.see is None and self.features_suffice:
+        if tokenizer.see is None:
             tokenizer = tokenizer.seeing(self.see)
         pixels = pixels and tokenizer.seen(pixels)
         steps = max((len(chain.steps) for chain in chains), default=0)
@@ -379,10 +372,18 @@ def _load_backbone(name: str, dtype: torch.dtype, attn_implementation: str) -> n
     return backbone
 
 
-def _load(auto_class, name: str, **options):
+def _load_tokenizer(name: str):
+    """The tokenizer, with the chat template of the checkpoint's processor if that has its own: it knows images."""
+    tokenizer = _load(AutoTokenizer, name)
+    processor, _ = _load(ProcessorMixin, name, method="get_processor_dict")
+    tokenizer.chat_template = processor.get("chat_template") or tokenizer.chat_template
+    return tokenizer
+
+
+def _load(auto_class, name: str, method: str = "from_pretrained", **options):
     """auto_class.from_pretrained, its many kinds of error in one line that says what to do."""
     try:
-        return auto_class.from_pretrained(name, **options)
+        return getattr(auto_class, method)(name, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if Path(name).is_dir():
             problem = f"the folder {name} cannot be loaded by transformers' {auto_class.__name__}"

@@ -339,10 +339,11 @@ def test_collate_pads_on_the_right_and_masks():
         n = len(item.input_ids)
         assert torch.equal(tokens.input_ids[row, :n], item.input_ids)
         assert tokens.attention_mask[row].tolist() == [1] * n + [0] * (tokens.input_ids.shape[1] - n)
-        assert not (tokens.input_ids[row, n:] == tokenizer.image_token_id).any()
-        assert not tokens.mm_token_type_ids[row, n:].any()
-    assert tokens.mm_token_type_ids.sum(1).tolist() == [0, 4]
-    assert tokens.image_grid_thw.tolist() == [[1, 4, 4]] and tokens.pixel_values.shape == (16, 1176)
+        assert not (tokens.input_ids[row, n:] == tokenizer.family.image_token_id).any()
+        assert not tokens.is_image[row, n:].any()
+    assert tokens.is_image.sum(1).tolist() == [0, 4]
+    assert tokens.images["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert tokens.images["pixel_values"].shape == (16, 1176)
     assert batch.step_mask.tolist() == [[True, True, True], [True, False, False]]
     assert batch.step_ends.tolist() == [encoded[0].step_ends.tolist(), [encoded[1].step_ends[0].item(), 0, 0]]
     assert torch.equal(batch.targets, torch.tensor([[0.2, 0.0, 0.0], [0.0, 0.0, 0.0]]))
@@ -350,7 +351,7 @@ def test_collate_pads_on_the_right_and_masks():
     assert batch.labels.isnan().tolist() == [True, False] and batch.labels[1] == 1.0
     assert batch.labelled == int(batch.target_mask.sum())
     text_only = collate(encoded[:1]).tokens
-    assert text_only.pixel_values is None and "pixel_values" not in text_only.model_inputs()
+    assert text_only.images == {} and "pixel_values" not in tokenizer.family.model_inputs(text_only)
 
 
 def test_collate_puts_prompts_aside_where_chains_share_them(tmp_path):
@@ -360,8 +361,8 @@ def test_collate_puts_prompts_aside_where_chains_share_them(tmp_path):
     order = [0, 1, 0, 2, 1, 0]
     encoded = [tokenizer.encode(Chain(asked[k][0], ("a", "bb" * n), asked[k][1])) for n, k in enumerate(order, 1)]
     batch = collate(encoded, share_prompts=True)
-    assert batch.prompt_of.tolist() == order and batch.prompts.image_grid_thw.tolist() == [[1, 4, 4]]
-    assert batch.tokens.pixel_values is None
+    assert batch.prompt_of.tolist() == order and batch.prompts.images["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert batch.tokens.images == {}
     for row, item in enumerate(encoded):
         parts = ((batch.prompts, order[row]), (batch.tokens, row))
         ids = [tokens.input_ids[at][tokens.attention_mask[at].bool()] for tokens, at in parts]
