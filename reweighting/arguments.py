@@ -9,7 +9,7 @@ A recipe is a JSON or YAML file of the same names; flags that are given on the c
 import json
 from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from reweighting.aggregation import AGGREGATIONS
 from reweighting.errors import UserError
+from reweighting.prm_config import SCORE_HEADS, WAYS, check_settings, with_defaults
 
 EMBEDDED_BACKBONE = Path(__file__).resolve().parent.parent / "backbone"
 
@@ -45,8 +46,30 @@ class ModelArguments:
     reward_model: str = HfArg(
         default=str(EMBEDDED_BACKBONE), help="backbone: a folder, or a name on the Hugging Face hub"
     )
-    lora_rank: int = HfArg(default=0, help="rank of LoRA adapters on the language model; 0 trains every weight")
+    train: str | None = HfArg(
+        default=None,
+        help="what is trained beside the score head: backbone, lora or dora (adapters on the language model), or head: "
+        "nothing (default: backbone; lora with --lora_rank)",
+    )
+    lora_rank: int = HfArg(default=0, help="rank of the adapters of --train lora and dora; 0 there means 16")
     freeze_vision: bool = HfArg(default=True, help="do not train the vision tower; --no_freeze_vision trains it")
+    freeze_projector: bool | None = HfArg(
+        default=None,
+        help="do not train the projector from vision tower to language model; --no_freeze_projector trains it "
+        "(default: as the tower)",
+        metadata={"nargs": "?", "const": True},
+    )
+    base_4bit: bool = HfArg(
+        default=False, help="the frozen language model in 4 bits (bitsandbytes, CUDA), under --train lora, dora or head"
+    )
+    score_head: str = HfArg(
+        default="linear",
+        help="linear, token (logit of the right answer minus that of the wrong one, by the model's own output "
+        "embedding) or linear_from_token (linear, and starts there)",
+    )
+    right_token: str | None = HfArg(default=None, help="score_head: the answer for right, one token (default: +)")
+    wrong_token: str | None = HfArg(default=None, help="score_head: the answer for wrong, one token (default: -)")
+    attention: str = HfArg(default="sdpa", help="sdpa, flash_attention_2 (CUDA, bf16, package flash-attn) or eager")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third slower")
     max_image_side: int | None = HfArg(default=None, help="shrink larger images to this many pixels (published: 512)")
     max_length: int | None = HfArg(default=None, help="longest chain in tokens (default: what the backbone takes)")
@@ -128,6 +151,9 @@ class RunArguments:
 
 GROUPS = (DataArguments, ModelArguments, LowerArguments, UpperArguments, RunArguments)
 CHOICES = {
+    "train": (*WAYS, None),
+    "score_head": SCORE_HEADS,
+    "attention": ("sdpa", "flash_attention_2", "eager"),
     "optimizer": ("adamw", "sgd"),
     "scheduler": ("constant", "step", "cosine"),
     "aggregation_function": tuple(AGGREGATIONS),
@@ -151,6 +177,8 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
     """All flags as one namespace. Raises UserError for values that make no sense; argparse exits with 2 for others."""
     parser = HfArgumentParser(GROUPS, prog="main.py", description=__doc__.split("\n")[0], allow_abbrev=False,
                               formatter_class=ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.add_argument("--no_freeze_projector", dest="freeze_projector", action="store_false", default=None,
+                        help="train the projector, beside adapters or a frozen tower too")  # fmt: skip
     parser.add_argument("--recipe", help="JSON or YAML file of flags; those on the command line win")
     first = HfArgumentParser((), add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
@@ -161,10 +189,15 @@ def parse_arguments(argv: Sequence[str]) -> Namespace:
             if action.dest in recipe:
                 action.required = False
         parser.set_defaults(**recipe)
-    args = parser.parse_args(argv)
+    args = Namespace(**with_defaults(vars(parser.parse_args(argv))))
     words = {word.split("=")[0] for word in argv}
     _check(args, {action.dest for action in parser._actions if words & set(action.option_strings)})
     return args
+
+
+def flag_defaults() -> dict:
+    """{flag: its default}, of those that have one."""
+    return {field.name: field.default for group in GROUPS for field in fields(group) if field.default is not MISSING}
 
 
 def learns_weights(args: Namespace) -> bool:
@@ -252,8 +285,9 @@ def _check(args: Namespace, given: set[str]) -> None:
         raise UserError("--dry_run starts at step 0: leave out --resume and --resume_from")
     if args.baseline and args.domain_weights is not None:
         raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
-    if args.lora_rank and not args.freeze_vision:
-        raise UserError("--no_freeze_vision does nothing with --lora_rank: adapters are on the language model only")
+    check_settings(args)
+    if args.train != "backbone" and not args.freeze_vision:
+        raise UserError(f"--no_freeze_vision does nothing with --train {args.train}: the vision tower stays as it is")
     if not learns_weights(args):
         for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient"):
             if name in given:  # a recipe's are for the runs that learn weights

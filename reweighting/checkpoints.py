@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reweighting.arguments import flag_defaults
 from reweighting.errors import UserError
 from reweighting.folders import write_folder_whole
+from reweighting.prm_config import with_defaults
 
 STATE_FILE, HISTORY_FILE, MANIFEST_FILE, MODEL_FOLDER = "state.pt", "history.jsonl", "manifest.json", "prm"
 
@@ -203,11 +205,12 @@ def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
 
     Files may have moved: what counts is the content of the training and meta data and of a local backbone.
     """
-    saved, step = state["settings"], state["step"]
+    # A flag that there was not yet had the effect of its default.
+    saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
     if settings["iteration_num"] < step:
         raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
     changes = []
-    for name in sorted(saved.keys() | settings.keys()):
+    for name in sorted(state["settings"].keys() | settings.keys()):
         before, now = saved.get(name), settings.get(name)
         if before != now and name not in FREE_SETTINGS:
             changes.append(f"the content of the {BY_CONTENT[name]} is not what it was" if name in BY_CONTENT

@@ -1,6 +1,7 @@
 """Where a model computes, and how exactly."""
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from reweighting.errors import UserError
 
@@ -28,3 +29,16 @@ def choose_precision(name: str | None, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which `bf16` computes in bfloat16 where that is safe, and `fp32` as it is."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_attention(name: str, device: torch.device, precision: str) -> None:
+    """Raise UserError, saying what is missing, if attention cannot be computed this way there."""
+    if name != "flash_attention_2":
+        return
+    missing = [] if device.type == "cuda" else [f"a CUDA GPU (the device is {device})"]
+    if precision != "bf16":
+        missing.append(f"--precision bf16 (it is {precision})")
+    if not is_flash_attn_2_available():
+        missing.append("the package flash-attn, 2.3.3 or newer (pip install flash-attn)")
+    if missing:
+        raise UserError(f"--attention {name} needs {' and '.join(missing)}; --attention sdpa does without")

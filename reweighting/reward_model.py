@@ -9,13 +9,13 @@ Notation:
     B  chains in a batch    S  steps of the longest chain    T  tokens    D  hidden size of the backbone
 """
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,41 +27,17 @@ from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.batches import Batch, ChainTokenizer, EncodedChain, Pixels, Tokens, collate
 from reweighting.chains import Chain, split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
-from reweighting.families import family_of, parameters_of
+from reweighting.prm_config import PRMConfig, check_settings, with_defaults
+from reweighting.score_head import random_head, start_from_tokens
+from reweighting.trained_parts import add_adapters, choose_trained, four_bit, load_projector, save_trained, saved_files
 
-CONFIG_FILE = "prm_config.json"
 HEAD_FILE = "score_head.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"  # peft's name
-
-
-@dataclass(frozen=True)
-class PRMConfig:
-    """What `prm_config.json` holds: how the model was built, beyond the backbone's own config.
-
-    backbone:       hub name or folder the training started from; with LoRA the base is loaded from there.
-    aggregation:    how `rank` turns step logits into one number, a name of `aggregation.AGGREGATIONS`.
-    lora_rank:      0: every parameter of the backbone is trained (and saved).
-    lora_alpha:     LoRA's scale is lora_alpha / lora_rank.
-    freeze_vision:  the vision tower and its projector are not trained.
-    dtype:          of a frozen base; what is trained is always float32.
-    max_length:     tokens of the longest chain; None: what the backbone takes.
-    max_image_side: larger images are shrunk to this many pixels; None: never.
-    """
-
-    backbone: str
-    aggregation: str = "mean_logit"
-    lora_rank: int = 0
-    lora_alpha: int = 32
-    freeze_vision: bool = False
-    dtype: str = "float32"
-    max_length: int | None = None
-    max_image_side: int | None = None
 
 
 class ProcessRewardModel(nn.Module):
     """Backbone, score head and the tokenizer that feeds them; `sigmoid(model(batch))` are the step scores.
 
-    Attributes: `backbone` (a transformers model without LM head, LoRA-wrapped if so configured),
+    Attributes: `backbone` (a transformers model without LM head, wrapped by peft where it has adapters),
     `score_head` (nn.Linear(D, 1), float32), `chain_tokenizer`, `config`.
     """
 
@@ -69,53 +45,42 @@ class ProcessRewardModel(nn.Module):
         super().__init__()
         self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
         self.gradient_checkpointing = False
-        self.score_head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
-        nn.init.normal_(self.score_head.weight, std=0.02)
-        nn.init.zeros_(self.score_head.bias)
+        self.score_head = random_head(backbone.config.get_text_config().hidden_size)
+        self.score_head.requires_grad_(config.score_head != "token")
 
     @classmethod
     def from_backbone(
         cls,
         name_or_path: str | Path,
         *,
-        aggregation: str = "mean_logit",
-        lora_rank: int = 0,
-        lora_alpha: int = 32,
-        freeze_vision: bool = False,
         dtype: torch.dtype = torch.float32,
-        max_length: int | None = None,
-        max_image_side: int | None = None,
+        device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
+        **settings,
     ) -> "ProcessRewardModel":
-        """A model with a fresh head on a pretrained backbone (hub name or folder). See PRMConfig.
+        """A model with a fresh head on a pretrained backbone (hub name or folder).
 
+        `settings`: those of PRMConfig; a `lora_rank` alone means LoRA. `dtype`: of a frozen base.
         `gradient_checkpointing` trades about a third more compute for memory. The head's start is drawn
         from torch's global generator. The model comes in training mode. Raises UserError if the backbone
-        cannot be loaded.
+        cannot be loaded, or settings contradict each other.
         """
         folder = Path(name_or_path)
-        config = PRMConfig(
-            backbone=str(folder.resolve() if folder.is_dir() else name_or_path),
-            aggregation=aggregation,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            freeze_vision=freeze_vision,
-            dtype=str(dtype).removeprefix("torch."),
-            max_length=max_length,
-            max_image_side=max_image_side,
-        )
-        if not lora_rank and dtype != torch.float32:
+        settings["backbone"] = str(folder.resolve() if folder.is_dir() else name_or_path)
+        config = PRMConfig(dtype=str(dtype).removeprefix("torch."), **with_defaults(settings))
+        check_settings(config)
+        if config.train == "backbone" and dtype != torch.float32:
             raise UserError(
                 f"a backbone that is trained as a whole must be float32, not {config.dtype}: at small "
-                "learning rates half-precision parameters stop moving. Use autocast, or lora_rank > 0."
+                "learning rates half-precision parameters stop moving. Use autocast, or train adapters."
             )
-        backbone = _load_backbone(config.backbone, dtype, attn_implementation)
-        if lora_rank:
-            targets = family_of(backbone.config).lora_targets
-            lora = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=targets)
-            backbone = get_peft_model(backbone, lora)  # freezes the base; the adapter is float32
-        return cls._assemble(backbone, config.backbone, config, gradient_checkpointing, cache_bytes=2**30).train()
+        base = _load_backbone(config.backbone, config, torch.device(device), attn_implementation)
+        backbone = add_adapters(base, config) if config.adapted else base
+        model = cls._assemble(backbone, config.backbone, config, gradient_checkpointing, cache_bytes=2**30)
+        if config.score_head != "linear":
+            start_from_tokens(model.score_head, config, base, model.chain_tokenizer.tokenizer)
+        return model.to(device).train()
 
     @classmethod
     def from_pretrained(
@@ -123,36 +88,34 @@ class ProcessRewardModel(nn.Module):
         folder: str | Path,
         *,
         backbone: str | Path | None = None,
+        device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
     ) -> "ProcessRewardModel":
         """The model that `save_pretrained` wrote: same scores to the bit, same parameters trainable.
 
-        It comes in eval mode. `backbone` says where a LoRA model's base is now, if it has moved. Weights are
-        read from safetensors files only. Raises UserError if something is missing.
+        It comes in eval mode. `backbone` says where the base of a model that was not trained as a whole is now, if
+        it has moved. Weights are read from safetensors files only. Raises UserError if something is missing.
         """
         folder = Path(folder)
-        config = _read_config(folder)
-        for name in (HEAD_FILE, ADAPTER_FILE if config.lora_rank else "config.json"):
+        config = PRMConfig.read(folder)
+        for name in (HEAD_FILE, *saved_files(config)):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: {name} is missing; the reward model was not saved completely.")
+        place = str(folder if config.train == "backbone" else backbone or config.backbone)
         try:
-            if config.lora_rank:
-                base = _load_backbone(
-                    str(backbone or config.backbone), getattr(torch, config.dtype), attn_implementation
-                )
-                loaded = PeftModel.from_pretrained(base, folder, is_trainable=True)
-            else:
-                loaded = _load_backbone(str(folder), torch.float32, attn_implementation)
+            base = _load_backbone(place, config, torch.device(device), attn_implementation)
+            loaded = PeftModel.from_pretrained(base, folder, is_trainable=True) if config.adapted else base
             # Whoever uses a model visits a row once: remembered images would only fill the memory.
             model = cls._assemble(loaded, str(folder), config, gradient_checkpointing, cache_bytes=0)
+            load_projector(base, config, folder)
             model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
         except UserError as error:
-            hint = " If a LoRA model's base has moved, name it (`backbone`)." if config.lora_rank else ""
+            hint = "" if Path(place).is_dir() else " If the model's base has moved, name it (`backbone`)."
             raise UserError(f"{folder}: {error}{hint}") from error
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: a file of the saved reward model is damaged: {error}") from error
-        return model.eval()
+        return model.to(device).eval()
 
     @classmethod
     def _assemble(cls, backbone: nn.Module, processor: str, config: PRMConfig, checkpointing: bool, cache_bytes: int):
@@ -166,11 +129,8 @@ class ProcessRewardModel(nn.Module):
             cache_bytes=cache_bytes,
         )
         model = cls(backbone, chain_tokenizer, config)
-        if config.freeze_vision:
-            base = backbone.get_base_model() if config.lora_rank else backbone
-            family = chain_tokenizer.family
-            for parameter in parameters_of(base, family.vision_modules + family.projector_modules):
-                parameter.requires_grad_(False)
+        choose_trained(model.base, config)
+        if not (config.trains_vision or config.trains_projector):  # else features would be those of an earlier step
             chain_tokenizer.see = model.see
         model.gradient_checkpointing = checkpointing
         if checkpointing:
@@ -179,16 +139,30 @@ class ProcessRewardModel(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face's layout: backbone (or LoRA adapter), processors, head, config."""
+        """Write the model in Hugging Face's layout: backbone (or adapters), processors, head, config."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Without the option peft asks the hub whether the vocabulary has grown, network or not.
-        options = {"save_embedding_layers": False} if self.config.lora_rank else {}
-        self.backbone.save_pretrained(folder, **options)
+        save_trained(self.backbone, self.config, folder)
         self.chain_tokenizer.save_pretrained(folder)
         head = {name: tensor.cpu() for name, tensor in self.score_head.state_dict().items()}
         save_file(head, folder / HEAD_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        self.config.save(folder)
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model itself, without the adapters around it."""
+        return self.backbone.get_base_model() if self.config.adapted else self.backbone
+
+    @contextmanager
+    def attention(self, implementation: str) -> Iterator[None]:
+        """Compute attention this way meanwhile (a value of --attention): forward-mode and second derivatives go
+        through "eager", and not through fused kernels."""
+        before = self.base.config._attn_implementation
+        self.base.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.base.set_attn_implementation(before)
 
     def see(self, pixels: Pixels) -> Tensor:
         """What the vision tower makes of one image: features [image tokens, …] on the CPU, without gradients."""
@@ -235,8 +209,7 @@ class ProcessRewardModel(nn.Module):
     def _positions(self, prompts: Tokens) -> tuple[Tensor, Tensor]:
         """The rotary positions of prompts, [Q, T] or one more axis before, and those of the tokens that follow, [Q]."""
         family, mask = self.chain_tokenizer.family, prompts.attention_mask
-        base = self.backbone.get_base_model() if self.config.lora_rank else self.backbone
-        positions = family.position_ids(base, family.model_inputs(prompts))
+        positions = family.position_ids(self.base, family.model_inputs(prompts))
         if positions is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
         return positions, positions.masked_fill(mask == 0, 0).amax(-1).view(-1, len(mask)).amax(0) + 1
@@ -343,20 +316,11 @@ class ProcessRewardModel(nn.Module):
         return sorted(range(len(responses)), key=lambda i: -values[place[responses[i]]])
 
 
-def _read_config(folder: Path) -> PRMConfig:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(PRMConfig)}
-        return PRMConfig(**{key: value for key, value in values.items() if key in known})
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _load_backbone(name: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
-    _load(AutoConfig, name)  # first, since the weights' own errors say less
+def _load_backbone(name: str, config: PRMConfig, device: torch.device, attn_implementation: str) -> nn.Module:
+    found = _load(AutoConfig, name)  # first, since the weights' own errors say less
+    dtype, options = getattr(torch, config.dtype), {}
+    if config.base_4bit:
+        options = {"quantization_config": four_bit(found, dtype, device), "device_map": {"": device}}
     backbone, info = _load(
         AutoModel,
         name,
@@ -364,6 +328,7 @@ def _load_backbone(name: str, dtype: torch.dtype, attn_implementation: str) -> n
         attn_implementation=attn_implementation,
         use_safetensors=True,  # a pickle runs whatever code it holds
         output_loading_info=True,
+        **options,
     )
     # transformers only warns, and goes on with random weights.
     if info["missing_keys"]:

@@ -18,7 +18,7 @@ from reweighting.batches import Batch, by_length
 from reweighting.candidates import best_of_n_accuracy, score_candidates
 from reweighting.chains import candidate_chains
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
-from reweighting.devices import autocast, choose_device, choose_precision
+from reweighting.devices import autocast, check_attention, choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
@@ -29,21 +29,24 @@ from reweighting.run_data import RunData
 from reweighting.sampling import ChainSampler, QuestionSampler, WindowSampler
 
 STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
+# Flags that are settings of the model too, see PRMConfig.
+MODEL_SETTINGS = ("train", "lora_rank", "freeze_vision", "freeze_projector", "base_4bit", "score_head", "right_token",
+                  "wrong_token", "max_length", "max_image_side")  # fmt: skip
 
 
 def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:
     """The reward model on its backbone; a frozen base takes the precision of the compute."""
-    frozen_base = torch.bfloat16 if args.lora_rank and precision == "bf16" else torch.float32
+    frozen_base = torch.bfloat16 if args.train != "backbone" and precision == "bf16" else torch.float32
+    check_attention(args.attention, device, precision)
     return ProcessRewardModel.from_backbone(
         args.reward_model,
-        aggregation=args.aggregation_function,
-        lora_rank=args.lora_rank,
-        freeze_vision=args.freeze_vision,
         dtype=frozen_base,
-        max_length=args.max_length,
-        max_image_side=args.max_image_side,
+        device=device,
         gradient_checkpointing=args.gradient_checkpointing,
-    ).to(device)
+        attn_implementation=args.attention,
+        aggregation=args.aggregation_function,
+        **{name: getattr(args, name) for name in MODEL_SETTINGS},
+    )
 
 
 def make_optimizer(args: Namespace, params: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

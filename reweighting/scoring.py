@@ -7,7 +7,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from reweighting.devices import autocast, choose_device, choose_precision
-from reweighting.reward_model import CONFIG_FILE, ProcessRewardModel
+from reweighting.prm_config import CONFIG_FILE
+from reweighting.reward_model import ProcessRewardModel
 
 
 class Scorer:
@@ -22,7 +23,7 @@ class Scorer:
         transformers_logging.disable_progress_bar()
         self.device = choose_device(args.device)
         self.precision = choose_precision(args.precision, self.device)
-        self.model = ProcessRewardModel.from_pretrained(model_folder(args.weights_path)).to(self.device)
+        self.model = ProcessRewardModel.from_pretrained(model_folder(args.weights_path), device=self.device)
         self.aggregation = getattr(args, "aggregation_function", None) or self.model.config.aggregation
 
     def autocast(self) -> torch.autocast:

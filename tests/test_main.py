@@ -107,6 +107,8 @@ def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
                                  "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
     assert published.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.precision == "bf16"
     assert published.weight_decay == 1e-3 and published.lr == 1e-6 and published.batch_size == 1
+    for path in (ROOT / "recipes").iterdir():
+        parse_arguments(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"train_json_file": "t", "baseline": True, "gradient_accumulation": 4}))
     args = parse_arguments(["--recipe", str(recipe)])
@@ -148,7 +150,17 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--scheduler", "linear"), "--scheduler: found linear, allowed: constant, step, cosine"),
         (("--iteration_num", "12"), "--iteration_num 12 is no multiple of --unroll_steps 5, .* use 10 or 15"),
         (("--iteration_num", "3"), "use 5"),
-        (("--lora_rank", "2", "--no_freeze_vision"), "--no_freeze_vision does nothing with --lora_rank"),
+        (("--lora_rank", "2", "--no_freeze_vision"), "--no_freeze_vision does nothing with --train lora"),
+        (("--train", "head", "--lora_rank", "2"), "--lora_rank does nothing with --train head"),
+        (("--train", "adapters"), "--train: found adapters, allowed: backbone, lora, dora, head"),
+        (("--train", "head", "--no_freeze_projector"), "leave out --no_freeze_projector"),
+        (("--train", "head", "--score_head", "token"), "nothing is trained"),
+        (("--right_token", "yes"), "--right_token does nothing with --score_head linear"),
+        (("--score_head", "token", "--right_token", "yes indeed"), "--right_token 'yes indeed': .* must be one token"),
+        (("--base_4bit",), "--base_4bit: 4-bit weights cannot be trained"),
+        (("--base_4bit", "--train", "lora", "--device", "cpu"), "--base_4bit needs a CUDA GPU .the device is cpu"),
+        (("--attention", "flash"), "--attention: found flash, allowed: sdpa, flash_attention_2, eager"),
+        (("--attention", "flash_attention_2", "--device", "cpu"), "CUDA GPU .* and --precision bf16 .* flash-attn"),
         (("--baseline", "--meta_lr", "9"), "--meta_lr does nothing with --baseline"),
         (("--seed", "9" * 30), "--seed"),
         (("--device", "meta"), "--device meta"),

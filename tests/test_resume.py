@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reweighting import signals
-from reweighting.checkpoints import best_checkpoint, checkpoints, load_checkpoint, read_manifest, remove_old
+from reweighting.checkpoints import (
+    best_checkpoint,
+    check_same_run,
+    checkpoints,
+    load_checkpoint,
+    read_manifest,
+    remove_old,
+)
 from reweighting.errors import UserError
 from reweighting.folders import clean_up, write_folder_whole, write_whole
 from reweighting.main import main
@@ -27,10 +34,11 @@ from tests.tiny import build
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A tiny backbone with dropout in its attention."""
+    """A tiny backbone with dropout in its attention, whose input embedding is its output embedding too."""
     folder = build(tmp_path_factory.mktemp("dropout"))
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["attention_dropout"] = 0.2
+    config["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -75,6 +83,21 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch,
     main(tiny(tmp_path / "whole", *more))
     cut_and_resume(monkeypatch, tiny(tmp_path / "cut", *more), cut)
     same_results(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--train", "dora", "--lora_rank", "2", "--score_head", "linear_from_token"),
+        ("--lora_rank", "2", "--no_freeze_projector", "--precision", "bf16"),
+        ("--train", "head", "--attention", "eager"),
+        ("--score_head", "token", "--right_token", "Step", "--no_freeze_vision", "--freeze_projector"),
+    ],
+    ids=["dora", "projector", "head", "token"],
+)
+def test_every_way_to_train_resumes(tiny, tmp_path, monkeypatch, more):
+    test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, more, cut=3)
+    assert len(set(weights(tmp_path / "cut").values())) > 1  # the meta gradient has reached what is trained
 
 
 def test_dropout_is_at_work(tiny, tmp_path, finished, backbone):
@@ -243,6 +266,16 @@ def test_what_may_change_when_a_run_resumes(demo, backbone, tiny, tmp_path, fini
     assert state["step"] == 20 and state["settings"]["lr"] == 0.01
     with pytest.raises(UserError, match="does not fit the settings"):
         main(tiny(folder, "--lora_rank", "2", "--iteration_num", "25", "--resume", "--allow_changed_settings"))
+
+
+def test_a_checkpoint_from_before_a_flag_was_there_had_its_default(finished):
+    state = load_checkpoint(checkpoints(finished / "checkpoints")[-1])
+    settings = dict(state["settings"])
+    for name in ("train", "score_head", "attention", "base_4bit"):
+        del state["settings"][name]
+    check_same_run(state, settings, False)
+    with pytest.raises(UserError, match="lora_rank was 0 and is 16 now; train was backbone and is dora now"):
+        check_same_run(state, settings | {"train": "dora", "lora_rank": 16}, False)
 
 
 def test_another_accumulation_is_taken_over_where_a_window_ends(tiny, tmp_path, finished):

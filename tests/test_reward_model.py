@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from reweighting.batches import collate
 from reweighting.chains import Chain
 from reweighting.errors import UserError
-from reweighting.reward_model import PRMConfig, ProcessRewardModel
+from reweighting.prm_config import PRMConfig
+from reweighting.reward_model import ProcessRewardModel
 from tests.tiny import build, tiny_backbone
 
 QUESTION = "How many red cells are there?"
