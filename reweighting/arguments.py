@@ -110,6 +110,10 @@ class LowerArguments:
 class UpperArguments:
     """Upper level: learning the domain weights."""
 
+    warmup_iterations: int = HfArg(
+        default=0,
+        help="optimizer steps of plain fine-tuning, all domains weighted 1, before it starts; part of --iteration_num",
+    )
     unroll_steps: int = HfArg(default=20, help="optimizer steps between two updates of the weights (a window)")
     meta_batch_size: int = HfArg(default=64, help="meta chains in an update (about: a question stays whole)")
     meta_lr: float = HfArg(default=0.2, help="learning rate of the raw weights (AdamW)")
@@ -123,7 +127,9 @@ class UpperArguments:
         "as they are",
     )
     hypergradient: str = HfArg(
-        default="window", help="window (exact but for terms of second order in lr), or Betty's own darts or sama"
+        default="auto",
+        help="window (keeps a gradient a micro-batch), jvp or finite_difference (keep none; see the README), auto "
+        "(window where that fits), or Betty's own darts or sama",
     )
 
 
@@ -157,14 +163,14 @@ CHOICES = {
     "optimizer": ("adamw", "sgd"),
     "scheduler": ("constant", "step", "cosine"),
     "aggregation_function": tuple(AGGREGATIONS),
-    "hypergradient": ("window", "darts", "sama"),
+    "hypergradient": ("auto", "window", "jvp", "finite_difference", "darts", "sama"),
     "precision": ("fp32", "bf16", None),
 }
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
             "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
             "max_length")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
-                "scheduler_gamma", "skip_nonfinite")  # fmt: skip
+                "scheduler_gamma", "skip_nonfinite", "warmup_iterations")  # fmt: skip
 # A flag that would do nothing is an error: flag -> (the flag it needs, the value that one must have).
 NEEDS = {
     "momentum": ("optimizer", "sgd"),
@@ -289,16 +295,24 @@ def _check(args: Namespace, given: set[str]) -> None:
     if args.train != "backbone" and not args.freeze_vision:
         raise UserError(f"--no_freeze_vision does nothing with --train {args.train}: the vision tower stays as it is")
     if not learns_weights(args):
-        for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient"):
+        for name in ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient",
+                     "warmup_iterations"):  # fmt: skip
             if name in given:  # a recipe's are for the runs that learn weights
                 raise UserError(f"--{name} does nothing with --baseline or --domain_weights: no weights are learned")
         return
-    if args.iteration_num % args.unroll_steps:
-        fewer = args.iteration_num // args.unroll_steps * args.unroll_steps
-        near = " or ".join(str(n) for n in (fewer, fewer + args.unroll_steps) if n)
+    for name, window in (("warmup_iterations", "first"), ("iteration_num", "last")):
+        steps = getattr(args, name)
+        if steps % args.unroll_steps:
+            fewer = steps // args.unroll_steps * args.unroll_steps
+            near = " or ".join(str(n) for n in (fewer, fewer + args.unroll_steps) if n)
+            raise UserError(
+                f"--{name} {steps} is no multiple of --unroll_steps {args.unroll_steps}, so the {window} "
+                f"window would be cut short: use {near}"
+            )
+    if args.warmup_iterations >= args.iteration_num:
         raise UserError(
-            f"--iteration_num {args.iteration_num} is no multiple of --unroll_steps {args.unroll_steps}, so the last "
-            f"window would be cut short: use {near}"
+            f"--warmup_iterations {args.warmup_iterations} leaves none of --iteration_num {args.iteration_num} to "
+            f"learn the weights in: use at most {args.iteration_num - args.unroll_steps}"
         )
     if args.center_meta_scores and args.meta_batch_size == 1:
         raise UserError("--meta_batch_size 1: a single answer has nothing to be compared with: use 2 or more, or "

@@ -194,6 +194,7 @@ def load_named(path: Path) -> tuple[Path, dict]:
 FREE_SETTINGS = (
     "weights_path", "device", "reward_model", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
     "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "skip_nonfinite",
+    "planned_hypergradient",  # where --hypergradient auto took it from: a resumed run takes it over
 )  # fmt: skip
 
 BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a setting that is a digest

@@ -8,22 +8,32 @@ from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 
 from reweighting.checkpoints import load_latest
+from reweighting.devices import choose_device
 from reweighting.errors import UserError
-from reweighting.run import build
+from reweighting.hypergradient import Window
+from reweighting.memory_estimate import table
+from reweighting.run import build, estimate_memory
 from reweighting.run_data import RunData
 
 
 def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> None:
-    """Train one window, save a checkpoint, read it again, and print speed, memory, disk and hours of the whole run.
+    """Print the memory that the run should take, train one window, save a checkpoint, read it again, and print speed,
+    memory, disk and hours of the whole run.
 
     Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
     and if what is read is not what was written.
     """
     steps = args.unroll_steps  # one window: every level steps
-    short = Namespace(**{**vars(args), "iteration_num": steps})
+    short = Namespace(**{**vars(args), "iteration_num": steps, "warmup_iterations": 0})
+    device = choose_device(args.device)
+    expected = estimate_memory(args, data, device, settings["precision"])
+    print(f"expected memory on {device}, with a micro-batch of the longest chain (no weight is loaded yet):")
+    print(table(expected))
+    before = psutil.Process().memory_info().rss
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         trial = Path(name)
         started = time.monotonic()
@@ -38,7 +48,7 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     # Inside a window a checkpoint holds its gradients too; this one was saved at its end.
     lower = engine.lower
-    if lower.window is not None:
+    if isinstance(lower.window, Window):
         size += 4 * steps * lower.gas * sum(parameter.numel() for parameter in lower.trainable_parameters())
     # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
     disk = size * (args.keep_checkpoints + 3)
@@ -48,7 +58,7 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
     print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
     print(f"  time    {hours:.2f} hours for {args.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip
-    print(f"  memory  {_peak_memory(engine.device)}")
+    print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
     print(f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in {folder}")
     if disk > free:
         print("warning: the disk is too small for that: lower --keep_checkpoints or use --lora_rank", file=sys.stderr)
@@ -65,12 +75,12 @@ def same(one, other) -> bool:
     return one == other
 
 
-def _peak_memory(device: torch.device) -> str:
-    """The most memory used so far, in words."""
+def _peak_memory(device: torch.device, before: int) -> str:
+    """The most memory used so far, in words. before: bytes of main memory that were in use without a model."""
     # Kilobytes on Linux, bytes on macOS.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     text = f"{resident / 1e9:.2f} GB of main memory"
     if device.type != "cuda":
-        return text
+        return f"{text}, {(resident - before) / 1e9:.2f} GB of it since the data were read"
     total = torch.cuda.get_device_properties(device).total_memory
-    return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} of {total / 1e9:.2f} GB of the GPU, {text}"
+    return f"{text}, and of {total / 1e9:.2f} GB of the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"

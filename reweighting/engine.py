@@ -135,7 +135,7 @@ class ReweightingEngine(Engine):
     def _prepare_step(self) -> None:
         """Draw the batches of the next step."""
         self._try_reading(lambda: self.lower.prepare(self.lower.gas))
-        if self.reweights and (self.global_step + 1) % self.lower.config.unroll_steps == 0:
+        if self.reweights and self.lower.ends_window(self.global_step + 1):
             self._try_reading(lambda: self.upper.prepare(1))
 
     def _try_reading(self, read: Callable[[], T]) -> T:
@@ -202,7 +202,7 @@ class ReweightingEngine(Engine):
         line = {"step": self.global_step, "train_loss": self.lower.mean_loss()}
         shown = {"train": _short(line["train_loss"])}
         weights = self.weights()
-        if self.reweights:
+        if self.reweights and not self.lower.warming_up:
             line["meta_loss"] = self.upper.mean_loss()
             if line["meta_loss"] is not None and self.validate is None:
                 self.meta_losses.append(line["meta_loss"])

@@ -92,7 +92,7 @@ def draw_losses(history: list[dict], path: Path) -> None:
     panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
     figure, *places = _figure(2.6 + 3.4 * len(panels), 3.3, len(panels))
     for axes, (name, title, colour) in zip(places, panels, strict=True):
-        known = [line for line in history if line[name] is not None]  # none where a step was left out
+        known = [line for line in history if line.get(name) is not None]  # none in warm-up, or for a step left out
         steps, values = [line["step"] for line in known], [line[name] for line in known]
         width = len(values) // 30
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)

@@ -14,11 +14,13 @@ hold one domain each, so that its backward pass yields that domain's gradient; s
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from betty.configs import Config
 from betty.problems import ImplicitProblem
 from torch import Tensor
+from torch.func import functional_call
 
 from reweighting.aggregation import aggregate
 from reweighting.batches import Batch
@@ -26,6 +28,9 @@ from reweighting.chains import Chain
 from reweighting.devices import autocast
 from reweighting.health import MicroBatch, NonFinite
 from reweighting.hypergradient import Window, flatten, unflatten
+from reweighting.replay import RADIUS, Replay, central_differences, forward_mode
+
+SLOPES = ("jvp", "finite_difference")  # ways of a `Replay`
 
 
 class OwnSystems(ImplicitProblem):
@@ -108,7 +113,9 @@ class PRMFineTuning(OwnSystems):
     """Lower level. A batch is (domain index, Batch of that domain's chains).
 
     learning_rate: optimizer step (from 0) -> its learning rate. clip: largest norm of a step's gradient, 0 for none.
-    fixed_weights: [K], where there is no upper level. A step whose loss or gradient is not finite is left out before
+    fixed_weights: [K], where there is no upper level. The config's `type` says where the hypergradient comes from:
+    `window`, a way of `SLOPES`, or Betty's `darts` and `sama`; its `warmup_steps`, at how many micro-steps the upper
+    level starts. A step whose loss or gradient is not finite is left out before
     it touches a parameter.
     """
 
@@ -117,7 +124,14 @@ class PRMFineTuning(OwnSystems):
     ):
         super().__init__("lower", *args)
         self.learning_rate, self.clip, self.fixed_weights = learning_rate, clip, fixed_weights
-        self.window = Window(self.optimizer) if fixed_weights is None and self.config.type == "window" else None
+        self.window: Window | Replay | None = None  # where it is not Betty's own hypergradient
+        if fixed_weights is None and self.config.type == "window":
+            self.window = Window(self.optimizer)
+        elif fixed_weights is None and self.config.type in SLOPES:
+            slopes = forward_mode
+            if self.config.type == "finite_difference":
+                slopes = partial(central_differences, radius=RADIUS["bf16" if self.precision == "bf16" else "fp32"])
+            self.window = Replay(self.optimizer, self.named_trainables(), self.loss_at, self.draw, slopes)
         self.gradient: Tensor | None = None  # of the step so far, [P]
         self.total: Tensor | None = None  # where it is added up
         self.micro_batches: list[MicroBatch] = []  # of the step so far
@@ -125,9 +139,17 @@ class PRMFineTuning(OwnSystems):
 
     def domain_loss(self, batch: Batch) -> Tensor:
         """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2: a scalar."""
-        scores = self.module(batch).sigmoid()  # [B, S]
-        errors = (scores - batch.targets).square()
-        return errors[batch.target_mask].mean()
+        return squared_error(self.module(batch), batch)
+
+    def loss_at(self, params: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The domain's loss with other values of the trained parameters and without dropout."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with autocast(torch.device(self.device), self.precision):
+                return squared_error(functional_call(self.module, params, (batch,)), batch)
+        finally:
+            self.module.train(was_training)
 
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
         """w_k times the domain's loss."""
@@ -138,11 +160,28 @@ class PRMFineTuning(OwnSystems):
 
     def domain_weights(self) -> Tensor:
         """The weights w [K] that hold now."""
-        return self.upper.module() if self.fixed_weights is None else self.fixed_weights
+        if self.fixed_weights is not None:
+            return self.fixed_weights
+        weights = self.upper.module()
+        return torch.ones_like(weights) if self.warming_up else weights
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the upper level has not begun: the newest micro-step is one of Betty's `warmup_steps`."""
+        return 0 < self.warmup_steps and self._count <= self.warmup_steps
+
+    @property
+    def open_window(self) -> Window | Replay | None:
+        """The window that keeps the steps of now, if one does."""
+        return None if self.warming_up else self.window
+
+    def ends_window(self, step: int) -> bool:
+        """Whether the upper level steps after this optimizer step (from 1): Betty's rule, told beforehand."""
+        return step % self.config.unroll_steps == 0 and step * self.gas > self.warmup_steps
 
     def backward(self, loss: Tensor, params, paths, **options) -> None:
         """Add this micro-batch's share to the step's gradient, and keep it in the window."""
-        storage = None if self.window is None else self.window.storage()
+        storage = self.open_window.storage() if isinstance(self.open_window, Window) else None
         share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True), storage)
         domain, chains = self.cur_batch
         self.rows_seen += chains.labelled
@@ -153,8 +192,10 @@ class PRMFineTuning(OwnSystems):
             self.gradient = share
         else:
             self.total = self.gradient = torch.add(self.gradient, share, out=self.total)
-        if self.window is not None:
-            self.window.add_micro_batch(domain, share)
+        if isinstance(self.open_window, Window):
+            self.open_window.add_micro_batch(domain, share)
+        elif self.open_window is not None:
+            self.open_window.add_micro_batch(self._count - 1, domain, chains)
 
     def state_dict(self) -> dict:
         """As every problem's, the rows seen and the window so far."""
@@ -166,8 +207,8 @@ class PRMFineTuning(OwnSystems):
         super().load_state_dict(state)
         self._count = state["count"] // state["micro_steps"] * self.gas
         self.rows_seen = state["rows_seen"]
-        if self.window is not None:
-            self.window.load(state["window"], self.device)
+        if self.open_window is not None:
+            self.open_window.load(state["window"], self.device)
 
     def optimizer_step(self) -> None:
         """Clip, step the optimizer, and close the step in the window; or leave the step out if it is not finite."""
@@ -176,8 +217,8 @@ class PRMFineTuning(OwnSystems):
         if not torch.stack([one.finite for one in micro_batches]).all():
             self.set_gradients(params, grad)
             self.nonfinite = NonFinite.found("lower", micro_batches, self.named_gradients())
-            if self.window is not None:
-                self.window.drop_step()
+            if self.open_window is not None:
+                self.open_window.drop_step()
             return
         if self.clip:
             norm = grad.norm().item()
@@ -189,8 +230,8 @@ class PRMFineTuning(OwnSystems):
         if self.config.type == "sama":  # Betty's sama looks for the last gradient here
             for param in params:
                 self.optimizer.state[param]["last_grad"] = param.grad.clone()
-        if self.window is not None:
-            self.window.close_step(factor, lr)
+        if self.open_window is not None:
+            self.open_window.close_step(factor, lr)
 
     @staticmethod
     def set_gradients(params: list[torch.nn.Parameter], gradient: Tensor) -> None:
@@ -243,6 +284,12 @@ class DomainReweighting(OwnSystems):
             micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
             self.nonfinite = NonFinite.found("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
+
+
+def squared_error(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2, from the step logits z [B, S]: a scalar."""
+    errors = (logits.sigmoid() - batch.targets).square()
+    return errors[batch.target_mask].mean()
 
 
 def _chains(batches: list[Batch]) -> list[Chain]:

@@ -10,7 +10,7 @@ Notation:
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +27,12 @@ from reweighting.aggregation import AGGREGATIONS, aggregate
 from reweighting.batches import Batch, ChainTokenizer, EncodedChain, Pixels, Tokens, collate
 from reweighting.chains import Chain, split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
+from reweighting.live_memory import on_shapes
 from reweighting.prm_config import PRMConfig, check_settings, with_defaults
 from reweighting.score_head import random_head, start_from_tokens
 from reweighting.trained_parts import add_adapters, choose_trained, four_bit, load_projector, save_trained, saved_files
 
+CACHE_BYTES = 2**30  # of main memory for the images and tokens of a training run
 HEAD_FILE = "score_head.safetensors"
 
 
@@ -63,8 +65,9 @@ class ProcessRewardModel(nn.Module):
 
         `settings`: those of PRMConfig; a `lora_rank` alone means LoRA. `dtype`: of a frozen base.
         `gradient_checkpointing` trades about a third more compute for memory. The head's start is drawn
-        from torch's global generator. The model comes in training mode. Raises UserError if the backbone
-        cannot be loaded, or settings contradict each other.
+        from torch's global generator. The model comes in training mode. With `device` meta no weight is read, and
+        its tensors have no memory (see `live_memory.py`). Raises UserError if the backbone cannot be loaded, or
+        settings contradict each other.
         """
         folder = Path(name_or_path)
         settings["backbone"] = str(folder.resolve() if folder.is_dir() else name_or_path)
@@ -75,9 +78,13 @@ class ProcessRewardModel(nn.Module):
                 f"a backbone that is trained as a whole must be float32, not {config.dtype}: at small "
                 "learning rates half-precision parameters stop moving. Use autocast, or train adapters."
             )
-        base = _load_backbone(config.backbone, config, torch.device(device), attn_implementation)
-        backbone = add_adapters(base, config) if config.adapted else base
-        model = cls._assemble(backbone, config.backbone, config, gradient_checkpointing, cache_bytes=2**30)
+        device = torch.device(device)
+        with device if device.type == "meta" else nullcontext():
+            base = _load_backbone(config.backbone, config, device, attn_implementation)
+            backbone = add_adapters(base, config) if config.adapted else base
+            model = cls._assemble(backbone, config.backbone, config, gradient_checkpointing, CACHE_BYTES)
+        if device.type == "meta":
+            return on_shapes(model).train()
         if config.score_head != "linear":
             start_from_tokens(model.score_head, config, base, model.chain_tokenizer.tokenizer)
         return model.to(device).train()
@@ -319,6 +326,8 @@ class ProcessRewardModel(nn.Module):
 def _load_backbone(name: str, config: PRMConfig, device: torch.device, attn_implementation: str) -> nn.Module:
     found = _load(AutoConfig, name)  # first, since the weights' own errors say less
     dtype, options = getattr(torch, config.dtype), {}
+    if device.type == "meta":
+        return AutoModel.from_config(found, dtype=dtype, attn_implementation=attn_implementation)
     if config.base_4bit:
         options = {"quantization_config": four_bit(found, dtype, device), "device_map": {"": device}}
     backbone, info = _load(

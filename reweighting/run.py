@@ -18,11 +18,13 @@ from reweighting.batches import Batch, by_length
 from reweighting.candidates import best_of_n_accuracy, score_candidates
 from reweighting.chains import candidate_chains
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
-from reweighting.devices import autocast, check_attention, choose_device, choose_precision
+from reweighting.devices import autocast, check_attention, choose_device, choose_precision, free_memory
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.folders import set_aside, write_folder_whole, write_whole
+from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
+from reweighting.memory_estimate import MemoryEstimate, estimate_run, weight_bytes
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run_data import RunData
@@ -35,15 +37,20 @@ MODEL_SETTINGS = ("train", "lora_rank", "freeze_vision", "freeze_projector", "ba
 
 
 def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:
-    """The reward model on its backbone; a frozen base takes the precision of the compute."""
+    """The reward model on its backbone; a frozen base takes the precision of the compute. On the device meta: no weight
+    is read, and nothing takes memory."""
     frozen_base = torch.bfloat16 if args.train != "backbone" and precision == "bf16" else torch.float32
-    check_attention(args.attention, device, precision)
+    attention = args.attention
+    if device.type != "meta":
+        check_attention(attention, device, precision)
+    elif attention == "flash_attention_2":
+        attention = "sdpa"  # takes as much memory, and wants no GPU
     return ProcessRewardModel.from_backbone(
         args.reward_model,
         dtype=frozen_base,
         device=device,
         gradient_checkpointing=args.gradient_checkpointing,
-        attn_implementation=args.attention,
+        attn_implementation=attention,
         aggregation=args.aggregation_function,
         **{name: getattr(args, name) for name in MODEL_SETTINGS},
     )
@@ -55,6 +62,44 @@ def make_optimizer(args: Namespace, params: list[torch.nn.Parameter]) -> torch.o
         momentum = 0.9 if args.momentum is None else args.momentum
         return torch.optim.SGD(params, lr=args.lr, momentum=momentum, weight_decay=args.weight_decay)
     return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def micro_batches_of_step(args: Namespace, domains: int) -> int:
+    """--gradiant_accumulation, or as many as let every domain into every window, 2 at least."""
+    return args.gradiant_accumulation or max(2, math.ceil(domains / args.unroll_steps))
+
+
+def estimate_memory(
+    args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
+) -> MemoryEstimate:
+    """What the run will take on the device. No weight is read and no random number drawn. hypergradient: in place of
+    what --hypergradient means."""
+    accumulation = micro_batches_of_step(args, len(data.domains))
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(args, torch.device("meta"), precision)
+        if hypergradient is None and data.meta:
+            free = free_memory(device) - weight_bytes(model)
+            hypergradient, _ = choose_hypergradient(args, data, model, device, precision, free)
+        return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
+
+
+def choose_hypergradient(
+    args: Namespace, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str, free: int
+) -> tuple[str, str]:
+    """What --hypergradient means, with so many bytes `free` beside the model, and why. Raises UserError if what is
+    asked for by name cannot be had."""
+    forward_mode = has_forward_mode(args.attention, args.base_4bit)
+    if args.hypergradient == "jvp" and not forward_mode:
+        raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
+                        "--base_4bit: use finite_difference")  # fmt: skip
+    if args.hypergradient != "auto":
+        return args.hypergradient, "as asked for"
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    slots = args.unroll_steps * micro_batches_of_step(args, len(data.domains))
+    return plan_hypergradient(
+        trained, slots, args.optimizer, free, forward_mode,
+        lambda: estimate_memory(args, data, device, precision, "jvp"),
+    )  # fmt: skip
 
 
 def learning_rate(args: Namespace) -> Callable[[int], float]:
@@ -167,7 +212,7 @@ def build(
     members = [[] for _ in domains]
     for index, chain in enumerate(train):
         members[chain.domain].append(index)
-    accumulation = args.gradiant_accumulation or max(2, math.ceil(len(domains) / args.unroll_steps))
+    accumulation = micro_batches_of_step(args, len(domains))
     if args.max_grad_norm and accumulation == 1 and fixed_weights is None:
         print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
               "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
@@ -194,8 +239,18 @@ def build(
         return [model.collate(encoded[start : start + args.batch_size]) for start in parts]
 
     optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    hypergradient = None
+    if fixed_weights is None:
+        if state is not None and args.hypergradient == "auto":  # the window so far is of that kind
+            hypergradient, reason = state["settings"]["planned_hypergradient"], "as when the run was started"
+        else:
+            free = free_memory(device)
+            hypergradient, reason = choose_hypergradient(args, data, model, device, precision, free)
+        settings = settings | {"planned_hypergradient": hypergradient}
+        print(f"hypergradient: {hypergradient}: {reason}")
     lower_config = Config(
-        type=args.hypergradient,
+        type=hypergradient,
+        warmup_steps=args.warmup_iterations * accumulation,
         unroll_steps=args.unroll_steps,
         gradient_accumulation=accumulation,
         precision=precision,

@@ -203,6 +203,8 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--dry_run", "--iteration_num", "1000"))
     out = capsys.readouterr().out
     assert all(word in out for word in ("dry run: 5 steps", "hours for 1000 steps", "memory", "GB are free"))
+    assert out.index("expected memory on cpu") < out.index("kept gradients  ") < out.index("dry run: 5 steps")
+    assert "GB of it since the data were read; expected: " in out
     assert not {"checkpoints", "history.jsonl", "prm"} & {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob(".dry-run*"))
     with pytest.raises(UserError, match="images/none.png"):

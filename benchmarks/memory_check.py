@@ -1,0 +1,123 @@
+"""Is the memory estimate right? The estimate against the measured peak of the real command, on the CPU.
+
+    python benchmarks/memory_check.py
+
+Each case is a process of its own. Measured is the peak resident memory of a run of two windows (`VmHWM`, set back
+before the model is built), less what the process holds by then: imports, the rows of the data, and the libraries that
+a first step of the embedded backbone loads. glibc is told to give freed blocks above 64 kB back at once
+(MALLOC_MMAP_THRESHOLD_), so that resident memory is what tensors need and not what the allocator keeps; by default it
+may keep more.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from common import ROOT, make_data, write_results
+from throughput import make_backbone
+
+SMALL = ("--batch_size", "4", "--gradient_accumulation", "2", "--unroll_steps", "5", "--meta_batch_size", "8")
+ALL = ("--no_freeze_vision",)
+LORA = ("--lora_rank", "16")
+CHECKPOINTED = ("--gradient_checkpointing",)
+CASES = {  # name -> (image tokens of the 30 M backbone, or None for the embedded one; flags)
+    "embedded, frozen vision": (None, ()),
+    "embedded, full": (None, ALL),
+    "embedded, full, checkpointed": (None, ALL + CHECKPOINTED),
+    "embedded, LoRA": (None, LORA),
+    "embedded, baseline": (None, ("--baseline",)),
+    "30 M, frozen vision": (256, SMALL),
+    "30 M, frozen vision, checkpointed": (256, SMALL + CHECKPOINTED),
+    "30 M, full": (256, SMALL + ALL),
+    "30 M, full, checkpointed": (256, SMALL + ALL + CHECKPOINTED),
+    "30 M, full, jvp": (256, (*SMALL, *ALL, "--hypergradient", "jvp")),
+    "30 M, full, finite_difference": (256, (*SMALL, *ALL, "--hypergradient", "finite_difference")),
+    "30 M, full, sgd": (256, (*SMALL, *ALL, "--optimizer", "sgd")),
+    "30 M, full, bf16": (256, (*SMALL, *ALL, "--precision", "bf16")),
+    "30 M, LoRA": (256, SMALL + LORA),
+    "30 M, LoRA, checkpointed": (256, SMALL + LORA + CHECKPOINTED),
+}
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def one_case(backbone: str, data: Path, flags: list[str]) -> None:
+    """Print estimate and measurement of one run, as JSON. In a process of its own."""
+    from reweighting.arguments import EMBEDDED_BACKBONE, parse_arguments
+    from reweighting.devices import choose_device
+    from reweighting.run import build, estimate_memory, run_settings
+    from reweighting.run_data import read_run_data
+
+    torch.set_num_threads(1)
+
+    def arguments(folder: str, *more: str):
+        files = ["--train_json_file", str(data / "train.json"), "--weights_path", folder]
+        if "--baseline" not in more:
+            files += ["--meta_json_file", str(data / "meta.json")]
+        return parse_arguments([*files, *more])
+
+    def run(args, rows) -> None:
+        engine = build(args, run_settings(args), rows, Path(args.weights_path))
+        engine.save = lambda **_: None
+        engine.run()
+
+    with TemporaryDirectory() as folder:
+        small = ("--batch_size", "1", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
+        small = arguments(folder, *small, "--meta_batch_size", "2", "--reward_model", str(EMBEDDED_BACKBONE))
+        run(small, read_run_data(small))  # loads what a first step loads
+        args = arguments(folder, "--reward_model", backbone, *flags)
+        args.iteration_num = 2 * args.unroll_steps
+        rows = read_run_data(args)
+        settings = run_settings(args)
+        estimate = estimate_memory(args, rows, choose_device("cpu"), settings["precision"])
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = status("VmRSS")
+        run(args, rows)
+        measured = status("VmHWM") - before
+    print("RESULT", json.dumps({"estimate": vars(estimate), "measured": measured, "before": before}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of a process of its own
+    args = parser.parse_args()
+    if args.case:
+        backbone, data, *flags = args.case
+        one_case(backbone, Path(data), flags)
+        return
+    results = {}
+    with TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        make_data(data, 1, "--train_rows", "2000", "--meta_rows", "100", "--test_questions", "1")
+        random = {tokens: make_backbone(Path(folder) / str(tokens), tokens) for tokens in (256,)}
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "OMP_NUM_THREADS": "1"}
+        for name, (tokens, flags) in CASES.items():
+            if args.only and args.only not in name:
+                continue
+            backbone = str(random[tokens] if tokens else ROOT / "backbone")
+            command = [sys.executable, __file__, "--case", backbone, str(data), *flags]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+            line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+            found = json.loads(line.removeprefix("RESULT "))
+            found["ratio"] = round(found["estimate"]["total"] / found["measured"], 3)
+            results[name] = {"flags": " ".join(flags), **found}
+            print(f"{name:<36} estimated {found['estimate']['total'] / 1e6:6.0f} MB, measured "
+                  f"{found['measured'] / 1e6:6.0f} MB: {found['ratio']:.2f}", flush=True)  # fmt: skip
+    if not args.only:
+        print(write_results("memory_check", {"cases": results}))
+
+
+if __name__ == "__main__":
+    main()

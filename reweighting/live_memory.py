@@ -1,0 +1,111 @@
+"""How much memory a computation would take, without making it: on tensors that have shapes and no numbers.
+
+    with torch.device("meta"):
+        model = ...
+    model = on_shapes(model)                         # every tensor is torch's FakeTensor: no memory, no weights
+    saved, peak = step_memory(lambda: loss(model, batch), list(model.parameters()))
+
+Every operation of the forward and backward pass runs on shapes alone, and every result counts from where it is made to
+where the last reference to it goes: what autograd saves, what gradient checkpointing frees and makes again, copies
+in another precision, temporary results. Inputs may be real tensors, so that a model may look at token ids.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def on_shapes(model: nn.Module) -> nn.Module:
+    """The model, made on the meta device, with tensors in the place of its own that compute as if they were on the CPU
+    (autocast and checks of devices need that) and have no memory either."""
+    fake, made = FakeTensorMode(allow_non_fake_inputs=True), {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:  # tied weights stay tied
+            with fake:
+                new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            own.update({name: empty(tensor) for name, tensor in own.items() if tensor is not None})
+    return model
+
+
+def step_memory(loss: Callable[[], Tensor], params: Sequence[Tensor], known: Iterable[Tensor]) -> tuple[int, int]:
+    """Bytes that a forward pass leaves behind for the backward pass, and the most that both have at a time, the
+    gradients of `params` included. known: tensors that are there anyway (weights, inputs)."""
+    # Not a TorchFunctionMode: it is off while checkpointed activations are computed anew.
+    fused = patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
+    with fused, LiveMemory(known) as live:
+        value = loss()
+        saved = live.now
+        grads = torch.autograd.grad(value, list(params), allow_unused=True, materialize_grads=True)
+        del value, grads
+    return saved, live.peak
+
+
+def forward_memory(loss: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """The most bytes that a forward pass without a graph has at a time, its attention as plain arithmetic."""
+    with torch.no_grad(), LiveMemory(known) as live:
+        loss()
+    return live.peak
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it that are still referenced: `now`, and their `peak`."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}  # storage -> its bytes
+        self._known = [tensor.untyped_storage() for tensor in known]
+        self._sizes |= {storage._cdata: 0 for storage in self._known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+    """Stands in for torch's: takes the memory of a fused kernel (flash, memory-efficient), where tensors without
+    numbers would go the way of plain arithmetic, which keeps matrices of T x T."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (q, k, v))
+    return _Attention.apply(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    """The shapes of fused attention, forward and backward: it saves its inputs, its output and a number a query."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, normalizers = q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, normalizers)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
