@@ -139,6 +139,9 @@ class RunArguments:
 
     seed: int = HfArg(default=1, help="of the data order, the score head and dropout")
     device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
+    shard: bool = HfArg(
+        default=False, help="each of several processes holds a part of the model: for those that do not fit one GPU"
+    )
     precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
     save_every_iterations: int = HfArg(default=200, help="optimizer steps between two checkpoints")
     keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep, besides the best one")

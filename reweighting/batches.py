@@ -291,7 +291,8 @@ class Batch:
     bool: the step exists.
     targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
     labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
-    labelled: how many steps have a label. chains: where all of it comes from.
+    labelled: how many steps have a label, in all processes' shares of a micro-batch together. chains: where all of it
+    comes from.
     """
 
     tokens: Tokens
@@ -346,7 +347,7 @@ def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Bat
         targets=targets.nan_to_num(nan=0.0),
         target_mask=~targets.isnan(),
         labels=torch.tensor([chain.label for chain in chains]),
-        labelled=sum(not math.isnan(target) for chain in chains for target in chain.targets),
+        labelled=sum(chain.labelled for chain in chains),
         chains=tuple(chains),
     )
 

@@ -70,6 +70,11 @@ class Chain:
         return self.question, self.image
 
     @property
+    def labelled(self) -> int:
+        """How many of its steps have a target."""
+        return sum(not math.isnan(target) for target in self.targets)
+
+    @property
     def place(self) -> str:
         """Where the chain comes from, in words for a message: 'train.json: rows 3, 7'."""
         rows = f"row{'s' if len(self.rows) > 1 else ''} {', '.join(map(str, self.rows))}" if self.rows else ""

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reweighting import processes
 from reweighting.arguments import flag_defaults
 from reweighting.errors import UserError
 from reweighting.folders import write_folder_whole
@@ -42,7 +43,9 @@ def random_states() -> dict:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        # Of several processes, each has a GPU of its own and leaves the others' alone.
+        several = processes.world() > 1
+        state["cuda"] = [torch.cuda.get_rng_state()] if several else torch.cuda.get_rng_state_all()
     return state
 
 
@@ -53,8 +56,21 @@ def set_random_states(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and torch.cuda.is_available():
+        if processes.world() > 1:
+            torch.cuda.set_rng_state(state["cuda"][0])
+        elif torch.cuda.device_count() == len(state["cuda"]):
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def own_random_states(states: list[dict]) -> None:
+    """Set the generators of this process from those of all processes that saved them: its own, where there are as many
+    now; else the main process goes on with its own, and the others with new ones."""
+    rank = processes.rank()
+    known = len(states) == processes.world()
+    set_random_states(states[rank if known else 0])
+    if rank and not known:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def digest(*files: Path) -> str:
@@ -141,7 +157,10 @@ def remove_old(folder: Path, keep: int, score_name: str) -> None:
 
 
 def load_checkpoint(place: Path) -> dict:
-    """The state of one checkpoint, its files compared with their checksums. Raises DamagedCheckpoint."""
+    """The state of one checkpoint, its files compared with their checksums. Raises DamagedCheckpoint.
+
+    Of several processes the main one calls it, and `load_state` the others.
+    """
     manifest = read_manifest(place)
     for name, expected in manifest["files"].items():
         try:
@@ -150,8 +169,15 @@ def load_checkpoint(place: Path) -> dict:
             raise DamagedCheckpoint(f"{place / name} cannot be read: {error.strerror}") from error
         if found != expected:
             raise DamagedCheckpoint(f"{place / name} is damaged: its checksum is not the manifest's")
+    return load_state(place)
+
+
+def load_state(place: Path) -> dict:
+    """The state of a checkpoint that is known to be whole. Raises DamagedCheckpoint."""
     try:
-        return torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
+        # Several processes read from one copy in memory, and of a sharded model only what is theirs.
+        mapped = processes.world() > 1
+        return torch.load(place / STATE_FILE, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds
         raise DamagedCheckpoint(f"{place / STATE_FILE} cannot be loaded: {error}") from error
 

@@ -7,13 +7,20 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 
 from reweighting.errors import UserError
+from reweighting.one_voice import place
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The named device, or the best that is there. Raises UserError if it is not there."""
+    """The named device, or the best that is there; of several processes, each one's own GPU. Raises UserError if it is
+    not there."""
+    _, world, local = place()
     if name is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
+        name = accelerator.type if accelerator else "cpu"
+    if world > 1 and name == "cuda":
+        name = f"cuda:{local}"
+    elif world > 1 and name != "cpu":
+        raise UserError(f"--device {name}: several processes compute on cuda (each on a GPU of its own) or on cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

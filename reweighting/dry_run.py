@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import psutil
 import torch
 
+from reweighting import processes
 from reweighting.checkpoints import load_latest
 from reweighting.devices import choose_device
 from reweighting.errors import UserError
@@ -42,14 +43,17 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
         engine.run()
         seconds = engine.seconds / steps
         saving = time.monotonic() - started - loading - engine.seconds  # with the validation, if there is one
+        state = engine.state_dict()
+        if not processes.is_main():
+            return
         place, saved = load_latest(trial / "checkpoints")
-        if not same(saved, engine.state_dict()):
+        if not same(saved, state):
             raise UserError(f"{folder}: what was read from a checkpoint is not what was written: is the disk sound?")
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     # Inside a window a checkpoint holds its gradients too; this one was saved at its end.
     lower = engine.lower
     if isinstance(lower.window, Window):
-        size += 4 * steps * lower.gas * sum(parameter.numel() for parameter in lower.trainable_parameters())
+        size += 4 * steps * lower.gas * sum(tensor.numel() for tensor in state["problems"]["lower"]["module"].values())
     # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
     disk = size * (args.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free

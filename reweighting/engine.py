@@ -3,11 +3,15 @@
 One iteration is one optimizer step of the lower level; every `unroll_steps` iterations make a window, at whose end
 Betty steps the upper level and a line of history is written. Between two steps the run is whole: there it can be saved,
 stopped and continued, inside a window too.
+
+Several processes make each step together and agree before it on whether its files could be read, and after it on
+whether to stop; only the main one writes.
 """
 
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +23,11 @@ from betty.engine import Engine
 from betty.logging import get_logger
 from tqdm import tqdm
 
-from reweighting.checkpoints import HISTORY_FILE, random_states, remove_old, save_checkpoint, set_random_states
+from reweighting import processes
+from reweighting.checkpoints import HISTORY_FILE, own_random_states, random_states, remove_old, save_checkpoint
 from reweighting.errors import UnreadableImage, UserError
 from reweighting.folders import write_whole
-from reweighting.health import collapsed
+from reweighting.health import NonFinite, collapsed
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.signals import STDERR, Stopped, StopSignals
 
@@ -74,10 +79,10 @@ class ReweightingEngine(Engine):
         super().__init__(problems, EngineConfig(train_iters=iterations), {"u2l": {}, "l2u": {}} | edges)
 
     def configure_systems(self) -> dict:
-        """One process on the given device."""
+        """This process on the given device. What the processes tell each other is not left to Betty."""
         self.device = self._device
-        self._world_size, self._rank, self._local_rank = 1, 0, 0
-        return {"strategy": "default", "backend": None, "world_size": 1, "rank": 0, "local_rank": 0}
+        self._world_size, self._rank, self._local_rank = 1, processes.rank(), 0
+        return {"strategy": "default", "backend": None, "world_size": 1, "rank": self._rank, "local_rank": 0}
 
     @property
     def reweights(self) -> bool:
@@ -108,10 +113,13 @@ class ReweightingEngine(Engine):
         """
         self.train()
         history = self.folder / HISTORY_FILE
-        if not self.global_step:
+        if not processes.is_main():
+            history = os.devnull
+        elif not self.global_step:
             write_whole(history, "")
         started = time.monotonic() - self.seconds
-        bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True, file=STDERR)
+        bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True, file=STDERR,
+                   disable=not processes.is_main())  # fmt: skip
         with open(history, "a", buffering=1, encoding="utf-8") as self.history, bar:
             while self.global_step < self.train_iters:
                 self._prepare_step()
@@ -125,29 +133,38 @@ class ReweightingEngine(Engine):
                 due = self.global_step // self.save_every > self.scored // self.save_every and self._at_window_end()
                 if due or self.global_step == self.train_iters:
                     self.save(scored=True)
-                if stop is not None and stop.received is not None:
+                if stop is not None and (signum := processes.largest(stop.received or 0)):
                     self.save()
-                    raise Stopped(stop.received, f"stopped and saved at step {self.global_step} of {self.train_iters}")
+                    raise Stopped(signum, f"stopped and saved at step {self.global_step} of {self.train_iters}")
 
     def _at_window_end(self) -> bool:
         return self.global_step % self.lower.config.unroll_steps == 0 or self.global_step == self.train_iters
 
     def _prepare_step(self) -> None:
         """Draw the batches of the next step."""
-        self._try_reading(lambda: self.lower.prepare(self.lower.gas))
-        if self.reweights and self.lower.ends_window(self.global_step + 1):
-            self._try_reading(lambda: self.upper.prepare(1))
+
+        def prepare() -> None:
+            self.lower.prepare(self.lower.gas)
+            if self.reweights and self.lower.ends_window(self.global_step + 1):
+                self.upper.prepare(1)
+
+        self._try_reading(prepare)
 
     def _try_reading(self, read: Callable[[], T]) -> T:
-        """What `read` gives. An image that cannot be read now is tried again, then named."""
+        """What `read` gives. An image that cannot be read now is tried again, then named; every process calls it, and
+        each hears of the others'."""
         for attempt in range(READ_ATTEMPTS):
             try:
-                return read()
+                result, trouble = read(), None
+                break
             except UnreadableImage as error:
-                trouble = error
+                trouble = str(error)
             if attempt < READ_ATTEMPTS - 1:
                 time.sleep(FIRST_PAUSE * 2**attempt)
-        self._end_with(f"{trouble}; tried {READ_ATTEMPTS} times")
+        if processes.largest(trouble is not None):
+            troubles = filter(None, processes.everyones(trouble))
+            self._end_with(f"{'; '.join(dict.fromkeys(troubles))}; tried {READ_ATTEMPTS} times")
+        return result
 
     def _leave_out_nonfinite(self) -> None:
         """Tell of a step that was left out, and end the run if that has happened too often."""
@@ -155,9 +172,12 @@ class ReweightingEngine(Engine):
             fault, problem.nonfinite = problem.nonfinite, None
             if fault is None:
                 continue
+            fault = NonFinite.together(processes.everyones(fault))
             self.skipped += 1
             more = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
-            path = fault.write(self.folder, self.global_step, more)
+            path = self.folder / fault.file_name(self.global_step)
+            if processes.is_main():
+                fault.write(path, self.global_step, more)
             tqdm.write(f"warning: step {self.global_step} is left out: {fault}; see {path}", file=STDERR)
             if self.skipped > self.skip_nonfinite:
                 self._end_with(
@@ -187,15 +207,23 @@ class ReweightingEngine(Engine):
         self.saved = self.global_step
         self.scored = self.global_step if scored else self.scored
         self.history.flush()
-        save_checkpoint(
-            self.folder / "checkpoints",
-            self.global_step,
-            self.state_dict(),
-            self.folder / HISTORY_FILE,
-            self.lower.module.save_pretrained,
-            None if score is None else (self.score_name, score),
-        )
-        remove_old(self.folder / "checkpoints", self.keep, self.score_name)
+        state, save_model = self.state_dict(), self.model_saver()
+        if processes.is_main():
+            save_checkpoint(
+                self.folder / "checkpoints",
+                self.global_step,
+                state,
+                self.folder / HISTORY_FILE,
+                save_model,
+                None if score is None else (self.score_name, score),
+            )
+            remove_old(self.folder / "checkpoints", self.keep, self.score_name)
+        processes.meet()  # none goes on, or ends the run, before the checkpoint is whole
+
+    def model_saver(self) -> Callable[[Path], None]:
+        """What writes the reward model into a folder, in the main process; every process calls this."""
+        weights = self.lower.layout.weights()
+        return lambda folder: self.lower.module.save_pretrained(folder, weights)
 
     def _end_window(self, bar: tqdm) -> None:
         """Write a line of history and show where the run is."""
@@ -220,7 +248,9 @@ class ReweightingEngine(Engine):
         bar.set_postfix(shown)
 
     def state_dict(self) -> dict:
-        """Everything that the rest of the run depends on, between two steps."""
+        """Everything that the rest of the run depends on, between two steps: whole in the main process, for any number
+        of them to go on from. Every process calls it."""
+        states = processes.everyones(random_states())
         return {
             "step": self.global_step,
             "seconds": self.seconds,
@@ -230,7 +260,8 @@ class ReweightingEngine(Engine):
             "meta_losses": self.meta_losses,
             "warned": sorted(self.warned),
             "settings": self.settings,
-            "random": random_states(),
+            "random": states[0],
+            "random_of_others": states[1:],
             "problems": {problem.name: problem.state_dict() for problem in self.problems},
         }
 
@@ -248,7 +279,7 @@ class ReweightingEngine(Engine):
         self.global_step = self.saved = state["step"]
         self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])
-        set_random_states(state["random"])
+        own_random_states([state["random"], *state.get("random_of_others", [])])
 
 
 def _short(loss: float | None) -> str:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from reweighting.errors import UserError
+from reweighting.one_voice import place
 
 OUTPUTS = ("checkpoints", "history.jsonl", "domain_weights.json", "prm", "figures", "diagnostics")
 HOLDER_FILE = "run.json"  # who writes into the folder, or did last
@@ -22,12 +23,16 @@ HOLDER_FILE = "run.json"  # who writes into the folder, or did last
 
 @contextmanager
 def hold_folder(path: str) -> Iterator[Path]:
-    """The output folder, made if it is missing, held by this process as long as the context is open.
+    """The output folder, made if it is missing, held by this process as long as the context is open; of several
+    processes, by the main one.
 
     The system drops the lock when a process ends, however it ends. Raises UserError if nothing can be written, or if
     another run holds the folder, and says which.
     """
     folder = Path(path)
+    if place()[0]:
+        yield folder
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reweighting import processes
 from reweighting.chains import Chain
 from reweighting.folders import write_whole
 
@@ -38,22 +39,33 @@ class NonFinite:
 
     @classmethod
     def found(cls, level: str, micro_batches: Sequence[MicroBatch], gradients: dict[str, Tensor]) -> "NonFinite":
-        """What there is to say about micro-batches and the sum of their gradients, {parameter: gradient}."""
+        """What there is to say about micro-batches and the sum of their gradients, {parameter: gradient}. Every process
+        calls it: the losses are those of all."""
         bad = [chain for one in micro_batches if not one.finite for chain in one.chains]
         return cls(
             level,
-            [str(one.loss.item()) for one in micro_batches],
+            [str(processes.summed(one.loss).item()) for one in micro_batches],
             [chain.place for chain in bad],
             [str(chain.image) for chain in bad if chain.image is not None],
             [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
         )
 
-    def write(self, folder: Path, step: int, more: dict) -> Path:
-        """Write all of it, and `more`, as `diagnostics/nonfinite-<step>-<level>.json` in the output folder."""
-        path = folder / "diagnostics" / f"nonfinite-{step:08d}-{self.level}.json"
+    @classmethod
+    def together(cls, faults: Sequence["NonFinite"]) -> "NonFinite":
+        """One of all processes' faults in the same step, each of which knows its own share of the chains."""
+        first = faults[0]
+        names = ("rows", "images", "parameters")
+        joined = {name: list(dict.fromkeys(item for one in faults for item in getattr(one, name))) for name in names}
+        return cls(first.level, first.losses, **joined)
+
+    def file_name(self, step: int) -> Path:
+        """Its file in the output folder."""
+        return Path("diagnostics") / f"nonfinite-{step:08d}-{self.level}.json"
+
+    def write(self, path: Path, step: int, more: dict) -> None:
+        """Write all of it, and `more`, as JSON."""
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps({"step": step, **asdict(self), **more}, indent=1) + "\n")
-        return path
 
     def __str__(self) -> str:
         what = "training loss or its gradient" if self.level == "lower" else "meta loss or its hypergradient"

@@ -12,6 +12,8 @@ and u_n follows from v by running the optimizer's elementwise arithmetic backwar
 forward pass nor a second derivative of the model is needed. What is left out is how g_n itself depends on phi_(n-1)
 (the Hessian): a term of second order in the learning rate. Against autograd through the unrolled optimizer see
 `tests/test_hypergradient.py`.
+
+Of several processes each keeps its own share of every g_nk: the products are linear in it, and summed over processes.
 """
 
 import math
@@ -21,6 +23,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from reweighting import processes
 
 # Parameters that the adjoint is run over at a time: what a processor core's cache holds, one part on each core; on a
 # GPU, few large kernels.
@@ -44,18 +48,23 @@ class StepRecord:
     """What one optimizer step leaves behind for the adjoint.
 
     domain_grads: (domain, weight * gradient [P]) for each micro-batch. clip: the factor (at most 1) that clipping
-    multiplied their sum with. lr: the step's learning rate.
+    multiplied their sum with. lr: the step's learning rate. whole: the sum over all processes' micro-batches [P], where
+    it is not that of these.
     """
 
     domain_grads: list[tuple[int, Tensor]]
     clip: float
     lr: float
+    whole: Tensor | None = None
 
     def gradient(self, part: slice) -> Tensor:
         """What the optimizer received, of these parameters."""
-        total = self.domain_grads[0][1][part]
-        for _, grad in self.domain_grads[1:]:
-            total = total + grad[part]
+        if self.whole is not None:
+            total = self.whole[part]
+        else:
+            total = self.domain_grads[0][1][part]
+            for _, grad in self.domain_grads[1:]:
+                total = total + grad[part]
         return total if self.clip == 1.0 else total * self.clip
 
 
@@ -103,9 +112,10 @@ class Window:
         for name in ("exp_avg", "exp_avg_sq"):
             self._start[name] = flatten(s[name] for s in states) if self._count else torch.zeros_like(like)
 
-    def close_step(self, clip: float, lr: float) -> None:
-        """Call once a step: `clip` is what clipping multiplied its gradient with, `lr` its learning rate."""
-        self.records.append(StepRecord(self._pending, clip, lr))
+    def close_step(self, clip: float, lr: float, whole: Tensor | None = None) -> None:
+        """Call once a step: `clip` is what clipping multiplied its gradient with, `lr` its learning rate, `whole` its
+        gradient [P], where that is not the sum of this process's micro-batches."""
+        self.records.append(StepRecord(self._pending, clip, lr, whole))
         self._pending = []
 
     def drop_step(self) -> None:
@@ -113,26 +123,36 @@ class Window:
         self._free += [grad for _, grad in self._pending]
         self._pending = []
 
-    def state(self) -> dict:
-        """The steps so far, between two steps, as plain containers of tensors and numbers."""
-        return {"steps": [dict(vars(r)) for r in self.records], "start": dict(self._start), "count": self._count}
+    def state(self, layout) -> dict:
+        """The steps so far, between two steps, as plain containers of tensors and numbers, of all processes together.
 
-    def load(self, state: dict, device: torch.device | str) -> None:
-        """Go on from what `state` gave."""
+        layout: how the parameters lie on the processes, see `layouts.py`.
+        """
+        steps = []
+        for record in self.records:
+            grads = [(domain, layout.whole_share(grad)) for domain, grad in record.domain_grads]
+            steps.append({"domain_grads": grads, "clip": record.clip, "lr": record.lr})
+        start = {name: layout.whole_vector(vector) for name, vector in self._start.items()}
+        return {"steps": steps, "start": start, "count": self._count}
+
+    def load(self, state: dict, layout, device: torch.device | str) -> None:
+        """Go on from what `state` gave, on as many processes as there are now."""
         self.clear()
-        self._start = {name: vector.to(device) for name, vector in state["start"].items()}
+        self._start = {name: layout.own_vector(vector).to(device) for name, vector in state["start"].items()}
         self._count = state["count"]
         for saved in state["steps"]:
-            grads = [(domain, grad.to(device)) for domain, grad in saved["domain_grads"]]
-            self.records.append(StepRecord(grads, saved["clip"], saved["lr"]))
+            whole = [(domain, layout.own_vector(grad).to(device)) for domain, grad in saved["domain_grads"]]
+            grads = [(domain, layout.own_share(grad)) for domain, grad in whole]
+            total = None if grads[0][1] is whole[0][1] else torch.stack([grad for _, grad in whole]).sum(0)
+            self.records.append(StepRecord(grads, saved["clip"], saved["lr"], total))
 
     def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
         """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
         size = PARTS.get(v.device.type, LARGE_PART)
-        parts = [slice(start, start + size) for start in range(0, len(v), size)]
+        parts = [slice(start, start + size) for start in range(0, max(len(v), 1), size)]
         workers = torch.get_num_threads() if v.device.type == "cpu" else 1
         with ThreadPoolExecutor(workers) as pool:
-            dots = torch.stack(list(pool.map(partial(self._products, v), parts))).sum(0)
+            dots = processes.summed(torch.stack(list(pool.map(partial(self._products, v), parts))).sum(0))
         result, counts = v.new_zeros(len(weights)), [len(record.domain_grads) for record in self.records]
         for record, products in zip(self.records, dots.split(counts), strict=True):
             products = _through_clipping(products, record)
@@ -198,5 +218,6 @@ def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:
     if record.clip == 1.0:
         return products
     grads = torch.stack([grad for _, grad in record.domain_grads])
-    along = grads @ grads.sum(0)  # < g_n , g_nk >
+    total = grads.sum(0) if record.whole is None else record.whole
+    along = processes.summed(grads @ total)  # < g_n , g_nk >
     return record.clip * (products - along * products.sum() / along.sum())

@@ -15,32 +15,38 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from reweighting.arguments import parse_arguments  # noqa: E402
 from reweighting.errors import run_command  # noqa: E402
+from reweighting.one_voice import one_voice  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
     args = parse_arguments(argv)
 
+    from reweighting.devices import choose_device
     from reweighting.dry_run import dry_run
     from reweighting.folders import hold_folder
+    from reweighting.processes import check_same, joined
     from reweighting.report import finish
     from reweighting.run import build, find_checkpoint, run_settings, take_over
     from reweighting.run_data import read_run_data
     from reweighting.signals import StopSignals
 
-    data = read_run_data(args)  # every row is checked before a model is loaded
-    with hold_folder(args.weights_path) as folder:
-        settings = run_settings(args)
-        if args.dry_run:
-            dry_run(args, settings, data, folder)
-            return
-        place, state = find_checkpoint(args, settings, folder) or (None, None)
-        engine = build(args, settings, data, folder, state)
-        take_over(args, folder, place)
-        with StopSignals() as stop:
-            engine.run(stop)
-        finish(engine, folder)
+    with joined(choose_device(args.device)):
+        data = read_run_data(args)  # every row is checked before a model is loaded
+        with hold_folder(args.weights_path) as folder:
+            settings = run_settings(args)
+            check_same(settings)
+            if args.dry_run:
+                dry_run(args, settings, data, folder)
+                return
+            place, state = find_checkpoint(args, settings, folder) or (None, None)
+            engine = build(args, settings, data, folder, state)
+            take_over(args, folder, place)
+            with StopSignals() as stop:
+                engine.run(stop)
+            finish(engine, folder)
 
 
 if __name__ == "__main__":
-    run_command(main, "the same command with --resume goes on from the last checkpoint")
+    with one_voice():
+        run_command(main, "the same command with --resume goes on from the last checkpoint")

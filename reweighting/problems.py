@@ -9,6 +9,9 @@ Betty (0.2.1) keeps its part: the dependency graph, when a level steps, unrollin
 otherwise: it rebuilds optimizers and schedulers from their defaults, trains frozen parameters, steps schedulers at
 every micro-batch, knows bf16 on CUDA only and synchronises the device at every loss. The lower problem's micro-batches
 hold one domain each, so that its backward pass yields that domain's gradient; see `hypergradient.py`.
+
+Of several processes each has a share of every batch. A level's loss is then the sum of the processes' losses, and its
+step, the same in all of them, follows the sum of their gradients; see `layouts.py`.
 """
 
 import math
@@ -22,12 +25,14 @@ from betty.problems import ImplicitProblem
 from torch import Tensor
 from torch.func import functional_call
 
+from reweighting import processes
 from reweighting.aggregation import aggregate
 from reweighting.batches import Batch
 from reweighting.chains import Chain
 from reweighting.devices import autocast
 from reweighting.health import MicroBatch, NonFinite
-from reweighting.hypergradient import Window, flatten, unflatten
+from reweighting.hypergradient import Window, unflatten
+from reweighting.layouts import Replicated
 from reweighting.replay import RADIUS, Replay, central_differences, forward_mode
 
 SLOPES = ("jvp", "finite_difference")  # ways of a `Replay`
@@ -38,12 +43,25 @@ class OwnSystems(ImplicitProblem):
 
     draw: micro-step (from 0) -> batch on the device. A `training_step` leaves the loss to report in `self.loss`;
     `losses` are those since the last `mean_loss()`. nonfinite: what made the last step be left out, None if nothing.
+    layout: how the module lies on the processes, `Replicated` if it is not given.
     """
 
-    def __init__(self, name: str, config: Config, module, optimizer, draw: Callable[[int], object]):
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        module,
+        optimizer,
+        draw: Callable[[int], object],
+        layout: Replicated | None = None,
+    ):
         super().__init__(name, config, module, optimizer)
+        self.layout = layout or Replicated(module)
         self.draw, self.prepared, self.losses = draw, deque(), []
         self.nonfinite: NonFinite | None = None
+
+    def patch_module(self) -> None:
+        """Keep ours, where it is: moved, a sharded module's parameters would not be the optimizer's any more."""
 
     def patch_optimizer(self) -> None:
         """Keep ours."""
@@ -53,12 +71,12 @@ class OwnSystems(ImplicitProblem):
         return list(self.named_trainables().values())
 
     def named_trainables(self) -> dict[str, torch.nn.Parameter]:
-        """{name: parameter} of those that are not frozen."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        """{name: parameter} of those that are not frozen; of one that is cut into parts, the part that is here."""
+        return self.layout.trainables()
 
     def named_gradients(self) -> dict[str, Tensor]:
         """{name: gradient} of the parameters that have one."""
-        return {name: p.grad for name, p in self.module.named_parameters() if getattr(p, "grad", None) is not None}
+        return {name: p.grad for name, p in self.named_trainables().items() if getattr(p, "grad", None) is not None}
 
     def prepare(self, micro_steps: int) -> None:
         """Draw the batches of the next micro-steps: what cannot be read is known before the step begins."""
@@ -82,28 +100,45 @@ class OwnSystems(ImplicitProblem):
 
     def state_dict(self) -> dict:
         """Trained parameters, the optimizer's state, the losses not yet reported and the count of micro-steps, between
-        two steps."""
-        module = {name: p.detach() for name, p in self.named_trainables().items()}
-        optimizer = self.optimizer.state_dict()["state"]
-        return {"module": module, "optimizer": optimizer, "count": self._count, "losses": list(self.losses)}
+        two steps: of all processes together, in the main one. Every process calls it."""
+        names = list(self.named_trainables())
+        module = {name: self.layout.whole(name, p.detach()) for name, p in self.named_trainables().items()}
+        optimizer = self._in_optimizer(self.layout.whole, self.optimizer.state_dict()["state"], names)
+        losses = [processes.summed(loss) for loss in self.losses]
+        return {"module": module, "optimizer": optimizer, "count": self._count, "losses": losses}
+
+    @staticmethod
+    def _in_optimizer(change: Callable[[str, Tensor], Tensor], state: dict, names: list[str]) -> dict:
+        """An optimizer's state with `change` made to what has a parameter's shape; names: in the optimizer's order."""
+        return {
+            index: {key: value if _is_count(value) else change(names[index], value) for key, value in kept.items()}
+            for index, kept in state.items()
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` gave. The optimizer's settings stay what they are now.
 
         Raises ValueError if other parameters are trained now.
         """
-        if different := sorted(self.named_trainables().keys() ^ state["module"].keys()):
+        params = self.named_trainables()  # what is frozen was loaded with the backbone
+        if different := sorted(params.keys() ^ state["module"].keys()):
             raise ValueError(f"{different[0]} is trained in one of them and not in the other")
-        self.module.load_state_dict(state["module"], strict=False)  # what is frozen was loaded with the backbone
+        for name, param in params.items():
+            saved = self.layout.own(name, state["module"][name])
+            if saved.shape != param.shape:
+                raise ValueError(f"{name} has the shape {tuple(saved.shape)} in it and {tuple(param.shape)} here")
+            param.data.copy_(saved)
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        kept = self._in_optimizer(self.layout.own, state["optimizer"], list(params))
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
         self._count = state["count"]
-        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        # Each is a sum over processes: the others add nothing to what the main one has.
+        self.losses = [loss.to(self.device) * float(processes.is_main()) for loss in state["losses"]]
 
     def mean_loss(self) -> float | None:
         """The mean of the losses since the last call, without those that are no numbers; None if there are none.
-        Waits for the device."""
-        losses = torch.stack(self.losses) if self.losses else torch.zeros(0)
+        Waits for the device, and for every process."""
+        losses = processes.summed(torch.stack(self.losses)) if self.losses else torch.zeros(0)
         self.losses = []
         losses = losses[losses.isfinite()]
         return losses.mean().item() if len(losses) else None
@@ -138,11 +173,11 @@ class PRMFineTuning(OwnSystems):
         self.rows_seen = 0
 
     def domain_loss(self, batch: Batch) -> Tensor:
-        """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2: a scalar."""
+        """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2, this process's share of it: a scalar."""
         return squared_error(self.module(batch), batch)
 
     def loss_at(self, params: dict[str, Tensor], batch: Batch) -> Tensor:
-        """The domain's loss with other values of the trained parameters and without dropout."""
+        """`domain_loss` with other values of the trained parameters and without dropout."""
         was_training = self.module.training
         self.module.eval()
         try:
@@ -156,7 +191,8 @@ class PRMFineTuning(OwnSystems):
         domain, chains = batch
         loss = self.domain_loss(chains)
         self.loss = loss.detach()  # without the weight, so that runs with different weights can be compared
-        return self.domain_weights()[domain] * loss
+        weights = self.domain_weights()
+        return (weights if self.window is None else weights.detach())[domain] * loss
 
     def domain_weights(self) -> Tensor:
         """The weights w [K] that hold now."""
@@ -182,7 +218,7 @@ class PRMFineTuning(OwnSystems):
     def backward(self, loss: Tensor, params, paths, **options) -> None:
         """Add this micro-batch's share to the step's gradient, and keep it in the window."""
         storage = self.open_window.storage() if isinstance(self.open_window, Window) else None
-        share = flatten(torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True), storage)
+        share = self.layout.gradient(loss, storage)
         domain, chains = self.cur_batch
         self.rows_seen += chains.labelled
         # The largest entry is no number as soon as one is none.
@@ -199,7 +235,7 @@ class PRMFineTuning(OwnSystems):
 
     def state_dict(self) -> dict:
         """As every problem's, the rows seen and the window so far."""
-        window = {} if self.window is None else self.window.state()
+        window = {} if self.window is None else self.window.state(self.layout)
         return super().state_dict() | {"rows_seen": self.rows_seen, "micro_steps": self.gas, "window": window}
 
     def load_state_dict(self, state: dict) -> None:
@@ -208,20 +244,22 @@ class PRMFineTuning(OwnSystems):
         self._count = state["count"] // state["micro_steps"] * self.gas
         self.rows_seen = state["rows_seen"]
         if self.open_window is not None:
-            self.open_window.load(state["window"], self.device)
+            self.open_window.load(state["window"], self.layout, self.device)
 
     def optimizer_step(self) -> None:
         """Clip, step the optimizer, and close the step in the window; or leave the step out if it is not finite."""
-        params, grad, factor = self.trainable_parameters(), self.gradient, 1.0
-        micro_batches, self.gradient, self.micro_batches = self.micro_batches, None, []
-        if not torch.stack([one.finite for one in micro_batches]).all():
+        params, factor = self.trainable_parameters(), 1.0
+        share, micro_batches = self.gradient, self.micro_batches
+        self.gradient, self.micro_batches = None, []
+        grad = self.layout.summed(share)
+        if not processes.everywhere(torch.stack([one.finite for one in micro_batches])).all():
             self.set_gradients(params, grad)
             self.nonfinite = NonFinite.found("lower", micro_batches, self.named_gradients())
             if self.open_window is not None:
                 self.open_window.drop_step()
             return
         if self.clip:
-            norm = grad.norm().item()
+            norm = self.layout.norm(grad)
             factor = min(1.0, self.clip / norm) if norm > 0 else 1.0
         self.set_gradients(params, grad if factor == 1.0 else grad * factor)
         lr = self.learning_rate(self._count // self.gas - 1)
@@ -230,7 +268,9 @@ class PRMFineTuning(OwnSystems):
         if self.config.type == "sama":  # Betty's sama looks for the last gradient here
             for param in params:
                 self.optimizer.state[param]["last_grad"] = param.grad.clone()
-        if self.open_window is not None:
+        if isinstance(self.open_window, Window):
+            self.open_window.close_step(factor, lr, None if grad is share else grad)
+        elif self.open_window is not None:
             self.open_window.close_step(factor, lr)
 
     @staticmethod
@@ -253,17 +293,21 @@ class DomainReweighting(OwnSystems):
         self.aggregation, self.right_share = aggregation, right_share
 
     def training_step(self, batches: list[Batch]) -> Tensor:
-        """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `comparison` unless `right_share` is None."""
+        """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `comparison` unless `right_share` is None.
+        Of several processes, each one's share of it."""
         logits = ((self.lower.module(batch), batch.step_mask) for batch in batches)
-        aggregates = torch.cat([aggregate(z, mask, self.aggregation) for z, mask in logits])  # [B] of all batches
+        aggregates = torch.cat([aggregate(z, mask, self.aggregation) for z, mask in logits])  # [B] of these batches
         labels = torch.cat([batch.labels for batch in batches])
+        shares = processes.everyones(_chains(batches))
+        chains = [chain for share in shares for chain in share]
         if self.right_share is not None:
-            groups, level = comparison(_chains(batches), self.right_share)
-            groups, level = groups.to(aggregates.device), level.to(aggregates)
-            counts = torch.zeros_like(level).index_add(0, groups, torch.ones_like(aggregates))
-            means = torch.zeros_like(level).index_add(0, groups, aggregates) / counts
-            aggregates = aggregates + (level - means)[groups]
-        loss = (aggregates.sigmoid() - labels).square().mean()
+            groups, level = comparison(chains, self.right_share)
+            level = level.to(aggregates)
+            counts = torch.bincount(groups).to(aggregates)
+            own = groups.split([len(share) for share in shares])[processes.rank()].to(aggregates.device)
+            sums = processes.summed_with_gradient(torch.zeros_like(level).index_add(0, own, aggregates))
+            aggregates = aggregates + (level - sums / counts)[own]
+        loss = (aggregates.sigmoid() - labels).square().sum() / len(chains)
         self.loss = loss.detach()
         return loss
 
@@ -273,23 +317,28 @@ class DomainReweighting(OwnSystems):
         if self.lower.window is None:
             super().backward(loss, params, paths, **options)
         else:
-            lower = self.lower.trainable_parameters()
-            v = flatten(torch.autograd.grad(loss, lower, allow_unused=True, materialize_grads=True))
+            v = self.lower.layout.summed(self.lower.layout.gradient(loss))
             weights = self.module()
             towards = self.lower.window.hypergradient(v, weights)
             self.lower.window.clear()
             self.set_grads(params, torch.autograd.grad(weights, params, grad_outputs=towards.to(weights.dtype)))
         finite = loss.isfinite() & torch.stack([param.grad.isfinite().all() for param in params]).all()
-        if not finite:
+        if not processes.everywhere(finite):
             micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
             self.nonfinite = NonFinite.found("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
 
 
 def squared_error(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2, from the step logits z [B, S]: a scalar."""
+    """Mean over the labelled steps of a batch of (sigmoid(z) - p)^2, from the step logits z [B, S]: a scalar. Where
+    processes share the batch, this one's share of it."""
     errors = (logits.sigmoid() - batch.targets).square()
-    return errors[batch.target_mask].mean()
+    return errors[batch.target_mask].sum() / batch.labelled
+
+
+def _is_count(value: object) -> bool:
+    """Whether an entry of an optimizer's state is one number, like AdamW's `step`, and not as large as a parameter."""
+    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def _chains(batches: list[Batch]) -> list[Chain]:

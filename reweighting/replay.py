@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from reweighting import processes
 from reweighting.hypergradient import unflatten
 
 # How far central differences go from the parameters, as a norm: in float32 as far as Betty's `darts`; farther where
@@ -125,19 +126,22 @@ class Replay:
         self._pending = []
 
     def slopes(self, micro_batches: list[tuple[int, int, object]], direction: Tensor) -> Tensor:
-        """The slope of each micro-batch's loss along the direction [P], at the parameters as they are."""
-        return self._slopes(self.loss, self.params, [batch for *_, batch in micro_batches], direction)
+        """The slope of each micro-batch's loss along the direction [P], at the parameters as they are; of the whole
+        micro-batch, where several processes share it."""
+        batches = [batch for *_, batch in micro_batches]
+        return processes.summed(self._slopes(self.loss, self.params, batches, direction))
 
-    def state(self) -> dict:
-        """The steps so far, between two steps, as plain containers of tensors and numbers."""
+    def state(self, layout) -> dict:
+        """The steps so far, between two steps, as plain containers of tensors and numbers; the same in every process,
+        however the parameters lie on them (`layout`)."""
         steps = [
             {"numbers": [number for number, *_ in one.micro_batches], "clip": one.clip, "lr": one.lr,
              "along": one.along} for one in self.records
         ]  # fmt: skip
         return {"replayed": steps}
 
-    def load(self, state: dict, device: torch.device | str) -> None:
-        """Go on from what `state` gave; the batches are drawn anew."""
+    def load(self, state: dict, layout, device: torch.device | str) -> None:
+        """Go on from what `state` gave, on as many processes as there are now; the batches are drawn anew."""
         self.clear()
         for saved in state["replayed"]:
             along = saved["along"] if saved["along"] is None else saved["along"].to(device)

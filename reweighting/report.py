@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from reweighting import processes
 from reweighting.checkpoints import best_checkpoint
 from reweighting.engine import ReweightingEngine
 from reweighting.figures import draw_run, shown_name
@@ -18,8 +19,12 @@ def weights_table(weights: dict[str, float]) -> str:
 
 
 def finish(engine: ReweightingEngine, folder: Path) -> None:
-    """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights."""
-    write_folder_whole(folder / "prm", engine.lower.module.save_pretrained)
+    """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights: the main process
+    does, and every one calls it."""
+    save_model = engine.model_saver()
+    if not processes.is_main():
+        return
+    write_folder_whole(folder / "prm", save_model)
     weights = engine.weights()
     result = {"weights": weights, "step": engine.global_step, "settings": engine.settings}
     write_whole(folder / "domain_weights.json", json.dumps(result, indent=1, allow_nan=False) + "\n")

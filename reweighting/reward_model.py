@@ -30,7 +30,15 @@ from reweighting.errors import LISTED_PROBLEMS, UserError
 from reweighting.live_memory import on_shapes
 from reweighting.prm_config import PRMConfig, check_settings, with_defaults
 from reweighting.score_head import random_head, start_from_tokens
-from reweighting.trained_parts import add_adapters, choose_trained, four_bit, load_projector, save_trained, saved_files
+from reweighting.trained_parts import (
+    add_adapters,
+    below,
+    choose_trained,
+    four_bit,
+    load_projector,
+    save_trained,
+    saved_files,
+)
 
 CACHE_BYTES = 2**30  # of main memory for the images and tokens of a training run
 HEAD_FILE = "score_head.safetensors"
@@ -145,13 +153,17 @@ class ProcessRewardModel(nn.Module):
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model in Hugging Face's layout: backbone (or adapters), processors, head, config."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write the model in Hugging Face's layout: backbone (or adapters), processors, head, config.
+
+        `weights`: the whole state dict, where this process holds only parts of the parameters.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.backbone, self.config, folder)
+        save_trained(self.backbone, self.config, folder, weights and below(weights, "backbone."))
+        weights = weights or self.state_dict()
         self.chain_tokenizer.save_pretrained(folder)
-        head = {name: tensor.cpu() for name, tensor in self.score_head.state_dict().items()}
+        head = {name: tensor.cpu() for name, tensor in below(weights, "score_head.").items()}
         save_file(head, folder / HEAD_FILE)
         self.config.save(folder)
 
@@ -170,6 +182,16 @@ class ProcessRewardModel(nn.Module):
             yield
         finally:
             self.base.set_attn_implementation(before)
+
+    def language_model_layers(self) -> tuple[nn.Module, list[nn.Module]]:
+        """The language model, and its transformer layers."""
+        decoder = self.base.get_decoder()
+        return decoder, list(decoder.layers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all of every parameter, not a part as in `layouts.Sharded`."""
+        return not hasattr(next(self.base.get_decoder().parameters()), "placements")
 
     def see(self, pixels: Pixels) -> Tensor:
         """What the vision tower makes of one image: features [image tokens, …] on the CPU, without gradients."""
@@ -224,6 +246,8 @@ class ProcessRewardModel(nn.Module):
     @property
     def shares_prompts(self) -> bool:
         """Whether chains of one question can go on from one pass over their prompt."""
+        if not self.is_whole:  # all processes make the same passes, whatever prompts they have
+            return False
         if self.training and self.gradient_checkpointing:  # it throws away what the steps would go on from
             return False
         return self.chain_tokenizer.family.shares_prompts
@@ -260,7 +284,7 @@ class ProcessRewardModel(nn.Module):
         images. Raises UserError as `ChainTokenizer.encode` does, and if a score is no number.
         """
         tokenizer = self.chain_tokenizer
-        if tokenizer.see is None:
+        if tokenizer.see is None and self.is_whole:
             tokenizer = tokenizer.seeing(self.see)
         pixels = pixels and tokenizer.seen(pixels)
         steps = max((len(chain.steps) for chain in chains), default=0)
@@ -269,7 +293,8 @@ class ProcessRewardModel(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            with torch.inference_mode():
+            # What sharded layers gather in inference mode could not be trained with later.
+            with torch.inference_mode() if self.is_whole else torch.no_grad():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
                     batch = self.collate([tokenizer.encode(chain, pixels) for chain in part])

@@ -7,30 +7,34 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from betty.configs import Config
 from transformers.utils import logging as transformers_logging
 
+from reweighting import processes
 from reweighting.arguments import learns_weights
 from reweighting.batches import Batch, by_length
 from reweighting.candidates import best_of_n_accuracy, score_candidates
 from reweighting.chains import candidate_chains
-from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named
+from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named, load_state
 from reweighting.devices import autocast, check_attention, choose_device, choose_precision, free_memory
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
+from reweighting.layouts import Replicated, Sharded
 from reweighting.memory_estimate import MemoryEstimate, estimate_run, weight_bytes
-from reweighting.problems import DomainReweighting, PRMFineTuning
+from reweighting.problems import SLOPES, DomainReweighting, PRMFineTuning
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run_data import RunData
-from reweighting.sampling import ChainSampler, QuestionSampler, WindowSampler
+from reweighting.sampling import ChainSampler, QuestionSampler, WindowSampler, small_batches
 
-STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run")  # flags: how a run is started
+# Flags: how a run is started.
+STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run", "shard")
 # Flags that are settings of the model too, see PRMConfig.
 MODEL_SETTINGS = ("train", "lora_rank", "freeze_vision", "freeze_projector", "base_4bit", "score_head", "right_token",
                   "wrong_token", "max_length", "max_image_side")  # fmt: skip
@@ -94,6 +98,8 @@ def choose_hypergradient(
                         "--base_4bit: use finite_difference")  # fmt: skip
     if args.hypergradient != "auto":
         return args.hypergradient, "as asked for"
+    if args.shard:
+        return "window", "each process keeps its part of the gradients"
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     slots = args.unroll_steps * micro_batches_of_step(args, len(data.domains))
     return plan_hypergradient(
@@ -160,8 +166,12 @@ def run_settings(args: Namespace) -> dict:
 def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path, dict] | None:
     """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing but what is damaged.
 
-    settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's.
+    settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's. Of several
+    processes the main one looks, and all read what it has found.
     """
+    if not processes.is_main():
+        place = processes.from_main(None)
+        return None if place is None else (place, load_state(place))
     found = None
     if args.resume_from is not None:
         found = load_named(Path(args.resume_from))
@@ -172,6 +182,7 @@ def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path
     if found is not None:
         check_same_run(found[1], settings, args.allow_changed_settings)
         print(f"going on from {found[0]}")
+    processes.from_main(None if found is None else found[0])
     return found
 
 
@@ -179,8 +190,10 @@ def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
     """Make the output folder ready for a run that starts (place None) or goes on from the checkpoint at `place`.
 
     What an earlier run left is moved aside, but with --resume; history goes back to the checkpoint. A checkpoint from
-    elsewhere is copied, so that --resume finds it from the first moment on.
+    elsewhere is copied, so that --resume finds it from the first moment on. The main process does all this.
     """
+    if not processes.is_main():
+        return
     if place is None:
         set_aside(folder)
         (folder / "checkpoints").mkdir(exist_ok=True)  # now, not at the first save: it might not be possible
@@ -193,6 +206,26 @@ def take_over(args: Namespace, folder: Path, place: Path | None) -> None:
         (folder / "checkpoints").mkdir()
         waiting.rename(folder / "checkpoints" / place.name)
     write_whole(folder / HISTORY_FILE, history)
+
+
+def check_shares(args: Namespace, samplers: list, meta_sampler: QuestionSampler | None) -> None:
+    """Raise UserError if a process would have nothing to do in some batch, or something that it cannot."""
+    world = processes.world()
+    if args.shard and world == 1:
+        raise UserError("--shard does nothing in one process: start several with torchrun, see the README")
+    if args.shard and args.base_4bit:
+        raise UserError("--shard cannot cut 4-bit weights into parts: leave out --base_4bit, or --shard")
+    lower, upper = ("batch_size", samplers), ("meta_batch_size", [meta_sampler] if meta_sampler else [])
+    for name, drawing in (lower, upper):
+        least = min((sampler.least for sampler in drawing), default=world)
+        if least < world:
+            raise UserError(f"--{name} {getattr(args, name)}: {world} processes share the chains of a batch, which can "
+                            f"be {least}: use a larger one")  # fmt: skip
+    if args.shard and args.hypergradient in SLOPES:
+        raise UserError(f"--hypergradient {args.hypergradient} cannot move parameters that are cut into parts: use "
+                        "window, or leave out --shard")  # fmt: skip
+    if world > 1 and meta_sampler is not None and args.hypergradient in ("darts", "sama"):
+        raise UserError(f"--hypergradient {args.hypergradient}: Betty's own work in one process only: use window")
 
 
 def build(
@@ -225,27 +258,35 @@ def build(
     sampler = WindowSampler(samplers, args.unroll_steps * accumulation, args.seed)
     meta_sampler = QuestionSampler(meta, range(len(meta)), args.meta_batch_size, args.seed, 3) if meta else None
 
-    model = make_model(args, device, precision)
+    check_shares(args, samplers, meta_sampler)
+
+    model = make_model(args, torch.device("cpu") if args.shard else device, precision)
+    processes.spread(list(model.parameters()))
+    layout = Sharded(model, *model.language_model_layers(), device) if args.shard else Replicated(model)
+    if not processes.is_main():  # other dropout than the main process's
+        torch.manual_seed(args.seed + processes.rank())
     candidates = [chain for row in data.validation for chain in candidate_chains(row, args.validation_json_file)]
     model.check(train + meta + candidates)
 
     def draw_train(micro_step: int) -> tuple[int, Batch]:
         domain, indices = sampler.draw(micro_step)
-        return domain, model.collate([model.chain_tokenizer.encode(train[index]) for index in indices])
+        batch = model.collate([model.chain_tokenizer.encode(train[index]) for index in processes.share(indices)])
+        return domain, replace(batch, labelled=sum(train[index].labelled for index in indices))
 
     def draw_meta(update: int) -> list[Batch]:
-        encoded = by_length([model.chain_tokenizer.encode(meta[index]) for index in meta_sampler.draw(update)])
-        parts = range(0, len(encoded), args.batch_size)
-        return [model.collate(encoded[start : start + args.batch_size]) for start in parts]
+        drawn = meta_sampler.draw(update)
+        encoded = by_length([model.chain_tokenizer.encode(meta[index]) for index in processes.share(drawn)])
+        return [model.collate(part) for part in small_batches(encoded, len(drawn), args.batch_size)]
 
-    optimizer = make_optimizer(args, [p for p in model.parameters() if p.requires_grad])
+    optimizer = make_optimizer(args, list(layout.trainables().values()))
     hypergradient = None
     if fixed_weights is None:
         if state is not None and args.hypergradient == "auto":  # the window so far is of that kind
             hypergradient, reason = state["settings"]["planned_hypergradient"], "as when the run was started"
         else:
             free = free_memory(device)
-            hypergradient, reason = choose_hypergradient(args, data, model, device, precision, free)
+            choice = choose_hypergradient(args, data, model, device, precision, free)
+            hypergradient, reason = processes.from_main(choice)  # each may have other memory
         settings = settings | {"planned_hypergradient": hypergradient}
         print(f"hypergradient: {hypergradient}: {reason}")
     lower_config = Config(
@@ -256,7 +297,7 @@ def build(
         precision=precision,
     )
     lower = PRMFineTuning(
-        lower_config, model, optimizer, draw_train,
+        lower_config, model, optimizer, draw_train, layout,
         learning_rate=learning_rate(args), clip=args.max_grad_norm, fixed_weights=fixed_weights,
     )  # fmt: skip
     upper = None
@@ -275,11 +316,15 @@ def build(
         f"{data.rows} rows in {len(train)} chains from {len(domains)} domains, {len(meta)} meta chains; "
         f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "
         f"({precision}); {accumulation} x {args.batch_size} chains a step"
+        + (f", shared by {processes.world()} processes" if processes.world() > 1 else "")
     )
 
     def validate() -> float:
+        rows = data.validation if args.shard else processes.share(data.validation)  # a sharded model scores all at once
         with autocast(device, precision):
-            scored = score_candidates(model, data.validation, args.batch_size, args.validation_json_file)
+            scored = score_candidates(model, rows, args.batch_size, args.validation_json_file)
+        if not args.shard:
+            scored = [row for share in processes.everyones(scored) for row in share]
         return best_of_n_accuracy(scored, data.right, max(map(len, data.right)))
 
     engine = ReweightingEngine(

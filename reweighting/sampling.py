@@ -9,11 +9,15 @@ questions of the meta set.
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
+from reweighting import processes
 from reweighting.chains import Chain
 from reweighting.errors import UserError
+
+T = TypeVar("T")
 
 
 class EpochStream:
@@ -50,6 +54,7 @@ class ChainSampler:
 
     def __init__(self, members: Sequence[int], batch_size: int, *key: int):
         self.members, self.batch_size, self.stream = members, batch_size, EpochStream(len(members), *key)
+        self.least = batch_size  # chains in a batch
 
     def draw(self, number: int) -> list[int]:
         """The chain indices of a batch, which counts from 0."""
@@ -78,9 +83,31 @@ class QuestionSampler:
         shares = [sum(chains[index].label == 1 for index in answers) / len(answers) for answers in self.questions]
         self.stream = EpochStream(len(self.questions), *key, classes=shares)
 
+    @property
+    def least(self) -> int:
+        """At least so many chains are in a batch."""
+        return self.size * min(map(len, self.questions))
+
     def draw(self, number: int) -> list[int]:
         """The chain indices of a batch, which counts from 0; answers to one question stand together."""
         return [index for place in self.stream.batch(number, self.size) for index in self.questions[place]]
+
+
+def small_batches(own: Sequence[T], drawn: int, batch_size: int) -> list[Sequence[T]]:
+    """This process's own of the items that were drawn for all, in their order, as batches of `batch_size` over all
+    processes: as many on every process, since a sharded model is computed by all at once. At least an item each."""
+    world = processes.world()
+    most = -(-drawn // world)  # items on a process
+    count = min(-(-most // -(-batch_size // world)), drawn // world)
+    size = -(-most // count)
+    if world == 1:
+        size = batch_size  # the last one smaller, not all a little
+    batches, start = [], 0
+    for left in range(count - 1, -1, -1):  # batches still to come
+        end = min(start + size, len(own) - left)
+        batches.append(own[start:end])
+        start = end
+    return batches
 
 
 class WindowSampler:

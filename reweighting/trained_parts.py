@@ -67,15 +67,28 @@ def saved_files(config: PRMConfig) -> list[str]:
     return names + [PROJECTOR_FILE] * (config.adapted and config.trains_projector)
 
 
-def save_trained(backbone: nn.Module, config: PRMConfig, folder: Path) -> None:
-    """Write what cannot be loaded from the base's own place into `folder`."""
+def below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The entries of a state dict whose names begin so, without that beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def save_trained(
+    backbone: nn.Module, config: PRMConfig, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write what cannot be loaded from the base's own place into `folder`.
+
+    weights: the backbone's whole state dict, where this process holds only parts of the parameters.
+    """
+    options = {} if weights is None else {"state_dict": weights}
     if config.train == "backbone":
-        backbone.save_pretrained(folder)
+        backbone.save_pretrained(folder, **options)
     if config.adapted:
         # Without the option peft asks the hub whether the vocabulary has grown, network or not.
-        backbone.save_pretrained(folder, save_embedding_layers=False)
+        backbone.save_pretrained(folder, save_embedding_layers=False, **options)
         if config.trains_projector:
-            tensors = {name: p.detach().cpu() for name, p in _projector(backbone.get_base_model()).items()}
+            base = backbone.get_base_model()
+            whole = base.state_dict() if weights is None else below(weights, "base_model.model.")
+            tensors = {name: whole[name].cpu() for name in _projector(base)}
             save_file(tensors, folder / PROJECTOR_FILE)
 
 

@@ -1,0 +1,159 @@
+"""Several processes speak with one voice and end together; light enough to load before anything else.
+
+`torchrun` and `accelerate launch` start the command several times and number the processes. Number 0, the main one,
+prints. The others are silent: what they would say of an error is handed to the main one, which says it and ends the
+run. Each process also tells twice a second that it is there: one that is not heard of ends the run too, whatever the
+others are waiting for.
+"""
+
+import io
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TICK = 0.5  # seconds between two signs of life
+SILENCE = 40.0  # seconds without one, after which a process counts as dead
+GRACE = 2.0  # seconds that the main process has to end by itself, where all have found the same
+HEARING = 10.0  # seconds that the main process has to say what another one found
+KEPT = 20_000  # characters that a silent process remembers of what it would have printed
+
+_watch: "Watch | None" = None  # of this process, once it has joined the others
+
+
+def place() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine: torchrun's environment."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1, 0
+    return int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", 0))
+
+
+class Watch(threading.Thread):
+    """Ends this process when another one has failed, or is not heard of.
+
+    store: a connection of its own to a store of keys (torch's TCPStore): `add`, `set`, `get`, `check`, `compare_set`.
+    """
+
+    def __init__(self, store, rank: int, world: int):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world = store, rank, world
+        self._over, self._speaking = threading.Event(), threading.Lock()
+
+    def run(self) -> None:
+        """Until `stop`: give signs of life, and look for those of others."""
+        others = range(1, self.world) if self.rank == 0 else (0,)  # the main process tells all what it finds
+        heard = {other: (-1, time.monotonic()) for other in others}
+        try:
+            while not self._over.wait(TICK):
+                self.store.add(f"alive/{self.rank}", 1)
+                if self.store.check(["told"]):
+                    self._leave(None)
+                if self.store.check(["trouble"]):
+                    self._leave(None if self.rank else self.store.get("trouble").decode())
+                for other, (count, since) in heard.items():
+                    now = self.store.add(f"alive/{other}", 0)
+                    if now != count:
+                        heard[other] = now, time.monotonic()
+                    elif time.monotonic() - since > SILENCE:
+                        trouble = f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s"
+                        self.tell(trouble)
+                        self._leave(trouble)
+        except Exception:  # the store is gone, and with it the process that kept it
+            self._leave("what kept the processes together, the main process or the machine of it, has ended")
+
+    def tell(self, trouble: str) -> None:
+        """Let the main process know of a trouble, for it to say; the first one counts."""
+        self.store.compare_set("trouble", "", trouble)
+
+    def stop(self) -> None:
+        """Watch no more; where a trouble is just being said, the process ends in here."""
+        self._over.set()
+        with self._speaking:
+            pass
+
+    def _leave(self, trouble: str | None) -> None:
+        """End this process, unless it ends by itself meanwhile. trouble: what to say, None if another says it."""
+        if self._over.wait(0 if self.rank == 0 else GRACE):
+            return
+        with self._speaking:
+            if self._over.is_set():
+                return
+            if trouble is not None:
+                print(f"\nerror: {trouble}; --resume goes on from the last checkpoint", file=sys.__stderr__, flush=True)
+            if self.rank == 0:
+                self.say_told()
+            os._exit(2)
+
+    def say_told(self) -> None:
+        """The main process has said what there is to say: the others may end."""
+        try:
+            self.store.set("told", "")
+            time.sleep(2 * TICK)  # the store may end with this process
+        except Exception:  # it is gone already
+            return
+
+
+def watch(store, rank: int, world: int) -> Watch:
+    """Begin to watch the other processes."""
+    global _watch
+    _watch = Watch(store, rank, world)
+    _watch.start()
+    return _watch
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """The whole of a command: only the main process prints, and whichever fails, all end. Nothing where there is one
+    process only."""
+    rank, world, _ = place()
+    if world == 1:
+        yield
+        return
+    said = _Held()
+    if rank:
+        sys.stdout, sys.stderr = open(os.devnull, "w"), said
+    try:
+        yield
+    except BaseException as error:  # the process ends here, whatever it is
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = error.code if isinstance(error, SystemExit) else 1
+        if code and rank:
+            _hand_over(said.getvalue().strip(), rank, world)
+        elif code and _watch is not None:
+            _watch.stop()
+            _watch.say_told()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code or 0)  # not by way of the process group's end, which waits for the others
+
+
+def _hand_over(words: str, rank: int, world: int) -> None:
+    """Have the main process say what this one ends with; if it does not, say it here. Whoever started the processes
+    ends the main one when another leaves before it."""
+    time.sleep(GRACE)
+    words = f"process {rank} of {world} on {socket.gethostname()}: {words.removeprefix('error: ')}"
+    try:
+        if _watch is not None:
+            _watch.tell(words)
+    except Exception:  # the store has ended, and so has the main process
+        return
+    time.sleep(HEARING)  # most often ended meanwhile
+    print(words, file=sys.__stderr__, flush=True)
+
+
+class _Held(io.StringIO):
+    """The last of what is printed, kept in memory."""
+
+    def write(self, text: str) -> int:
+        if self.tell() > KEPT:
+            last = self.getvalue()[-KEPT // 2 :]
+            self.seek(0)
+            self.truncate()
+            super().write(last)
+        return super().write(text)

@@ -1,0 +1,85 @@
+"""Several processes in tests: forked, so that they need not import everything again."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reweighting import main, processes, report, run
+from reweighting.errors import run_command
+from reweighting.one_voice import one_voice
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(world: int, work: Callable[[], None], words: Path | None = None) -> list[multiprocessing.Process]:
+    """Processes that each do `work` as torchrun would have started them; what they say goes into `words`."""
+    address = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+
+    def begin(rank: int) -> None:
+        os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+        if words is not None:
+            sys.stdout = sys.stderr = sys.__stderr__ = open(words, "a", buffering=1)
+        work()
+
+    started = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(world)]
+    for process in started:
+        process.start()
+    return started
+
+
+def together(world: int, work: Callable[[], None], seconds: float = 120) -> list[int]:
+    """The exit codes of processes that do `work`; in one process, it is done here."""
+    if world == 1:
+        work()
+        return [0]
+    started = start(world, work)
+    for process in started:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def command(flags: list[str]) -> None:
+    """The command from beginning to end, with its exit code."""
+    sys.argv = ["main.py", *flags]
+    with one_voice():
+        run_command(main.main, "--resume goes on")
+
+
+def parameters_of(flags: list[str], place: Path, double: bool = False) -> Callable[[], None]:
+    """Work that runs the command and leaves each process's parameters at its end in `place`."""
+
+    def work() -> None:
+        finish, make_model, table = report.finish, run.make_model, run.DomainWeights
+
+        def note(engine, folder) -> None:
+            torch.save(engine.lower.named_trainables(), place / f"{processes.rank()}.pt")
+            finish(engine, folder)
+
+        try:
+            report.finish = note
+            if double:
+                run.make_model = lambda *args: make_model(*args).double()
+                run.DomainWeights = lambda domains: table(domains).double()
+            main.main(flags)
+        finally:
+            report.finish, run.make_model, run.DomainWeights = finish, make_model, table
+
+    place.mkdir(exist_ok=True)
+    return work
+
+
+def left(place: Path) -> list[dict[str, Tensor]]:
+    """What `parameters_of` left, by process."""
+    return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(len(list(place.iterdir())))]
