@@ -62,7 +62,7 @@ def compared(kind, momentum, warm_up, accumulation, clip, slopes, count=5, seed=
     for number in range(warm_up, warm_up + count):
         step(number)
     resumed = Replay(optimizer, params, replay.loss, draw, slopes)
-    resumed.load(replay.state(), "cpu")
+    resumed.load(replay.state(None), None, "cpu")
     v = flatten(torch.autograd.grad(toy_loss(model, params, meta), list(params.values())))
     ours = replay.hypergradient(v.clone(), weights)
     assert torch.equal(resumed.hypergradient(v.clone(), weights), ours)
