@@ -44,7 +44,7 @@ SMALL = ("--questions_together", "--gradient_accumulation", "1", "--unroll_steps
 # The embedded one makes a whole default run: images are seen for the first time in its first fifth only.
 BACKBONES = {
     "embedded": (16, (), (20, 580), (10, 100)),
-    "30 M, 16 image tokens": (16, SMALL, (10, 20), (5, 40)),
+    "30 M, 16 image tokens": (16, SMALL, (10, 10), (5, 40)),
     "30 M, 256 image tokens": (256, SMALL, (10, 10), (5, 20)),
 }
 BARE_STEPS = (5, 20)
