@@ -26,4 +26,5 @@ exec srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run \
   --rdzv_id="$SLURM_JOB_ID" \
   --rdzv_backend=c10d \
   --rdzv_endpoint="$main_machine:29500" \
+  --shutdown_timeout=110 \
   reweighting/main.py --resume "$@"

@@ -239,6 +239,8 @@ def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
     changes = []
     for name in sorted(state["settings"].keys() | settings.keys()):
         before, now = saved.get(name), settings.get(name)
+        if name == "hypergradient" and now == "auto":  # which goes on in the way of the run so far
+            continue
         if before != now and name not in FREE_SETTINGS:
             changes.append(f"the content of the {BY_CONTENT[name]} is not what it was" if name in BY_CONTENT
                            else f"{name} was {before} and is {now} now")  # fmt: skip

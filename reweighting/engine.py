@@ -44,8 +44,9 @@ class ReweightingEngine(Engine):
     lower, upper: the problems; upper None for plain fine-tuning. domains: their names, in the order of the weights.
     device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
     many of them stay, besides the best. skip_nonfinite: steps that may be left out because they are not finite.
-    settings: what goes into each checkpoint beside the state. validate: gives the model's accuracy as best-of-N, by
-    which the best checkpoint is chosen; None to choose it by the meta loss.
+    settings: what goes into each checkpoint beside the state. validate: scores this process's share
+    of the candidates, and what makes of the scores the accuracy as best-of-N, by which the best checkpoint is chosen;
+    None to choose it by the meta loss.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class ReweightingEngine(Engine):
         *,
         keep: int = 2,
         skip_nonfinite: int = 0,
-        validate: Callable[[], float] | None = None,
+        validate: tuple[Callable[[], list], Callable[[list], float]] | None = None,
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
@@ -201,7 +202,8 @@ class ReweightingEngine(Engine):
             return
         score = None
         if scored and self.validate is not None:
-            score = self._try_reading(self.validate)
+            score_share, accuracy = self.validate
+            score = accuracy(self._try_reading(score_share))
         elif scored and self.meta_losses:
             score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
         self.saved = self.global_step

@@ -148,6 +148,8 @@ class Window:
 
     def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
         """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
+        if not self.records:  # every step was left out
+            return v.new_zeros(len(weights))
         size = PARTS.get(v.device.type, LARGE_PART)
         parts = [slice(start, start + size) for start in range(0, max(len(v), 1), size)]
         workers = torch.get_num_threads() if v.device.type == "cpu" else 1

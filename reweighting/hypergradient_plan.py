@@ -25,19 +25,21 @@ def plan_hypergradient(
     optimizer: str,
     free: int,
     forward_mode: bool,
-    rest: Callable[[], MemoryEstimate],
+    rest: Callable[[], MemoryEstimate | None],
 ) -> tuple[str, str]:
     """The way and the reason, in words.
 
     trained: parameters. slots: micro-batches in a window. free: bytes of the device that are not taken, the weights
     being there already. forward_mode: whether there is one. rest: gives the estimate of the run without kept
-    gradients; asked for only where it may matter.
+    gradients, None where there is no telling; asked for only where it may matter.
     """
     kept = FLOAT * trained * (slots + (2 if optimizer == "adamw" else 0))
     words = f"{slots} kept gradients take {_amount(kept)} of {_amount(free)} that are free"
     if kept <= PLENTY * free:
         return "window", words
     estimate = rest()
+    if estimate is None:  # half of what is free is left for the rest
+        return ("window" if 2 * kept <= free else "jvp" if forward_mode else "finite_difference"), words
     others = estimate.total - estimate.weights
     words += f", and the rest of the run {_amount(others)}"
     if kept + others <= SPARE * free:

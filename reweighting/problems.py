@@ -221,8 +221,10 @@ class PRMFineTuning(OwnSystems):
         share = self.layout.gradient(loss, storage)
         domain, chains = self.cur_batch
         self.rows_seen += chains.labelled
-        # The largest entry is no number as soon as one is none.
-        finite = loss.isfinite() & torch.linalg.vector_norm(share, math.inf).isfinite()
+        finite = loss.isfinite()
+        if len(share):  # a process may hold no part of what is trained
+            # The largest entry is no number as soon as one is none.
+            finite = finite & torch.linalg.vector_norm(share, math.inf).isfinite()
         self.micro_batches.append(MicroBatch(chains.chains, self.loss, finite))
         if self.gradient is None:
             self.gradient = share
@@ -243,7 +245,10 @@ class PRMFineTuning(OwnSystems):
         super().load_state_dict(state)
         self._count = state["count"] // state["micro_steps"] * self.gas
         self.rows_seen = state["rows_seen"]
-        if self.open_window is not None:
+        begun = state["window"].get("steps") or state["window"].get("replayed")
+        if self.open_window is not None and begun:
+            if ("replayed" in state["window"]) != isinstance(self.open_window, Replay):
+                raise ValueError("--hypergradient can be changed between windows only, and this is inside one")
             self.open_window.load(state["window"], self.layout, self.device)
 
     def optimizer_step(self) -> None:

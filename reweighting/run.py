@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from betty.configs import Config
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from transformers.utils import logging as transformers_logging
 
 from reweighting import processes
@@ -23,7 +24,7 @@ from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_l
 from reweighting.devices import autocast, check_attention, choose_device, choose_precision, free_memory
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
-from reweighting.errors import UserError
+from reweighting.errors import UnreadableImage, UserError
 from reweighting.folders import set_aside, write_folder_whole, write_whole
 from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
 from reweighting.layouts import Replicated, Sharded
@@ -75,8 +76,9 @@ def micro_batches_of_step(args: Namespace, domains: int) -> int:
 
 def estimate_memory(
     args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
-) -> MemoryEstimate:
-    """What the run will take on the device. No weight is read and no random number drawn. hypergradient: in place of
+) -> MemoryEstimate | None:
+    """What the run will take on the device; None where that cannot be told without numbers. No weight is read and no
+    random number drawn. hypergradient: in place of
     what --hypergradient means."""
     accumulation = micro_batches_of_step(args, len(data.domains))
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +86,10 @@ def estimate_memory(
         if hypergradient is None and data.meta:
             free = free_memory(device) - weight_bytes(model)
             hypergradient, _ = choose_hypergradient(args, data, model, device, precision, free)
-        return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
+        try:
+            return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
+        except DynamicOutputShapeException:  # Qwen3-VL's: the shape of a tensor depends on what is in another one
+            return None
 
 
 def choose_hypergradient(
@@ -102,10 +107,18 @@ def choose_hypergradient(
         return "window", "each process keeps its part of the gradients"
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     slots = args.unroll_steps * micro_batches_of_step(args, len(data.domains))
+    if processes.world() > 1:  # the sum over processes is kept for each step too
+        slots += args.unroll_steps
     return plan_hypergradient(
         trained, slots, args.optimizer, free, forward_mode,
         lambda: estimate_memory(args, data, device, precision, "jvp"),
     )  # fmt: skip
+
+
+def way_so_far(settings: dict) -> str | None:
+    """What --hypergradient meant in the run with these settings; None if it learned no weights."""
+    way = settings.get("planned_hypergradient") or settings.get("hypergradient")
+    return None if way == "auto" else way
 
 
 def learning_rate(args: Namespace) -> Callable[[int], float]:
@@ -221,11 +234,18 @@ def check_shares(args: Namespace, samplers: list, meta_sampler: QuestionSampler 
         if least < world:
             raise UserError(f"--{name} {getattr(args, name)}: {world} processes share the chains of a batch, which can "
                             f"be {least}: use a larger one")  # fmt: skip
-    if args.shard and args.hypergradient in SLOPES:
-        raise UserError(f"--hypergradient {args.hypergradient} cannot move parameters that are cut into parts: use "
-                        "window, or leave out --shard")  # fmt: skip
-    if world > 1 and meta_sampler is not None and args.hypergradient in ("darts", "sama"):
-        raise UserError(f"--hypergradient {args.hypergradient}: Betty's own work in one process only: use window")
+    if args.shard and args.train != "backbone" and args.freeze_projector is False and not args.gradient_checkpointing:
+        raise UserError("--shard with a trained projector beside a frozen language model needs "
+                        "--gradient_checkpointing: else processes with and without images would wait for each other")
+
+
+def check_way(hypergradient: str, shard: bool) -> None:
+    """Raise UserError if this way to the hypergradient cannot be had in so many processes."""
+    if shard and hypergradient in SLOPES:
+        raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use window, "
+                        "or leave out --shard")  # fmt: skip
+    if processes.world() > 1 and hypergradient in ("darts", "sama"):
+        raise UserError(f"--hypergradient {hypergradient}: Betty's own work in one process only: use window")
 
 
 def build(
@@ -281,12 +301,14 @@ def build(
     optimizer = make_optimizer(args, list(layout.trainables().values()))
     hypergradient = None
     if fixed_weights is None:
-        if state is not None and args.hypergradient == "auto":  # the window so far is of that kind
-            hypergradient, reason = state["settings"]["planned_hypergradient"], "as when the run was started"
+        so_far = None if state is None else way_so_far(state["settings"])
+        if args.hypergradient == "auto" and so_far is not None:  # the window so far is of that kind
+            hypergradient, reason = so_far, "as when the run was started"
         else:
             free = free_memory(device)
             choice = choose_hypergradient(args, data, model, device, precision, free)
             hypergradient, reason = processes.from_main(choice)  # each may have other memory
+        check_way(hypergradient, args.shard)
         settings = settings | {"planned_hypergradient": hypergradient}
         print(f"hypergradient: {hypergradient}: {reason}")
     lower_config = Config(
@@ -319,10 +341,17 @@ def build(
         + (f", shared by {processes.world()} processes" if processes.world() > 1 else "")
     )
 
-    def validate() -> float:
+    def score_share() -> list:
         rows = data.validation if args.shard else processes.share(data.validation)  # a sharded model scores all at once
-        with autocast(device, precision):
-            scored = score_candidates(model, rows, args.batch_size, args.validation_json_file)
+        try:
+            with autocast(device, precision):
+                return score_candidates(model, rows, args.batch_size, args.validation_json_file)
+        except UnreadableImage as error:
+            if args.shard:  # the others wait inside the model: this process cannot try again, and ends them all
+                raise UserError(str(error)) from error
+            raise
+
+    def accuracy(scored: list) -> float:
         if not args.shard:
             scored = [row for share in processes.everyones(scored) for row in share]
         return best_of_n_accuracy(scored, data.right, max(map(len, data.right)))
@@ -330,7 +359,7 @@ def build(
     engine = ReweightingEngine(
         lower, upper, domains, device, folder, args.iteration_num, args.save_every_iterations, settings,
         keep=args.keep_checkpoints, skip_nonfinite=args.skip_nonfinite,
-        validate=validate if data.validation else None,
+        validate=(score_share, accuracy) if data.validation else None,
     )  # fmt: skip
     if state is not None:
         engine.load_state_dict(state)

@@ -118,3 +118,12 @@ def test_window_wants_one_parameter_group():
     groups = [{"params": [layer.weight]}, {"params": [layer.bias]}]
     with pytest.raises(ValueError, match="one parameter group"):
         Window(torch.optim.AdamW(groups))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_window_whose_steps_were_all_left_out_moves_no_weight(optimizer):
+    layer = nn.Linear(2, 1)
+    window = Window(optimizer(layer.parameters(), lr=0.1))
+    window.add_micro_batch(0, torch.full((3,), torch.nan))
+    window.drop_step()
+    assert torch.equal(window.hypergradient(torch.ones(3), torch.ones(2)), torch.zeros(2))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from reweighting.checkpoints import load_checkpoint
+from reweighting.errors import UserError
 from reweighting.hypergradient import Window, flatten, unflatten
 from reweighting.main import main
 from reweighting.replay import Replay, central_differences, forward_mode
@@ -118,3 +119,18 @@ def test_a_window_without_gradients_resumes(demo, tmp_path, monkeypatch):
     main(flags(demo, tmp_path / "whole", *run))
     cut_and_resume(monkeypatch, flags(demo, tmp_path / "cut", *run), 8)
     same_results(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_the_way_can_be_changed_between_windows(demo, tmp_path, monkeypatch):
+    tiny = ("--reward_model", str(tiny_backbone()))
+
+    def run(folder, way):
+        return flags(demo, tmp_path / folder, *tiny, "--hypergradient", way)
+
+    cut_and_resume(monkeypatch, run("a", "jvp"), 5, "--hypergradient", "window", "--allow_changed_settings")
+    assert len(history(tmp_path / "a")) == 2
+    with pytest.raises(UserError, match="between windows only"):
+        cut_and_resume(monkeypatch, run("b", "jvp"), 7, "--hypergradient", "window", "--allow_changed_settings")
+    cut_and_resume(monkeypatch, run("c", "jvp"), 7, "--hypergradient", "auto")  # goes on in the same way
+    main(run("d", "jvp"))
+    assert history(tmp_path / "c")[1]["weights"] == history(tmp_path / "d")[1]["weights"]
