@@ -4,6 +4,7 @@ A frozen base may be bfloat16 or 4-bit; what is trained is float32 always, since
 fine-tuning half-precision parameters stop moving.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from transformers.utils import is_bitsandbytes_available
 from reweighting.errors import UserError
 from reweighting.families import family_of, parameters_of
 from reweighting.prm_config import PRMConfig
+
+# peft asks transformers by a name that transformers tells everyone to stop using.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 ADAPTER_FILE = "adapter_model.safetensors"  # peft's name
 PROJECTOR_FILE = "projector.safetensors"  # where a projector is trained beside adapters
