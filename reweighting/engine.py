@@ -44,9 +44,9 @@ class ReweightingEngine(Engine):
     lower, upper: the problems; upper None for plain fine-tuning. domains: their names, in the order of the weights.
     device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
     many of them stay, besides the best. skip_nonfinite: steps that may be left out because they are not finite.
-    settings: what goes into each checkpoint beside the state. validate: scores this process's share
-    of the candidates, and what makes of the scores the accuracy as best-of-N, by which the best checkpoint is chosen;
-    None to choose it by the meta loss.
+    settings: what goes into each checkpoint beside the state. validate: scores this process's share of the
+    candidates, and what makes of the scores the accuracy as best-of-N, by which the best checkpoint is chosen; None to
+    choose it by the meta loss.
     """
 
     def __init__(

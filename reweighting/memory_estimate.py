@@ -138,10 +138,11 @@ def estimate_run(
     """The memory of the run that the flags describe, on these chains; of the longest of them, as far as `longest` finds
     it, a whole micro-batch. model: made on the device meta. hypergradient: what --hypergradient means, None where no
     weights are learned. accumulation: micro-batches in a step."""
-    batch = _batch(model, train, args.batch_size, args.questions_together)
-    meta_batch = _batch(model, meta, args.batch_size, True) if meta else None
+    chain = longest(model, train)
+    batch = _batch(model, train, chain, args.batch_size, args.questions_together)
+    meta_batch = _batch(model, meta, longest(model, meta), args.batch_size, True) if meta else None
     images = len({chain.image for chain in (*train, *meta)} - {None}) if device.type == "cpu" else 0
-    pixels = model.chain_tokenizer.encode(longest(model, train)).pixels
+    pixels = model.chain_tokenizer.encode(chain).pixels
     setting = Setting(
         optimizer=args.optimizer,
         precision=precision,
@@ -162,9 +163,9 @@ def longest(model: ProcessRewardModel, chains: Sequence[Chain]) -> Chain:
     return max(looked_at, key=lambda chain: len(model.chain_tokenizer.encode(chain).input_ids))
 
 
-def _batch(model: ProcessRewardModel, chains: Sequence[Chain], size: int, together: bool) -> Batch:
-    """A micro-batch of the longest chain; with `together`, of the answers to its question and then others."""
-    chain, encode = longest(model, chains), model.chain_tokenizer.encode
+def _batch(model: ProcessRewardModel, chains: Sequence[Chain], chain: Chain, size: int, together: bool) -> Batch:
+    """A micro-batch of one of the chains; with `together`, of the answers to its question and then others."""
+    encode = model.chain_tokenizer.encode
     if together:
         in_order = sorted(chains, key=lambda other: other.prompt != chain.prompt)
         return model.collate([encode(other) for other in in_order[:size]])

@@ -78,8 +78,7 @@ def estimate_memory(
     args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
 ) -> MemoryEstimate | None:
     """What the run will take on the device; None where that cannot be told without numbers. No weight is read and no
-    random number drawn. hypergradient: in place of
-    what --hypergradient means."""
+    random number drawn. hypergradient: in place of what --hypergradient means."""
     accumulation = micro_batches_of_step(args, len(data.domains))
     with torch.random.fork_rng(devices=[]):
         model = make_model(args, torch.device("meta"), precision)

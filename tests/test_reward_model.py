@@ -18,7 +18,7 @@ from reweighting.chains import Chain
 from reweighting.errors import UserError
 from reweighting.prm_config import PRMConfig
 from reweighting.reward_model import ProcessRewardModel
-from tests.tiny import build, tiny_backbone
+from tests.tiny import build, draw_cells, tiny_backbone
 
 QUESTION = "How many red cells are there?"
 STEPS = (
@@ -46,12 +46,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """Half red, half blue: an image whose place in the sequence matters."""
-    path = tmp_path_factory.mktemp("images") / "cells.png"
-    picture = Image.new("RGB", (64, 64), "red")
-    picture.paste("blue", (32, 0, 64, 64))
-    picture.save(path)
-    return path
+    return draw_cells(tmp_path_factory.mktemp("images") / "cells.png")
 
 
 def logits_with_graph(model, chains):

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils import is_bitsandbytes_available
@@ -19,7 +18,7 @@ from reweighting.families import FAMILIES
 from reweighting.prm_config import PRMConfig
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run import make_model
-from tests.tiny import tiny_backbone
+from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
 
 QUESTION, STEPS = "How many red cells are there?", ("Step 1: two in the first row", "Step 2: so 3 in all")
@@ -79,10 +78,7 @@ def tied(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory):
     """Two labelled chains, of which one has an image."""
-    path = tmp_path_factory.mktemp("images") / "cells.png"
-    picture = Image.new("RGB", (64, 64), "red")
-    picture.paste("blue", (32, 0, 64, 64))
-    picture.save(path)
+    path = draw_cells(tmp_path_factory.mktemp("images") / "cells.png")
     return [Chain(QUESTION, STEPS, path, targets=(0.9, 0.1)), Chain(QUESTION, STEPS[:1], targets=(0.7,))]
 
 

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -39,6 +40,14 @@ CHAT_TEMPLATE = (  # Qwen2-VL's, without its video branch
     "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def draw_cells(path: Path) -> Path:
+    """Half red, half blue: an image whose place in the sequence matters. Returns its path."""
+    picture = Image.new("RGB", (64, 64), "red")
+    picture.paste("blue", (32, 0, 64, 64))
+    picture.save(path)
+    return path
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
