@@ -59,12 +59,13 @@ MODELS = {  # name -> (config, published parameters with the LM head, in billion
         73.4,
     ),
 }
-WAYS = ("full", "LoRA", "4-bit LoRA")
+SHARED = 8  # processes that --shard cuts the parameters for
+WAYS = ("full", f"full, `--shard` on {SHARED}", "LoRA", "4-bit LoRA")
 
 
 def make(config, way: str) -> ProcessRewardModel:
     """The reward model on shapes, with gradient checkpointing; the vision tower is frozen, its features known."""
-    whole = way == "full"
+    whole = way.startswith("full")
     rank = {} if whole else {"train": "lora", "lora_rank": RANK}
     settings = PRMConfig(backbone="", freeze_vision=True, freeze_projector=True, base_4bit=way == "4-bit LoRA", **rank)
     family = QwenVL(config, SimpleNamespace(convert_ids_to_tokens=str), None)
@@ -78,13 +79,15 @@ def make(config, way: str) -> ProcessRewardModel:
 
 
 def a_batch(config) -> Batch:
-    """A micro-batch of answers, each with its image, whose features are known."""
+    """A micro-batch of answers, each with its image, whose features are known; on each process as many."""
     side = int((4 * IMAGE) ** 0.5)
     ids = torch.full((BATCH, IMAGE + TEXT), 1)
     ids[:, :IMAGE] = config.image_token_id
+    here = torch.ones_like(ids)
+    here[-1, -1] = 0  # answers differ in length: attention gets a mask
     tokens = Tokens(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=here,
         is_image=(ids == config.image_token_id).long(),
         images={"image_grid_thw": torch.tensor([[1, side, side]] * BATCH)},
         image_features=tuple(torch.zeros(IMAGE, config.get_text_config().hidden_size) for _ in range(BATCH)),
@@ -106,8 +109,10 @@ def main() -> None:
         print(name, counts[name], flush=True)
         for way in WAYS:
             model, batch = make(config, way), a_batch(config)
-            for hypergradient in ("window", "jvp"):
-                parts = vars(estimate(model, batch, batch, replace(SETTING, hypergradient=hypergradient)))
+            sharded = way.endswith(str(SHARED))
+            setting = replace(SETTING, processes=SHARED if sharded else 1, sharded=sharded)
+            for hypergradient in ("window",) if sharded else ("window", "jvp"):
+                parts = vars(estimate(model, batch, batch, replace(setting, hypergradient=hypergradient)))
                 fits = [size for size in GPUS if parts["total"] <= SPARE * size * 2**30]
                 rows.append({"model": name, "way": way, "hypergradient": hypergradient, "fits": fits, **parts})
                 shown = ("weights", "optimizer", "kept_gradients", "activations", "gradients", "meta_pass", "total")

@@ -1,8 +1,5 @@
 """Where a model computes, and how exactly."""
 
-from pathlib import Path
-
-import psutil
 import torch
 from transformers.utils import is_flash_attn_2_available
 
@@ -52,18 +49,3 @@ def check_attention(name: str, device: torch.device, precision: str) -> None:
         missing.append("the package flash-attn, 2.3.3 or newer (pip install flash-attn)")
     if missing:
         raise UserError(f"--attention {name} needs {' and '.join(missing)}; --attention sdpa does without")
-
-
-def free_memory(device: torch.device) -> int:
-    """The bytes that can still be had on the device: of a GPU; else of the main memory, or of what a batch system lets
-    this job have of it."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    try:
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such limit
-        pass
-    return max(0, free)

@@ -32,12 +32,8 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
     short = Namespace(**{**vars(args), "iteration_num": steps, "warmup_iterations": 0})
     device = choose_device(args.device)
     expected = estimate_memory(args, data, device, settings["precision"])
-    if expected is None:
-        print("expected memory: cannot be told for this family without loading it")
-    else:
-        whole = ", before parameters are cut into parts" if args.shard else ""
-        print(f"expected memory on {device}, with a micro-batch of the longest chain (no weight is loaded yet){whole}:")
-        print(table(expected))
+    print(f"expected memory on {device}, with a micro-batch of the longest chains (no weight is loaded yet):")
+    print(table(expected))
     before = psutil.Process().memory_info().rss
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         trial = Path(name)
@@ -66,8 +62,7 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
     print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
     print(f"  time    {hours:.2f} hours for {args.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip
-    told = "" if expected is None else f"; expected: {expected.total / 1e9:.2f} GB"
-    print(f"  memory  {_peak_memory(engine.device, before)}" + told)
+    print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
     print(f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in {folder}")
     if disk > free:
         print("warning: the disk is too small for that: lower --keep_checkpoints or use --lora_rank", file=sys.stderr)

@@ -21,25 +21,23 @@ def has_forward_mode(attention: str, base_4bit: bool) -> bool:
 
 def plan_hypergradient(
     trained: int,
-    slots: int,
+    vectors: int,
     optimizer: str,
     free: int,
     forward_mode: bool,
-    rest: Callable[[], MemoryEstimate | None],
+    rest: Callable[[], MemoryEstimate],
 ) -> tuple[str, str]:
     """The way and the reason, in words.
 
-    trained: parameters. slots: micro-batches in a window. free: bytes of the device that are not taken, the weights
+    trained: parameters. vectors: that a window keeps. free: bytes of the device that are not taken, the weights
     being there already. forward_mode: whether there is one. rest: gives the estimate of the run without kept
-    gradients, None where there is no telling; asked for only where it may matter.
+    gradients; asked for only where it may matter.
     """
-    kept = FLOAT * trained * (slots + (2 if optimizer == "adamw" else 0))
-    words = f"{slots} kept gradients take {_amount(kept)} of {_amount(free)} that are free"
+    kept = FLOAT * trained * (vectors + (2 if optimizer == "adamw" else 0))
+    words = f"{vectors} kept gradients take {_amount(kept)} of {_amount(free)} that are free"
     if kept <= PLENTY * free:
         return "window", words
     estimate = rest()
-    if estimate is None:  # half of what is free is left for the rest
-        return ("window" if 2 * kept <= free else "jvp" if forward_mode else "finite_difference"), words
     others = estimate.total - estimate.weights
     words += f", and the rest of the run {_amount(others)}"
     if kept + others <= SPARE * free:

@@ -71,6 +71,12 @@ class Replicated:
         return None
 
 
+def uncut_parameters(module: nn.Module, language_model: nn.Module) -> set[nn.Parameter]:
+    """Those that `Sharded` leaves whole on every process: what is frozen outside of the language model."""
+    inside = set(language_model.parameters())
+    return {param for param in module.parameters() if not param.requires_grad and param not in inside}
+
+
 class Sharded(Replicated):
     """Cuts every parameter into parts along its first dimension, one for each process, and moves the parts to `device`.
 
@@ -85,8 +91,7 @@ class Sharded(Replicated):
         from torch.distributed.fsdp import fully_shard
 
         self.mesh = init_device_mesh(device.type, (processes.world(),))
-        inside = set(language_model.parameters())
-        uncut = {param for param in module.parameters() if not param.requires_grad and param not in inside}
+        uncut = uncut_parameters(module, language_model)
         for param in uncut:
             param.data = param.data.to(device)
         for unit in (*layers, module):

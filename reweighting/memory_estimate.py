@@ -13,22 +13,24 @@ use (5 to 10 % is usual): `benchmarks/memory_check.py` compares with measured pe
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 
 import torch
 from torch import Tensor, nn
 
+from reweighting import processes
 from reweighting.aggregation import aggregate
 from reweighting.batches import Batch, collate
 from reweighting.chains import Chain
 from reweighting.devices import autocast
 from reweighting.hypergradient import LARGE_PART, PARTS
+from reweighting.layouts import uncut_parameters
 from reweighting.live_memory import forward_memory, step_memory
 from reweighting.reward_model import CACHE_BYTES, ProcessRewardModel
 
 FLOAT = 4  # bytes of what is trained, and of all that belongs to it
-SAMPLED = 64  # chains that are looked at for the longest, beside those with most text
+SAMPLED = 64  # chains that are looked at for the longest ones, beside those with most text
 MOST_TEXT = 8
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in 4 bits, with its share of doubly quantised scales
 
@@ -39,7 +41,8 @@ class Setting:
 
     hypergradient: window, jvp, finite_difference, darts, sama, or None where no weights are learned. steps: of a
     window. accumulation: micro-batches in a step. meta_batches: batches in an update of the weights. images: bytes of
-    the remembered ones, where these are in the device's memory.
+    the remembered ones, where these are in the device's memory. processes: that make the run; sharded: each holds a
+    part of the parameters, as `layouts.Sharded` cuts them.
     """
 
     optimizer: str = "adamw"
@@ -50,12 +53,20 @@ class Setting:
     meta_batches: int = 1
     images: int = 0
     device: str = "cuda"
+    processes: int = 1
+    sharded: bool = False
+
+    @property
+    def window_vectors(self) -> int:
+        """How many gradients [P] a window keeps: each micro-batch's, and each step's where that is a sum over
+        processes."""
+        return self.steps * (self.accumulation + (self.processes > 1 and not self.sharded))
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part. The first four are there throughout. A step's activations and gradients and the meta pass take
-    turns, so `total`, the most at a time, is less than the sum.
+    """Bytes by part, on one process. The first four are there throughout. A step's activations and gradients and the
+    meta pass take turns, so `total`, the most at a time, is less than the sum.
 
     gradients: all copies of a step's gradient that are there at once, without the kept ones. meta_pass: activations and
     gradients of the meta loss, or what the hypergradient then takes, whichever is more.
@@ -78,51 +89,58 @@ def table(estimate: MemoryEstimate) -> str:
 
 
 def estimate(model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, setting: Setting) -> MemoryEstimate:
-    """The memory of a run with this model, made on the device meta. batch, meta_batch: a micro-batch of each level
-    with real tokens; meta_batch None where no weights are learned."""
+    """The memory of a run with this model, made on the device meta. batch, meta_batch: one process's part of a
+    micro-batch of each level, with real tokens; meta_batch None where no weights are learned."""
     model.train()
-    trained = [param for param in model.parameters() if param.requires_grad]
-    one = FLOAT * sum(param.numel() for param in trained)  # a vector of all that is trained
-    slots, adamw = setting.steps * setting.accumulation, setting.optimizer == "adamw"
-    window = setting.hypergradient == "window"
+    weights, one, gathered, parts = weight_bytes(model), _bytes(model.parameters(), trained=True), 0, 1
+    if setting.sharded:
+        parts = setting.processes
+        weights, one, gathered = _cut(model, parts)
+    adamw, window = setting.optimizer == "adamw", setting.hypergradient == "window"
 
     optimizer = one * (2 if adamw else 1) + (one if setting.hypergradient == "sama" else 0)
-    kept = one * (slots + (2 if adamw else 0)) if window else 0
+    kept = one * (setting.window_vectors + (2 if adamw else 0)) if window else 0
     if setting.hypergradient in ("jvp", "finite_difference"):
-        kept = slots * _batch_bytes(batch)
+        kept = setting.steps * setting.accumulation * _batch_bytes(batch)
     features = setting.images + _batch_bytes(batch)
 
-    known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
-    saved, peak = step_memory(lambda: _lower_loss(model, batch, setting.precision), trained, known)
+    known = _tensors([batch, meta_batch])
+    saved, peak = _pass(model, known, lambda: _lower_loss(model, batch, setting.precision), parts, gathered)
     total = one if setting.accumulation > 1 else 0  # the sum of a step's micro-batches, whose memory is kept
     # The newest gradient in pieces and as a vector, which the window may hold already; an earlier micro-batch's too.
     gradients = total + (one if window else 2 * one + total)
     step = max(total + peak + (0 if window else total), gradients)
-    meta = 0 if meta_batch is None else _meta_pass(model, batch, meta_batch, setting, one, saved) + total
-    there = weight_bytes(model) + optimizer + kept + features
-    return MemoryEstimate(
-        weight_bytes(model), optimizer, kept, features, saved, gradients, meta, there + max(step, meta)
-    )
+    meta = 0
+    if meta_batch is not None:
+        upper = _pass(model, known, lambda: _upper_loss(model, meta_batch, setting.precision), parts, gathered)
+        # The graphs of all its batches are there until the one backward pass.
+        backward = upper[1] + (setting.meta_batches - 1) * upper[0] + (one if setting.meta_batches > 1 else 0)
+        meta = max(backward, 2 * one, one + _hypergradient_bytes(model, batch, setting, one, saved)) + total
+    there = weights + optimizer + kept + features
+    return MemoryEstimate(weights, optimizer, kept, features, saved, gradients, meta, there + max(step, meta))
 
 
-def _meta_pass(
-    model: ProcessRewardModel, batch: Batch, meta_batch: Batch, setting: Setting, one: int, saved: int
-) -> int:
-    """The most that the upper level has at a time: the meta loss and its gradient, then the hypergradient."""
+def _pass(
+    model: ProcessRewardModel, known: list[Tensor], loss: Callable[[], Tensor], parts: int, gathered: int
+) -> tuple[int, int]:
+    """Bytes that the forward pass of a loss leaves behind, and the most that it and its backward pass have at a time.
+
+    known: the batches' tensors. parts: that parameters are cut into; gathered: see `_cut`.
+    """
     trained = [param for param in model.parameters() if param.requires_grad]
-    known = [*model.parameters(), *model.buffers(), *_tensors(meta_batch), *_tensors(batch)]
-    meta_saved, meta_peak = step_memory(lambda: _upper_loss(model, meta_batch, setting.precision), trained, known)
-    # The graphs of all its batches are there until the one backward pass.
-    backward = setting.meta_batches * meta_saved + meta_peak - meta_saved + (one if setting.meta_batches > 1 else 0)
+    saved, peak = step_memory(loss, trained, [*model.parameters(), *model.buffers(), *known], parts)
+    return saved, peak + gathered
+
+
+def _hypergradient_bytes(model: ProcessRewardModel, batch: Batch, setting: Setting, one: int, saved: int) -> int:
+    """What the hypergradient takes beside the meta gradient. saved: bytes that a forward pass leaves behind."""
     if setting.hypergradient == "window":
-        part = PARTS.get(setting.device, LARGE_PART)
-        after = one + min(one, FLOAT * part) * (3 * setting.steps + 8)
-    elif setting.hypergradient in ("darts", "sama"):
-        after = 2 * one + saved
-    else:
-        forward = forward_memory(lambda: _lower_loss(model, batch, setting.precision), known)
-        after = one + (2 * forward if setting.hypergradient == "jvp" else one + forward)
-    return max(backward, 2 * one, after)
+        return min(one, FLOAT * PARTS.get(setting.device, LARGE_PART)) * (3 * setting.steps + 8)
+    if setting.hypergradient in ("darts", "sama"):
+        return one + saved
+    known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
+    forward = forward_memory(lambda: _lower_loss(model, batch, setting.precision), known)
+    return 2 * forward if setting.hypergradient == "jvp" else one + forward
 
 
 def estimate_run(
@@ -136,13 +154,15 @@ def estimate_run(
     meta: Sequence[Chain],
 ) -> MemoryEstimate:
     """The memory of the run that the flags describe, on these chains; of the longest of them, as far as `longest` finds
-    it, a whole micro-batch. model: made on the device meta. hypergradient: what --hypergradient means, None where no
+    them, a whole micro-batch. model: made on the device meta. hypergradient: what --hypergradient means, None where no
     weights are learned. accumulation: micro-batches in a step."""
-    chain = longest(model, train)
-    batch = _batch(model, train, chain, args.batch_size, args.questions_together)
-    meta_batch = _batch(model, meta, longest(model, meta), args.batch_size, True) if meta else None
+    world = processes.world()
+    size = math.ceil(args.batch_size / world)  # this process's part of a micro-batch
+    chains = longest(model, train, size)
+    batch = _batch(model, train, chains, args.questions_together)
+    meta_batch = _batch(model, meta, longest(model, meta, size), True) if meta else None
     images = len({chain.image for chain in (*train, *meta)} - {None}) if device.type == "cpu" else 0
-    pixels = model.chain_tokenizer.encode(chain).pixels
+    pixels = model.chain_tokenizer.encode(chains[0]).pixels
     setting = Setting(
         optimizer=args.optimizer,
         precision=precision,
@@ -152,34 +172,61 @@ def estimate_run(
         meta_batches=math.ceil(args.meta_batch_size / args.batch_size),
         images=0 if pixels is None else min(images * pixels.nbytes, CACHE_BYTES),
         device=device.type,
+        processes=world,
+        sharded=args.shard,
     )
     return estimate(model, batch, meta_batch, setting)
 
 
-def longest(model: ProcessRewardModel, chains: Sequence[Chain]) -> Chain:
-    """The chain with most tokens among those with most text and an even sample of all."""
+def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:
+    """So many chains with most tokens, the longest first, among those with most text and an even sample of all."""
     by_text = sorted(chains, key=lambda chain: sum(map(len, (chain.question, *chain.steps))))
-    looked_at = by_text[-MOST_TEXT:] + list(chains[:: -(-len(chains) // SAMPLED)])
-    return max(looked_at, key=lambda chain: len(model.chain_tokenizer.encode(chain).input_ids))
+    looked_at = by_text[-max(MOST_TEXT, count) :] + list(chains[:: -(-len(chains) // SAMPLED)])
+    distinct = {id(chain): chain for chain in looked_at}.values()
+    return sorted(distinct, key=lambda chain: -len(model.chain_tokenizer.encode(chain).input_ids))[:count]
 
 
-def _batch(model: ProcessRewardModel, chains: Sequence[Chain], chain: Chain, size: int, together: bool) -> Batch:
-    """A micro-batch of one of the chains; with `together`, of the answers to its question and then others."""
+def _batch(model: ProcessRewardModel, chains: Sequence[Chain], first: list[Chain], together: bool) -> Batch:
+    """A micro-batch of these first chains; with `together`, as many answers to the first one's question and then
+    others."""
     encode = model.chain_tokenizer.encode
     if together:
-        in_order = sorted(chains, key=lambda other: other.prompt != chain.prompt)
-        return model.collate([encode(other) for other in in_order[:size]])
-    return collate([encode(chain)] * min(size, len(chains)))
+        in_order = sorted(chains, key=lambda other: other.prompt != first[0].prompt)
+        return model.collate([encode(other) for other in in_order[: len(first)]])
+    return collate([encode(chain) for chain in first])
 
 
 def weight_bytes(model: ProcessRewardModel) -> int:
     """The bytes of all parameters and buffers, those of a 4-bit base as they will be."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    total = _bytes(model.parameters()) + _bytes(model.buffers())
     if not model.config.base_4bit:
         return total
-    layers = (module for name, module in model.named_modules() if "language_model" in name)
+    family = model.chain_tokenizer.family
+    kept = tuple(f"{name}." for name in (*family.vision_modules, *family.projector_modules))
+    layers = (module for name, module in model.base.named_modules() if not f"{name}.".startswith(kept))
     frozen = (layer.weight for layer in layers if isinstance(layer, nn.Linear) and not layer.weight.requires_grad)
     return total - sum(int(weight.numel() * (weight.element_size() - NF4)) for weight in frozen)
+
+
+def _cut(model: ProcessRewardModel, parts: int) -> tuple[int, int, int]:
+    """Of a model that is cut into parts: bytes of the weights and of the trained ones on one process, and of what is
+    gathered there for a moment: what belongs to no layer, the layer that is computed and the next one, with their
+    gradients."""
+    decoder, layers = model.language_model_layers()
+    uncut = uncut_parameters(model, decoder)
+    inside = {param for layer in layers for param in layer.parameters()}
+    cut = [param for param in model.parameters() if param not in uncut]
+    weights = _bytes(uncut) + _bytes(model.buffers()) + math.ceil(_bytes(cut) / parts)
+    outside, gathered = [param for param in cut if param not in inside], 0
+    for trained in (False, True):  # weights, gradients
+        largest = max(_bytes(layer.parameters(), trained) for layer in layers)
+        gathered += _bytes(outside, trained) + 2 * largest
+    return weights, math.ceil(_bytes(cut, trained=True) / parts), gathered
+
+
+def _bytes(tensors: Iterable[Tensor], trained: bool = False) -> int:
+    """The bytes of tensors, or of those among them that are trained."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.requires_grad or not trained)
 
 
 def _lower_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:
@@ -198,7 +245,7 @@ def _tensors(batch) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch]
     inner = vars(batch) if is_dataclass(batch) and not isinstance(batch, Chain) else batch
-    inner = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, tuple) else ()
+    inner = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list | tuple) else ()
     return [tensor for value in inner for tensor in _tensors(value)]
 
 

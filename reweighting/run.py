@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from betty.configs import Config
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from transformers.utils import logging as transformers_logging
 
 from reweighting import processes
@@ -21,14 +20,15 @@ from reweighting.batches import Batch, by_length
 from reweighting.candidates import best_of_n_accuracy, score_candidates
 from reweighting.chains import candidate_chains
 from reweighting.checkpoints import HISTORY_FILE, check_same_run, digest, load_latest, load_named, load_state
-from reweighting.devices import autocast, check_attention, choose_device, choose_precision, free_memory
+from reweighting.devices import autocast, check_attention, choose_device, choose_precision
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UnreadableImage, UserError
 from reweighting.folders import set_aside, write_folder_whole, write_whole
+from reweighting.free_memory import free_memory
 from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
 from reweighting.layouts import Replicated, Sharded
-from reweighting.memory_estimate import MemoryEstimate, estimate_run, weight_bytes
+from reweighting.memory_estimate import MemoryEstimate, Setting, estimate_run, weight_bytes
 from reweighting.problems import SLOPES, DomainReweighting, PRMFineTuning
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run_data import RunData
@@ -76,19 +76,16 @@ def micro_batches_of_step(args: Namespace, domains: int) -> int:
 
 def estimate_memory(
     args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
-) -> MemoryEstimate | None:
-    """What the run will take on the device; None where that cannot be told without numbers. No weight is read and no
-    random number drawn. hypergradient: in place of what --hypergradient means."""
+) -> MemoryEstimate:
+    """What the run will take on the device, by this process. No weight is read and no random number drawn.
+    hypergradient: in place of what --hypergradient means."""
     accumulation = micro_batches_of_step(args, len(data.domains))
     with torch.random.fork_rng(devices=[]):
         model = make_model(args, torch.device("meta"), precision)
         if hypergradient is None and data.meta:
             free = free_memory(device) - weight_bytes(model)
             hypergradient, _ = choose_hypergradient(args, data, model, device, precision, free)
-        try:
-            return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
-        except DynamicOutputShapeException:  # Qwen3-VL's: the shape of a tensor depends on what is in another one
-            return None
+        return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
 
 
 def choose_hypergradient(
@@ -105,11 +102,10 @@ def choose_hypergradient(
     if args.shard:
         return "window", "each process keeps its part of the gradients"
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    slots = args.unroll_steps * micro_batches_of_step(args, len(data.domains))
-    if processes.world() > 1:  # the sum over processes is kept for each step too
-        slots += args.unroll_steps
+    accumulation = micro_batches_of_step(args, len(data.domains))
+    window = Setting(steps=args.unroll_steps, accumulation=accumulation, processes=processes.world())
     return plan_hypergradient(
-        trained, slots, args.optimizer, free, forward_mode,
+        trained, window.window_vectors, args.optimizer, free, forward_mode,
         lambda: estimate_memory(args, data, device, precision, "jvp"),
     )  # fmt: skip
 

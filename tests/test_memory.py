@@ -1,5 +1,7 @@
 """The memory estimate, exact where sizes are known, and what is planned with it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,17 +9,30 @@ from torch.utils.checkpoint import checkpoint
 
 from reweighting import run as run_module
 from reweighting.arguments import parse_arguments
+from reweighting.batches import collate
+from reweighting.chains import Chain
 from reweighting.checkpoints import checkpoints, load_checkpoint
 from reweighting.errors import UserError
+from reweighting.families import FAMILIES
+from reweighting.free_memory import GROUP_FILES, _free_in_groups, free_memory
 from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
-from reweighting.live_memory import on_shapes, step_memory
+from reweighting.live_memory import LiveMemory, on_shapes, step_memory
 from reweighting.main import main
-from reweighting.memory_estimate import MemoryEstimate
+from reweighting.memory_estimate import (
+    NF4,
+    MemoryEstimate,
+    Setting,
+    _lower_loss,
+    _tensors,
+    estimate,
+    weight_bytes,
+)
 from reweighting.reward_model import ProcessRewardModel
 from reweighting.run import estimate_memory
 from reweighting.run_data import read_run_data
 from tests.runs import flags
-from tests.tiny import tiny_backbone
+from tests.tiny import draw_cells, tiny_backbone
+from tests.tiny_families import tiny_family
 
 CPU = torch.device("cpu")
 
@@ -49,6 +64,75 @@ def test_checkpointing_saves_memory_on_shapes_too():
 
     plain, again = (step_memory(lambda on=on: loss(on), list(layers.parameters()), [x]) for on in (False, True))
     assert again[0] < 0.6 * plain[0] and again[1] < 0.8 * plain[1]
+
+
+WAYS = {
+    "full": {"attn_implementation": "eager"},
+    "lora": {"lora_rank": 2},
+    "frozen-vision": {"freeze_vision": True, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_on_shapes_takes_what_the_real_one_takes(family, way, tmp_path):
+    """To the byte, in every family: every tensor of a real forward and backward pass counted, and those on shapes."""
+    image, steps = draw_cells(tmp_path / "cells.png"), ("Step 1: two in the first row", "Step 2: so 3 in all")
+    chains = [Chain("How many red cells?", steps[:n], image, targets=(0.9, 0.1)[:n]) for n in (2, 2, 1)]
+
+    def parts(device: str):
+        model = ProcessRewardModel.from_backbone(tiny_family(family), device=device, **WAYS[way]).train()
+        batch = collate([model.chain_tokenizer.encode(chain) for chain in chains])  # one is padded
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
+        return partial(_lower_loss, model, batch, "fp32"), trained, known
+
+    loss, trained, known = parts("cpu")
+    with LiveMemory(known) as live:
+        value = loss()
+        saved = live.now
+        grads = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
+        del value, grads
+    assert step_memory(*parts("meta")) == (saved, live.peak)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4_bits_are_the_language_models_linear_layers(family):
+    plain, small = (
+        ProcessRewardModel.from_backbone(tiny_family(family), train="lora", device="meta", base_4bit=base_4bit)
+        for base_4bit in (False, True)
+    )
+    adapted = [p.numel() for name, p in plain.base.named_parameters() if name.endswith("base_layer.weight")]
+    assert len(adapted) == 2 * 7
+    assert weight_bytes(plain) - weight_bytes(small) == sum(int(count * (4 - NF4)) for count in adapted)
+
+
+def test_parts_of_a_model_take_their_part():
+    model = ProcessRewardModel.from_backbone(tiny_backbone(), device="meta")
+    batch = collate([model.chain_tokenizer.encode(Chain("How many?", ("Step 1: two",), targets=(0.9,)))] * 16)
+    whole, two = (estimate(model, batch, batch, Setting(processes=2, sharded=cut)) for cut in (False, True))
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert 2 * (two.weights - buffers) == whole.weights - buffers and two.optimizer * 2 == whole.optimizer
+    assert whole.kept_gradients == (5 + 5 + 2) * whole.optimizer // 2, "each micro-batch's, the sums, two moments"
+    assert two.kept_gradients == (5 + 2) * two.optimizer // 2 and two.activations == whole.activations
+    whole, two = (
+        estimate(model, batch, None, Setting(hypergradient=None, processes=2, sharded=cut)) for cut in (False, True)
+    )
+    step = [one.total - one.weights - one.optimizer - one.image_features for one in (whole, two)]
+    weights = whole.weights - buffers  # of two layers and what belongs to none: all of it is gathered, as are gradients
+    assert step[1] - 2 * weights < step[0] < step[1] - weights
+
+
+def test_gradients_that_go_elsewhere_are_counted_until_then():
+    with torch.device("meta"):
+        layers = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(8)])
+    layers, x, one = on_shapes(layers), torch.randn(2, 64), 4 * 64 * 64
+    (_, whole), (_, cut) = (
+        step_memory(lambda: layers(x).sum(), list(layers.parameters()), [*layers.parameters(), x], parts)
+        for parts in (1, 4)
+    )
+    assert 8 * one < whole < 8.5 * one and (1 + 8 / 4) * one < cut < 3.5 * one
+    assert all(parameter.grad is None for parameter in layers.parameters())
 
 
 @pytest.fixture
@@ -102,6 +186,29 @@ def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypa
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("kept_by", ["", "memory"])
+def test_a_control_group_limits_the_memory(tmp_path, kept_by):
+    """A job's own group has no limit, the one around it has; what is a cache of files can be had."""
+    limit, used, cache = GROUP_FILES[kept_by]
+    job = tmp_path / kept_by / "slurm" / "job_7" / "step_0"
+    job.mkdir(parents=True)
+    for folder, most in ((job, "max"), (job.parent, "1000"), (job.parents[1], "5000")):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("400\n")
+        (folder / "memory.stat").write_text(f"anon 300\n{cache} 100\n")
+    own = tmp_path / "own"
+    own.write_text(f"12:cpuset:/elsewhere\n3:{kept_by}:/slurm/job_7/step_0\n")
+    assert min(_free_in_groups(tmp_path, own)) == 1000 - 300
+    assert min(_free_in_groups(tmp_path, tmp_path / "missing")) == float("inf")
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    alone = free_memory(CPU)
+    for name, value in {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert 0.2 * alone < free_memory(CPU) < 0.3 * alone
+
+
 def rest(total: int, weights: int = 0):
     return lambda: MemoryEstimate(weights, 0, 0, 0, 0, 0, 0, total)
 
@@ -111,7 +218,7 @@ def test_the_plan_takes_the_most_exact_way_that_fits():
         raise AssertionError("there is plenty: nothing needs to be estimated")
 
     gigabyte = 10**9
-    million = dict(trained=10**6, slots=8, optimizer="adamw")  # 40 MB
+    million = dict(trained=10**6, vectors=8, optimizer="adamw")  # 40 MB
     assert plan_hypergradient(**million, free=gigabyte, forward_mode=True, rest=never)[0] == "window"
     assert plan_hypergradient(**million, free=10**8, forward_mode=True, rest=rest(40 * 10**6))[0] == "window"
     way, reason = plan_hypergradient(**million, free=10**8, forward_mode=True, rest=rest(60 * 10**6))
