@@ -18,7 +18,8 @@ from common import ROOT, write_results
 from reweighting.arguments import parse_arguments
 from reweighting.hypergradient import flatten
 from reweighting.replay import RADIUS, central_differences, forward_mode
-from reweighting.run import build, run_settings
+from reweighting.resuming import run_settings
+from reweighting.run import build
 from reweighting.run_data import read_run_data
 from tests.test_replay import compared
 

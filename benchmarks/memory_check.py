@@ -54,7 +54,9 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     """Print estimate and measurement of one run, as JSON. In a process of its own."""
     from reweighting.arguments import EMBEDDED_BACKBONE, parse_arguments
     from reweighting.devices import choose_device
-    from reweighting.run import build, estimate_memory, run_settings
+    from reweighting.hypergradient_plan import estimate_memory
+    from reweighting.resuming import run_settings
+    from reweighting.run import build
     from reweighting.run_data import read_run_data
 
     torch.set_num_threads(1)

@@ -121,7 +121,8 @@ class Meter:
 def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     """The command, or its batches in a bare loop."""
     from reweighting.arguments import parse_arguments
-    from reweighting.run import build, run_settings
+    from reweighting.resuming import run_settings
+    from reweighting.run import build
     from reweighting.run_data import read_run_data
 
     _, flags, (warm_up, steps), _ = BACKBONES[name]

@@ -49,7 +49,8 @@ class Course:
 def ours(seed: int) -> Course:
     """The command with its defaults."""
     from reweighting.arguments import parse_arguments
-    from reweighting.run import build, run_settings
+    from reweighting.resuming import run_settings
+    from reweighting.run import build
     from reweighting.run_data import read_run_data
 
     with TemporaryDirectory() as folder:

@@ -16,8 +16,9 @@ from reweighting.checkpoints import load_latest
 from reweighting.devices import choose_device
 from reweighting.errors import UserError
 from reweighting.hypergradient import Window
+from reweighting.hypergradient_plan import estimate_memory
 from reweighting.memory_estimate import table
-from reweighting.run import build, estimate_memory
+from reweighting.run import build
 from reweighting.run_data import RunData
 
 

@@ -30,6 +30,7 @@ from reweighting.folders import write_whole
 from reweighting.health import NonFinite, collapsed
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.signals import STDERR, Stopped, StopSignals
+from reweighting.validation import Validation
 
 get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
 
@@ -44,9 +45,8 @@ class ReweightingEngine(Engine):
     lower, upper: the problems; upper None for plain fine-tuning. domains: their names, in the order of the weights.
     device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
     many of them stay, besides the best. skip_nonfinite: steps that may be left out because they are not finite.
-    settings: what goes into each checkpoint beside the state. validate: scores this process's share of the
-    candidates, and what makes of the scores the accuracy as best-of-N, by which the best checkpoint is chosen; None to
-    choose it by the meta loss.
+    settings: what goes into each checkpoint beside the state. validation: by what the best checkpoint is chosen; None
+    to choose it by the meta loss.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class ReweightingEngine(Engine):
         *,
         keep: int = 2,
         skip_nonfinite: int = 0,
-        validate: tuple[Callable[[], list], Callable[[list], float]] | None = None,
+        validation: Validation | None = None,
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
-        self.keep, self.skip_nonfinite, self.validate = keep, skip_nonfinite, validate
+        self.keep, self.skip_nonfinite, self.validation = keep, skip_nonfinite, validation
         # With the rows it was measured on: scores on other rows are not compared with it.
-        self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validate else "minus the meta loss"
+        self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validation else "minus the meta loss"
         self.seconds = 0.0
         self.saved = 0  # step of the last checkpoint
         self.scored = 0  # step of the last one that was not asked for by a signal or a fault
@@ -201,9 +201,8 @@ class ReweightingEngine(Engine):
         if self.global_step == self.saved:
             return
         score = None
-        if scored and self.validate is not None:
-            score_share, accuracy = self.validate
-            score = accuracy(self._try_reading(score_share))
+        if scored and self.validation is not None:
+            score = self.validation.accuracy(self._try_reading(self.validation.score_share))
         elif scored and self.meta_losses:
             score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
         self.saved = self.global_step
@@ -234,7 +233,7 @@ class ReweightingEngine(Engine):
         weights = self.weights()
         if self.reweights and not self.lower.warming_up:
             line["meta_loss"] = self.upper.mean_loss()
-            if line["meta_loss"] is not None and self.validate is None:
+            if line["meta_loss"] is not None and self.validation is None:
                 self.meta_losses.append(line["meta_loss"])
             if not all(map(math.isfinite, weights.values())):
                 raise UserError(f"a domain weight is no number at step {self.global_step}: lower --meta_lr")

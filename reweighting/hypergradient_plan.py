@@ -1,16 +1,100 @@
-"""`--hypergradient auto`: the most exact way that the device's memory allows.
+"""Which way to the hypergradient a run takes, and what memory it will take in all.
 
     window              keeps a gradient [P] for each micro-batch of a window: P trained parameters in float32
     jvp                 keeps the micro-batches and finds slopes in forward mode (`replay.py`)
     finite_difference   the same from two forward passes, where the model's kernels have no forward mode
+
+`--hypergradient auto` is the most exact of these that the device's memory allows.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
 
-from reweighting.memory_estimate import FLOAT, MemoryEstimate
+import torch
+
+from reweighting import processes
+from reweighting.errors import UserError
+from reweighting.free_memory import free_memory
+from reweighting.memory_estimate import FLOAT, MemoryEstimate, Setting, estimate_run, weight_bytes
+from reweighting.problems import SLOPES
+from reweighting.reward_model import ProcessRewardModel
+from reweighting.run_data import RunData
+from reweighting.run_parts import make_model, micro_batches_of_step
 
 SPARE = 0.9  # of the free memory may be planned for
 PLENTY = 0.25  # of it: where the kept gradients take no more, nothing needs to be estimated
+
+
+def hypergradient_of_run(
+    args: Namespace,
+    data: RunData,
+    model: ProcessRewardModel,
+    device: torch.device,
+    precision: str,
+    settings: dict | None = None,
+) -> str:
+    """The way that a run takes, said with the reason; every process calls it. settings: of the run so far. Raises
+    UserError if the way cannot be had."""
+    so_far = None if settings is None else way_so_far(settings)
+    if args.hypergradient == "auto" and so_far is not None:  # the window so far is of that kind
+        way, reason = so_far, "as when the run was started"
+    else:
+        choice = choose_hypergradient(args, data, model, device, precision, free_memory(device))
+        way, reason = processes.from_main(choice)  # each may have other memory
+    check_way(way, args.shard)
+    print(f"hypergradient: {way}: {reason}")
+    return way
+
+
+def way_so_far(settings: dict) -> str | None:
+    """What --hypergradient meant in the run with these settings; None if it learned no weights."""
+    way = settings.get("planned_hypergradient") or settings.get("hypergradient")
+    return None if way == "auto" else way
+
+
+def check_way(hypergradient: str, shard: bool) -> None:
+    """Raise UserError if this way to the hypergradient cannot be had in so many processes."""
+    if shard and hypergradient in SLOPES:
+        raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use window, "
+                        "or leave out --shard")  # fmt: skip
+    if processes.world() > 1 and hypergradient in ("darts", "sama"):
+        raise UserError(f"--hypergradient {hypergradient}: Betty's own work in one process only: use window")
+
+
+def choose_hypergradient(
+    args: Namespace, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str, free: int
+) -> tuple[str, str]:
+    """What --hypergradient means, with so many bytes `free` beside the model, and why. Raises UserError if what is
+    asked for by name cannot be had."""
+    forward_mode = has_forward_mode(args.attention, args.base_4bit)
+    if args.hypergradient == "jvp" and not forward_mode:
+        raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
+                        "--base_4bit: use finite_difference")  # fmt: skip
+    if args.hypergradient != "auto":
+        return args.hypergradient, "as asked for"
+    if args.shard:
+        return "window", "each process keeps its part of the gradients"
+    trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    accumulation = micro_batches_of_step(args, len(data.domains))
+    window = Setting(steps=args.unroll_steps, accumulation=accumulation, processes=processes.world())
+    return plan_hypergradient(
+        trained, window.window_vectors, args.optimizer, free, forward_mode,
+        lambda: estimate_memory(args, data, device, precision, "jvp"),
+    )  # fmt: skip
+
+
+def estimate_memory(
+    args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
+) -> MemoryEstimate:
+    """What the run will take on the device, by this process. No weight is read and no random number drawn.
+    hypergradient: in place of what --hypergradient means."""
+    accumulation = micro_batches_of_step(args, len(data.domains))
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(args, torch.device("meta"), precision)
+        if hypergradient is None and data.meta:
+            free = free_memory(device) - weight_bytes(model)
+            hypergradient, _ = choose_hypergradient(args, data, model, device, precision, free)
+        return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
 
 
 def has_forward_mode(attention: str, base_4bit: bool) -> bool:

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     from reweighting.folders import hold_folder
     from reweighting.processes import check_same, joined
     from reweighting.report import finish
-    from reweighting.run import build, find_checkpoint, run_settings, take_over
+    from reweighting.resuming import find_checkpoint, run_settings, take_over
+    from reweighting.run import build
     from reweighting.run_data import read_run_data
     from reweighting.signals import StopSignals
 

@@ -20,8 +20,9 @@ from reweighting.chains import Chain
 from reweighting.dry_run import same
 from reweighting.errors import UserError
 from reweighting.families import FAMILIES, family_of, parameters_of
+from reweighting.resuming import find_checkpoint, run_settings
 from reweighting.reward_model import ProcessRewardModel
-from reweighting.run import build, find_checkpoint, run_settings
+from reweighting.run import build
 from reweighting.run_data import read_run_data
 from reweighting.signals import Stopped
 from tests.runs import StopAtStep, without_times

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from reweighting import run as run_module
+from reweighting import hypergradient_plan
 from reweighting.arguments import parse_arguments
 from reweighting.batches import collate
 from reweighting.chains import Chain
@@ -15,7 +15,7 @@ from reweighting.checkpoints import checkpoints, load_checkpoint
 from reweighting.errors import UserError
 from reweighting.families import FAMILIES
 from reweighting.free_memory import GROUP_FILES, _free_in_groups, free_memory
-from reweighting.hypergradient_plan import has_forward_mode, plan_hypergradient
+from reweighting.hypergradient_plan import estimate_memory, has_forward_mode, plan_hypergradient
 from reweighting.live_memory import LiveMemory, on_shapes, step_memory
 from reweighting.main import main
 from reweighting.memory_estimate import (
@@ -28,8 +28,8 @@ from reweighting.memory_estimate import (
     weight_bytes,
 )
 from reweighting.reward_model import ProcessRewardModel
-from reweighting.run import estimate_memory
 from reweighting.run_data import read_run_data
+from reweighting.run_parts import make_model
 from tests.runs import flags
 from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
@@ -141,7 +141,7 @@ def estimated(demo, tmp_path):
 
     def estimate(*more):
         args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
-        model = run_module.make_model(args, CPU, "fp32")
+        model = make_model(args, CPU, "fp32")
         return estimate_memory(args, read_run_data(args), CPU, "fp32"), model
 
     return estimate
@@ -233,14 +233,14 @@ def test_the_plan_takes_the_most_exact_way_that_fits():
 def test_auto_looks_at_the_memory_and_a_resume_keeps_its_choice(demo, tmp_path, monkeypatch, capsys):
     run = flags(demo, tmp_path, "--reward_model", str(tiny_backbone()))
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "free_memory", lambda device: 10**6)
+        patch.setattr(hypergradient_plan, "free_memory", lambda device: 10**6)
         main(run)
     assert "hypergradient: jvp: 10 kept gradients take" in capsys.readouterr().out
     main([*run, "--iteration_num", "15", "--resume"])
     assert "hypergradient: jvp: as when the run was started" in capsys.readouterr().out
     assert load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])["settings"]["planned_hypergradient"] == "jvp"
     with monkeypatch.context() as patch, pytest.raises(UserError, match="jvp: there is no forward mode through"):
-        patch.setattr(run_module, "has_forward_mode", lambda attention, base_4bit: False)
+        patch.setattr(hypergradient_plan, "has_forward_mode", lambda attention, base_4bit: False)
         main([*run, "--hypergradient", "jvp"])
     main(run)
     assert "hypergradient: window: 10 kept gradients take" in capsys.readouterr().out

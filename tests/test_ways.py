@@ -17,7 +17,7 @@ from reweighting.errors import UserError
 from reweighting.families import FAMILIES
 from reweighting.prm_config import PRMConfig
 from reweighting.reward_model import ProcessRewardModel
-from reweighting.run import make_model
+from reweighting.run_parts import make_model
 from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
 
