@@ -56,7 +56,7 @@ def slopes_on_the_backbone() -> dict:
         engine.run()
     lower, params = engine.lower, engine.lower.named_trainables()
     batches = [lower.draw(number)[1] for number in range(100, 108)]
-    direction = lower.window._direction(gradient(lower, params, lower.draw(200)[1]))
+    direction = lower.window.direction(gradient(lower, params, lower.draw(200)[1]))
     direction /= direction.norm()
     started = time.perf_counter()
     exact = torch.stack([gradient(lower, params, batch) @ direction for batch in batches])

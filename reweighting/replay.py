@@ -155,7 +155,7 @@ class Replay:
         result = v.new_zeros(len(weights))
         if not self.records:
             return result
-        found = self.slopes([one for record in self.records for one in record.micro_batches], self._direction(v))
+        found = self.slopes([one for record in self.records for one in record.micro_batches], self.direction(v))
         found = found.split([len(record.micro_batches) for record in self.records])
         for record, factor, slopes in zip(self.records, self._factors(), found, strict=True):
             domains = torch.tensor([domain for _, domain, _ in record.micro_batches], device=v.device)
@@ -166,8 +166,8 @@ class Replay:
             result.index_add_(0, domains, (factor / len(domains) * slopes).to(result.dtype))
         return result
 
-    def _direction(self, v: Tensor) -> Tensor:
-        """d [P], in place of v [P]."""
+    def direction(self, v: Tensor) -> Tensor:
+        """The direction d [P] along which slopes are asked for, from the meta gradient v [P], in its place."""
         if not self._adamw:
             return v
         group = self.optimizer.param_groups[0]

@@ -31,3 +31,10 @@ def weights_path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     model.save_pretrained(folder / "prm")
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder, so that messages show short relative paths."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

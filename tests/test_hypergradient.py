@@ -58,9 +58,7 @@ def unrolled(kind, model, params, state, weights, steps, clip, momentum):
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_window_equals_autograd_through_the_optimizer(
-    kind, momentum, count, accumulation, clip, seed, monkeypatch
-):
+def test_window_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed, monkeypatch):
     monkeypatch.setitem(hypergradient.PARTS, "cpu", 50)  # of the 193 parameters
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
