@@ -2,14 +2,16 @@
 
     python benchmarks/memory_check.py
 
-Each case is a process of its own. Measured is the peak resident memory of a run of two windows (`VmHWM`, set back
-before the model is built), less what the process holds by then: imports, the rows of the data, and the libraries that
-a first step of the embedded backbone loads. glibc is told to give freed blocks above 64 kB back at once
-(MALLOC_MMAP_THRESHOLD_), so that resident memory is what tensors need and not what the allocator keeps; by default it
-may keep more.
+Each case is a process of its own, or two. Measured is the peak resident memory (`VmHWM`, set back before the model is
+built) of a run of two windows after every image was seen once, less what the process holds before: imports, the rows
+of the data, and the libraries that a first step of the embedded backbone loads. glibc is told to give freed blocks
+above 64 kB back at once (MALLOC_MMAP_THRESHOLD_), and smaller ones before the measurement (malloc_trim), so that
+resident memory is what tensors need and not what the allocator keeps; by default it may keep more.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -25,6 +27,7 @@ SMALL = ("--batch_size", "4", "--gradient_accumulation", "2", "--unroll_steps", 
 ALL = ("--no_freeze_vision",)
 LORA = ("--lora_rank", "16")
 CHECKPOINTED = ("--gradient_checkpointing",)
+TWO = ("--batch_size", "8", "--gradient_accumulation", "1", "--meta_batch_size", "16")  # of two processes
 CASES = {  # name -> (image tokens of the 30 M backbone, or None for the embedded one; flags)
     "embedded, frozen vision": (None, ()),
     "embedded, full": (None, ALL),
@@ -41,6 +44,9 @@ CASES = {  # name -> (image tokens of the 30 M backbone, or None for the embedde
     "30 M, full, bf16": (256, (*SMALL, *ALL, "--precision", "bf16")),
     "30 M, LoRA": (256, SMALL + LORA),
     "30 M, LoRA, checkpointed": (256, SMALL + LORA + CHECKPOINTED),
+    "30 M, full, two processes": (256, SMALL + ALL + TWO),
+    "30 M, full, two processes, sharded": (256, (*SMALL, *ALL, *TWO, "--shard")),
+    "30 M, LoRA, two processes, sharded": (256, (*SMALL, *LORA, *TWO, "--shard")),
 }
 
 
@@ -51,10 +57,13 @@ def status(name: str) -> int:
 
 
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
-    """Print estimate and measurement of one run, as JSON. In a process of its own."""
+    """Print estimate and measurement of one run, as JSON, of the main process if there are two. In a process of its
+    own."""
     from reweighting.arguments import EMBEDDED_BACKBONE, parse_arguments
     from reweighting.devices import choose_device
     from reweighting.hypergradient_plan import estimate_memory
+    from reweighting.one_voice import one_voice
+    from reweighting.processes import joined
     from reweighting.resuming import run_settings
     from reweighting.run import build
     from reweighting.run_data import read_run_data
@@ -70,10 +79,12 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     def run(args, rows) -> None:
         engine = build(args, run_settings(args), rows, Path(args.weights_path))
         engine.save = lambda **_: None
+        for chain in (*rows.train, *rows.meta):
+            engine.lower.module.chain_tokenizer.encode(chain)  # its image is remembered
         engine.run()
 
-    with TemporaryDirectory() as folder:
-        small = ("--batch_size", "1", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
+    with TemporaryDirectory() as folder, one_voice(), joined(torch.device("cpu")):
+        small = ("--batch_size", "2", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
         small = arguments(folder, *small, "--meta_batch_size", "2", "--reward_model", str(EMBEDDED_BACKBONE))
         run(small, read_run_data(small))  # loads what a first step loads
         args = arguments(folder, "--reward_model", backbone, *flags)
@@ -81,11 +92,13 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         rows = read_run_data(args)
         settings = run_settings(args)
         estimate = estimate_memory(args, rows, choose_device("cpu"), settings["precision"])
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = status("VmRSS")
         run(args, rows)
         measured = status("VmHWM") - before
-    print("RESULT", json.dumps({"estimate": vars(estimate), "measured": measured, "before": before}))
+        print("RESULT", json.dumps({"estimate": vars(estimate), "measured": measured, "before": before}))
 
 
 def main() -> None:
@@ -107,7 +120,10 @@ def main() -> None:
             if args.only and args.only not in name:
                 continue
             backbone = str(random[tokens] if tokens else ROOT / "backbone")
-            command = [sys.executable, __file__, "--case", backbone, str(data), *flags]
+            torchrun = (
+                ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if "two processes" in name else []
+            )
+            command = [sys.executable, *torchrun, __file__, "--case", backbone, str(data), *flags]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
