@@ -69,7 +69,7 @@ def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: d
     )  # fmt: skip
     upper = None
     if fixed_weights is None:
-        table = DomainWeights(data.domains)
+        table = DomainWeights(data.domains).to(device)
         # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
         meta_optimizer = torch.optim.AdamW(
             table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15

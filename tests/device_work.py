@@ -1,0 +1,98 @@
+"""Work to do on the CPU and on a second device: python -m tests.device_work folder
+
+The folder holds a demo world, and in the end what was found as work.json. A process of its own, since torch must know
+its devices from the start.
+"""
+
+import json
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from reweighting.chains import Chain
+from reweighting.families import FAMILIES
+from reweighting.layouts import Replicated
+from reweighting.main import main
+from reweighting.reward_model import ProcessRewardModel
+from tests.runs import flags, history
+from tests.second_device import NAME, Apart, SecondDevice, install
+from tests.tiny import draw_cells, tiny_backbone
+from tests.tiny_families import tiny_family
+
+RUNS = {
+    "window": ("--max_grad_norm", "0.1"),
+    "finite-difference": ("--hypergradient", "finite_difference", "--max_grad_norm", "0.1"),
+    "sgd": ("--optimizer", "sgd", "--lr", "0.01", "--questions_together"),
+    "lora": ("--lora_rank", "2", "--gradient_checkpointing"),
+    "all-trained": ("--no_freeze_vision", "--attention", "eager", "--scheduler", "cosine"),
+    "head": ("--train", "head"),
+    "sama": ("--hypergradient", "sama"),
+}
+
+
+def run(name: str, device: str, folder: Path) -> list[dict]:
+    """The history of a run of one window; of the first one with validation, and gone on with for another window."""
+    first = name == "window"
+    more = ("--validation_json_file", str(folder / "test.json"), "--allow_changed_settings") if first else ()
+    for steps in ("5", "10") if first else ("5",):
+        main(flags(folder, folder / name / device, "--reward_model", str(tiny_backbone()), *RUNS[name], *more,
+                   "--device", device, "--iteration_num", steps, "--resume"))  # fmt: skip
+    return history(folder / name / device)
+
+
+def scores_and_gradient(family: str, device: str, folder: Path) -> list:
+    """Step scores of two chains with an image, and the norms of a loss's gradient, projector and all."""
+    image, steps = draw_cells(folder / "cells.png"), ("Step 1: two in the first row", "Step 2: so 3 in all")
+    chains = [Chain("How many?", steps[:n], image, targets=(0.9, 0.1)[:n]) for n in (2, 1)]
+    torch.manual_seed(0)
+    model = ProcessRewardModel.from_backbone(tiny_family(family), device=device, freeze_projector=False)
+    scores = model.chain_logits(chains)[0]
+    model.train()
+    batch = model.collate([model.chain_tokenizer.encode(chain) for chain in chains])
+    loss = (model(batch).sigmoid() - batch.targets)[batch.target_mask].square().mean()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+    return [scores.tolist(), [grad.norm().item() for grad in grads]]
+
+
+def meet(device: str) -> list:
+    """The sum of a tensor on the device, brought to the CPU, with one of the CPU; the device of one that is made of it;
+    and what comes of the sum without bringing it."""
+    there, here = torch.ones(3, device=device), torch.ones(3)
+    try:
+        mixed = (there + here).tolist()
+    except Apart as error:
+        mixed = str(error)
+    return [(there.to("cpu") + here).tolist(), (there * 2).device.type, mixed]
+
+
+def all_work(device: str, folder: Path) -> dict:
+    """What everything came to, an error's text in the place of what it kept from being found."""
+    work = {name: partial(run, name, device, folder) for name in RUNS}
+    work |= {family: partial(scores_and_gradient, family, device, folder) for family in FAMILIES}
+    work |= {"meet": partial(meet, device)}
+    found = {}
+    for name, do in work.items():
+        try:
+            found[name] = do()
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+def on_both_devices(folder: Path) -> dict:
+    """All work, on the CPU first: what is imported while the second device is there may be torn."""
+    install()
+    found = {"cpu": all_work("cpu", folder)}
+    # transformers looks at the memory's addresses when it saves, of which these tensors have none.
+    Replicated.weights = lambda self: {name: tensor.cpu() for name, tensor in self.module.state_dict().items()}
+    with SecondDevice():
+        return found | {NAME: all_work(NAME, folder)}
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    (place / "work.json").write_text(json.dumps(on_both_devices(place)))
