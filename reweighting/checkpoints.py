@@ -15,6 +15,7 @@ import math
 import random
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from reweighting import processes
-from reweighting.arguments import flag_defaults
+from reweighting.arguments import flag_defaults, learns_weights
 from reweighting.errors import UserError
 from reweighting.folders import write_folder_whole
 from reweighting.prm_config import with_defaults
@@ -230,10 +231,16 @@ def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
     """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
     With `allow_changes`, tell of each change instead.
 
-    Files may have moved: what counts is the content of the training and meta data and of a local backbone.
+    Files may have moved: what counts is the content of the training and meta data and of a local backbone. Whether
+    weights are learned cannot be changed at all.
     """
     # A flag that there was not yet had the effect of its default.
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
+    learned, learns = (learns_weights(Namespace(**one)) for one in (saved, settings))
+    if learned != learns:
+        ways = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
+        raise UserError(f"the checkpoint is of a run that {ways[learned]}, and this one {ways[learns]}: that cannot be "
+                        "changed on the way. Start a run of its own, in another --weights_path")  # fmt: skip
     if settings["iteration_num"] < step:
         raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
     changes = []

@@ -46,7 +46,7 @@ class ReweightingEngine(Engine):
     device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
     many of them stay, besides the best. skip_nonfinite: steps that may be left out because they are not finite.
     settings: what goes into each checkpoint beside the state. validation: by what the best checkpoint is chosen; None
-    to choose it by the meta loss.
+    to choose it by the meta loss. lasting: whether `folder` stays when the run has ended, so that it can go on.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class ReweightingEngine(Engine):
         keep: int = 2,
         skip_nonfinite: int = 0,
         validation: Validation | None = None,
+        lasting: bool = True,
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
-        self.keep, self.skip_nonfinite, self.validation = keep, skip_nonfinite, validation
+        self.keep, self.skip_nonfinite, self.validation, self.lasting = keep, skip_nonfinite, validation, lasting
         # With the rows it was measured on: scores on other rows are not compared with it.
         self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validation else "minus the meta loss"
         self.seconds = 0.0
@@ -109,8 +110,8 @@ class ReweightingEngine(Engine):
         """Train from the current step to the last.
 
         Raises Stopped after a signal, and UserError if a file can no longer be read or more than `skip_nonfinite`
-        steps are not finite: the state is saved first. Raises UserError too if a weight is not finite, or a checkpoint
-        cannot be written.
+        steps are not finite: a lasting run is saved first. Raises UserError too if a weight is not finite, or a
+        checkpoint cannot be written.
         """
         self.train()
         history = self.folder / HISTORY_FILE
@@ -177,18 +178,21 @@ class ReweightingEngine(Engine):
             self.skipped += 1
             more = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
             path = self.folder / fault.file_name(self.global_step)
-            if processes.is_main():
+            if processes.is_main() and self.lasting:
                 fault.write(path, self.global_step, more)
-            tqdm.write(f"warning: step {self.global_step} is left out: {fault}; see {path}", file=STDERR)
+            see = f"; see {path}" if self.lasting else ""
+            tqdm.write(f"warning: step {self.global_step} is left out: {fault}{see}", file=STDERR)
             if self.skipped > self.skip_nonfinite:
                 self._end_with(
-                    f"step {self.global_step}: {fault}. The step was left out and no parameter touched; {path} tells "
-                    "more. Mend these rows, lower --lr, set --max_grad_norm or use --precision fp32; or raise "
-                    f"--skip_nonfinite (now {self.skip_nonfinite})"
+                    f"step {self.global_step}: {fault}. The step was left out and no parameter touched{see}. Mend "
+                    "these rows, lower --lr, set --max_grad_norm or use --precision fp32; or raise --skip_nonfinite "
+                    f"(now {self.skip_nonfinite})"
                 )
 
     def _end_with(self, trouble: str) -> NoReturn:
-        """Save what there is and raise UserError."""
+        """Save what there is, if it stays, and raise UserError."""
+        if not self.lasting:
+            raise UserError(f"{trouble}. Of a dry run nothing is kept")
         if self.global_step > self.saved:
             self.save()
         saved = (

@@ -2,12 +2,13 @@
 
 `torchrun` and `accelerate launch` start the command several times and number the processes. Number 0, the main one,
 prints. The others are silent: what they would say of an error is handed to the main one, which says it and ends the
-run. Each process also tells twice a second that it is there: one that is not heard of ends the run too, whatever the
-others are waiting for.
+run; where that one has ended, another says it. Each process also tells twice a second that it is there: one that is not
+heard of ends the run too, whatever the others are waiting for.
 """
 
 import io
 import os
+import re
 import socket
 import sys
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TICK = 0.5  # seconds between two signs of life
-SILENCE = 40.0  # seconds without one, after which a process counts as dead
+SILENCE = 20.0  # seconds without one, after which a process counts as dead: torchrun kills the others 30 s after it
 GRACE = 2.0  # seconds that the main process has to end by itself, where all have found the same
 HEARING = 10.0  # seconds that the main process has to say what another one found
 KEPT = 20_000  # characters that a silent process remembers of what it would have printed
@@ -51,20 +52,25 @@ class Watch(threading.Thread):
         try:
             while not self._over.wait(TICK):
                 self.store.add(f"alive/{self.rank}", 1)
+                if self.store.check(["trouble"]):
+                    self._leave(self._to_say(self.store.get("trouble").decode()))
                 if self.store.check(["told"]):
                     self._leave(None)
-                if self.store.check(["trouble"]):
-                    self._leave(None if self.rank else self.store.get("trouble").decode())
                 for other, (count, since) in heard.items():
                     now = self.store.add(f"alive/{other}", 0)
                     if now != count:
                         heard[other] = now, time.monotonic()
                     elif time.monotonic() - since > SILENCE:
-                        trouble = f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s"
-                        self.tell(trouble)
-                        self._leave(trouble)
+                        self.tell(f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s")
         except Exception:  # the store is gone, and with it the process that kept it
             self._leave("what kept the processes together, the main process or the machine of it, has ended")
+
+    def _to_say(self, trouble: str) -> str | None:
+        """The trouble, where it is this process that says it: the main one, or another if that has ended; else None."""
+        for _ in range(int(GRACE / TICK) if self.rank else 0):
+            if self.store.check(["told"]) or self._over.wait(TICK):
+                return None
+        return trouble if self.store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank) else None
 
     def tell(self, trouble: str) -> None:
         """Let the main process know of a trouble, for it to say; the first one counts."""
@@ -84,13 +90,13 @@ class Watch(threading.Thread):
             if self._over.is_set():
                 return
             if trouble is not None:
-                print(f"\nerror: {trouble}; --resume goes on from the last checkpoint", file=sys.__stderr__, flush=True)
-            if self.rank == 0:
+                more = "" if "--resume" in trouble else "; --resume goes on from the last checkpoint"
+                print(f"\nerror: {trouble}{more}", file=sys.__stderr__, flush=True)
                 self.say_told()
             os._exit(2)
 
     def say_told(self) -> None:
-        """The main process has said what there is to say: the others may end."""
+        """What there is to say is said: the others may end."""
         try:
             self.store.set("told", "")
             time.sleep(2 * TICK)  # the store may end with this process
@@ -137,7 +143,8 @@ def _hand_over(words: str, rank: int, world: int) -> None:
     """Have the main process say what this one ends with; if it does not, say it here. Whoever started the processes
     ends the main one when another leaves before it."""
     time.sleep(GRACE)
-    words = f"process {rank} of {world} on {socket.gethostname()}: {words.removeprefix('error: ')}"
+    words = re.split("^error: ", words, flags=re.M)[-1]  # what was said before is of no use to anyone now
+    words = f"process {rank} of {world} on {socket.gethostname()}: {words}"
     try:
         if _watch is not None:
             _watch.tell(words)

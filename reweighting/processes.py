@@ -169,5 +169,6 @@ def _call(collective: Callable, *args, **options) -> None:
         collective(*args, **options)
     except RuntimeError as error:
         time.sleep(GRACE + 4 * TICK if rank() == 0 else HEARING)
-        raise UserError(f"another of the {world()} processes has ended without a word ({str(error)[:200]}): --resume "
-                        "goes on from the last checkpoint") from error  # fmt: skip
+        reason = str(error).split(". ")[0][:200]  # gloo goes on with what it guesses
+        raise UserError(f"another of the {world()} processes has ended without a word ({reason}): --resume goes on "
+                        "from the last checkpoint") from error  # fmt: skip

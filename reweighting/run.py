@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from reweighting import processes
 from reweighting.batch_draws import BatchDraws
-from reweighting.devices import choose_device
+from reweighting.devices import check_attention, choose_device
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
@@ -40,6 +40,7 @@ def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: d
     draws = BatchDraws(args, data, accumulation)
     if args.shard:
         check_shard(args)
+    check_attention(args.attention, device, precision)
 
     model = make_model(args, torch.device("cpu") if args.shard else device, precision)
     processes.spread(list(model.parameters()))
@@ -88,7 +89,7 @@ def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: d
     engine = ReweightingEngine(
         lower, upper, data.domains, device, folder, args.iteration_num, args.save_every_iterations, settings,
         keep=args.keep_checkpoints, skip_nonfinite=args.skip_nonfinite,
-        validation=validation if data.validation else None,
+        validation=validation if data.validation else None, lasting=not args.dry_run,
     )  # fmt: skip
     if state is not None:
         engine.load_state_dict(state)

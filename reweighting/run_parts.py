@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from reweighting.devices import check_attention
 from reweighting.errors import UserError
 from reweighting.reward_model import ProcessRewardModel
 
@@ -22,9 +21,7 @@ def make_model(args: Namespace, device: torch.device, precision: str) -> Process
     is read, and nothing takes memory."""
     frozen_base = torch.bfloat16 if args.train != "backbone" and precision == "bf16" else torch.float32
     attention = args.attention
-    if device.type != "meta":
-        check_attention(attention, device, precision)
-    elif attention == "flash_attention_2":
+    if device.type == "meta" and attention == "flash_attention_2":
         attention = "sdpa"  # takes as much memory, and wants no GPU
     return ProcessRewardModel.from_backbone(
         args.reward_model,
