@@ -1,6 +1,7 @@
 """Several processes against one: the same losses, weights and parameters, however many there are and wherever they go
 on from; and what happens to all when something happens to one."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from reweighting import engine, one_voice, signals
+from reweighting import run as run_module
 from reweighting.batches import ChainTokenizer
 from reweighting.checkpoints import checkpoints, read_manifest
 from reweighting.errors import UnreadableImage, UserError
@@ -20,18 +22,37 @@ from reweighting.main import main
 from reweighting.processes import rank
 from tests.runs import ROOT, StopAtStep, flags, history, without_times
 from tests.tiny import tiny_backbone
-from tests.together import command, free_port, left, parameters_of, start, together
+from tests.together import command, free_port, left, parameters_of, start, together, told
+
+SGD = ("--optimizer", "sgd", "--lr", "0.01")
 
 
 @pytest.fixture(scope="module")
 def tiny(demo):
     """flags() of 50 steps with the tiny backbone; enough chains in a batch for four processes."""
+    backbone = str(tiny_backbone())  # here, for all processes together
 
     def with_more(folder: Path, *more: str) -> list[str]:
         sizes = ["--iteration_num", "50", "--batch_size", "4", "--meta_batch_size", "12"]
-        return flags(demo, folder, "--reward_model", str(tiny_backbone()), *sizes, *more)
+        return flags(demo, folder, "--reward_model", backbone, *sizes, *more)
 
     return with_more
+
+
+@pytest.fixture(scope="module")
+def some_images(demo, tmp_path_factory):
+    """Flags for the demo's rows without every second image, and with none at all in half of the domains: some batches
+    have an image on one process only, and some on none."""
+    folder, files = tmp_path_factory.mktemp("some-images"), []
+    for name in ("train", "meta", "test"):
+        rows, images = json.loads((demo / f"{name}.json").read_text()), {}
+        for row in rows:
+            number = images.setdefault(row["image_path"], len(images))
+            if number % 2 or row.get("dataset", "") > "pie":
+                row["image_path"] = None
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+        files += [f"--{name.replace('test', 'validation')}_json_file", str(folder / f"{name}.json")]
+    return (*files, "--image_root", str(demo))
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +84,20 @@ def differences(ours, theirs) -> tuple[float, float, float]:
 # AdamW's adjoint cancels numbers that are nearly equal: in float32 the weights of one process are as far from those in
 # float64 as from several processes' (1e-3). SGD's does not.
 @pytest.mark.parametrize(
-    ("world", "double", "more", "of_weights"),
+    ("world", "double", "files", "more", "of_weights"),
     [
-        (2, False, (), 5e-3),
-        (4, False, ("--optimizer", "sgd", "--lr", "0.01", "--max_grad_norm", "0.5"), 2e-6),
-        (4, True, ("--max_grad_norm", "0.1", "--questions_together", "--iteration_num", "20"), 1e-4),
+        (2, False, "demo's", (), 5e-3),
+        (4, False, "demo's", (*SGD, "--max_grad_norm", "0.5"), 2e-6),
+        (4, True, "demo's", ("--max_grad_norm", "0.1", "--questions_together", "--iteration_num", "20"), 1e-4),
+        (3, False, "some images", (*SGD, "--no_freeze_vision", "--iteration_num", "15"), 2e-6),
     ],
-    ids=["adamw", "sgd", "float64"],
+    ids=["adamw", "sgd", "float64", "some-images"],
 )
-def test_several_processes_make_the_run_of_one(tiny, one, tmp_path, world, double, more, of_weights):
+def test_several_processes_make_the_run_of_one(
+    tiny, one, some_images, tmp_path, world, double, files, more, of_weights
+):
     run, place = tmp_path / "run", tmp_path / "parameters"
+    more = (*some_images, *more) if files == "some images" else more
     assert together(world, parameters_of(tiny(run, *more), place, double)) == [0] * world
     parameters = left(place)
     losses, weights, worst = differences((run, parameters[0]), one(*more, double=double))
@@ -109,13 +134,17 @@ def stopped_here(run: list[str]) -> int:
     ("world", "of_weights", "more"),
     [
         (2, 5e-3, ("--max_grad_norm", "0.1", "--no_freeze_vision")),
-        (3, 2e-6, ("--lora_rank", "2", "--optimizer", "sgd", "--lr", "0.01")),
+        (3, 2e-6, ("--lora_rank", "2", *SGD)),
+        (2, 2e-6, ("--train", "head", *SGD)),  # all of it on the first process
+        (2, 2e-6, ("--lora_rank", "2", *SGD, "--no_freeze_projector", "--gradient_checkpointing")),
     ],
-    ids=["whole-backbone", "lora"],
+    ids=["whole-backbone", "lora", "head", "projector"],
 )
-def test_a_sharded_model_makes_the_run_of_a_whole_one(tiny, one, demo, tmp_path, monkeypatch, world, of_weights, more):
+def test_a_sharded_model_makes_the_run_of_a_whole_one(
+    tiny, one, some_images, tmp_path, monkeypatch, world, of_weights, more
+):
     """Eight steps on parts of the parameters, cut inside a window, then on whole ones in one process."""
-    more = ("--iteration_num", "15", "--validation_json_file", str(demo / "test.json"), *more)
+    more = ("--iteration_num", "15", *some_images, *more)
     run = tiny(tmp_path / "run", *more, "--resume")
     sharded = parameters_of([*run, "--shard"], tmp_path / "parts")
     with monkeypatch.context() as patch:
@@ -143,13 +172,74 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_what_there_is(tiny,
 
     monkeypatch.setattr(ChainTokenizer, "encode", encode_or_not)
     monkeypatch.setattr(engine, "FIRST_PAUSE", 0.0)
-    said = tmp_path / "said"
-    started = start(2, lambda: command(tiny(tmp_path / "run")), said)
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [2, 2]
-    assert said.read_text().count("this disk has gone; tried 4 times. The run is saved at step 4: --resume") == 1
+    codes, said = told(2, lambda: command(tiny(tmp_path / "run")), tmp_path / "said")
+    assert codes == [2, 2]
+    assert said.count("this disk has gone; tried 4 times. The run is saved at step 4: --resume") == 1
     assert read_manifest(checkpoints(tmp_path / "run" / "checkpoints")[-1])["step"] == 4
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["whole", "sharded"])
+def test_a_validation_image_that_one_process_cannot_read(tiny, demo, tmp_path, monkeypatch, more):
+    """Whole, it is tried again; for good, all end with what there is. Sharded, the others wait inside the model."""
+    score, calls = run_module.score_candidates, []
+
+    def score_or_not(*args):
+        calls.append(args)
+        if rank() == 1 and len(calls) != 3:
+            raise UnreadableImage("test.json: row 3: this disk has gone")
+        return score(*args)
+
+    monkeypatch.setattr(run_module, "score_candidates", score_or_not)
+    monkeypatch.setattr(engine, "FIRST_PAUSE", 0.0)
+    run = tiny(tmp_path / "run", "--validation_json_file", str(demo / "test.json"), *more)
+    codes, said = told(2, lambda: command(run), tmp_path / "said")
+    assert codes == [2, 2] and said.count("error: ") == 1, said
+    scores = [read_manifest(place).get("score") for place in checkpoints(tmp_path / "run" / "checkpoints")]
+    if more:
+        assert "error: process 1 of 2 on " in said and "row 3: this disk has gone" in said and scores == []
+    else:
+        assert "row 3: this disk has gone; tried 4 times. The run is saved at step 10: --resume goes on" in said
+        assert scores[0] is not None and scores[1] is None
+
+
+def test_a_run_without_kept_gradients_cannot_go_on_in_parts(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    run = tiny(tmp_path / "run", "--resume")
+    main([*run, "--iteration_num", "5"])
+    codes, said = told(2, lambda: command([*run, "--shard"]), tmp_path / "said")
+    assert codes == [2, 2] and "--hypergradient jvp cannot move parameters that are cut into parts" in said
+    assert [line["step"] for line in history(tmp_path / "run")] == [5]
+
+
+def test_a_main_process_that_ends_inside_a_save_leaves_the_checkpoint_before(tiny, one, tmp_path, monkeypatch):
+    """The other one is killed meanwhile, and the main one's watch ends it at once."""
+    save, saver = torch.save, engine.ReweightingEngine.model_saver
+
+    def half(state, file, **options) -> None:
+        if isinstance(state, dict) and state["step"] == 10:
+            file.write(b"half of it")
+            time.sleep(60)
+        save(state, file, **options)
+
+    def die(self):
+        if rank() == 1 and self.global_step == 10:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return saver(self)
+
+    more = (*SGD, "--iteration_num", "15")
+    run = tiny(tmp_path / "run", *more, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(one_voice, "SILENCE", 1.0)
+        patch.setattr(torch, "save", half)
+        patch.setattr(engine.ReweightingEngine, "model_saver", die)
+        codes, said = told(2, lambda: command(run), tmp_path / "said")
+    assert codes == [2, -signal.SIGKILL] and "process 1 of 2 has not been heard of" in said
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [".step-00000010.writing", "step-00000005"]
+    parameters_of(run, tmp_path / "parameters")()
+    differing = differences((tmp_path / "run", left(tmp_path / "parameters")[0]), one(*more))
+    assert max(differing) < 2e-6
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("blow", ["killed", "frozen", "failed"])
@@ -185,34 +275,72 @@ def test_what_ends_one_process_ends_all(tiny, tmp_path, monkeypatch, blow):
         (3, ("--meta_batch_size", "2"), "--meta_batch_size 2: 3 processes share"),
         (2, ("--hypergradient", "darts"), "--hypergradient darts: Betty's own work in one process only"),
         (2, ("--device", "cpu:1"), "--device cpu:1: several processes compute on cuda"),
+        (2, ("--shard", "--lora_rank", "2", "--no_freeze_projector"), "--shard with a trained projector beside"),
         (1, ("--shard",), "--shard does nothing in one process"),
     ],
 )
 def test_what_several_processes_cannot_do_is_said_once(tiny, tmp_path, world, more, message):
-    said = tmp_path / "said"
     if world == 1:
         with pytest.raises(UserError, match=message):
             main(tiny(tmp_path / "run", *more))
         return
-    started = start(world, lambda: command(tiny(tmp_path / "run", *more)), said)
+    started = start(world, lambda: command(tiny(tmp_path / "run", *more)), tmp_path / "said")
     started[0].join(60)
     for process in started[1:]:
         process.kill()
-    assert started[0].exitcode == 2 and said.read_text().count("error: ") == 1 and message in said.read_text()
+    said = (tmp_path / "said").read_text()
+    assert started[0].exitcode == 2 and said.count("error: ") == 1 and message in said
 
 
-def test_torchrun_and_a_signal_to_one_process(tiny, one, tmp_path):
-    """The real command: a signal to any of its processes saves and ends it, and one process goes on from there."""
+def test_another_process_speaks_where_the_main_one_has_been_killed(tmp_path):
+    """The processes' store is torchrun's, and outlives the main one."""
+    address = "localhost", free_port(), None
+    store = torch.distributed.TCPStore(*address, True, wait_for_workers=False)
+
+    def work() -> None:
+        number = int(os.environ["RANK"])
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        watch = one_voice.watch(torch.distributed.TCPStore(*address, False, wait_for_workers=False), number, 3)
+        if number == 1:
+            watch.tell("out of luck")
+        time.sleep(30)
+
+    codes, said = told(3, work, tmp_path / "said")
+    assert codes == [-signal.SIGKILL, 2, 2] and said.count("error: out of luck; --resume goes on") == 1, said
+    assert store.check(["told"])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "blow", "words"),
+    [
+        (
+            "torch.distributed.run",
+            ("--nproc_per_node=2", "--master_port"),
+            "SIGKILL",
+            "error: another of the 2 processes has ended without a word",
+        ),
+        (
+            "accelerate.commands.launch",
+            ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port"),
+            "SIGTERM",
+            "stopped and saved at step",
+        ),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers_and_a_signal_to_one_process(tiny, one, tmp_path, launcher, options, blow, words):
+    """The real command: a signal to any of its processes ends it with a word, and one process goes on from there."""
     script, run = str(ROOT / "reweighting" / "main.py"), tiny(tmp_path / "run", "--resume")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    process = subprocess.Popen([*torchrun, script, *run], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    start = [sys.executable, "-m", launcher, *options, str(free_port()), script, *run]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = tmp_path / "run" / "history.jsonl"
     while process.poll() is None and not (lines.exists() and lines.read_text()):
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
+    os.kill(int(children[-1]), getattr(signal, blow))
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and said.count("stopped and saved at step") == 1, said
+    assert process.returncode == 1 and said.count(words) == 1, said
     main(run)
     assert [line["step"] for line in without_times(tmp_path / "run")] == list(range(5, 55, 5))
     assert max(abs(a["train_loss"] - b["train_loss"]) for a, b in zip(history(tmp_path / "run"), history(one()[0]),

@@ -50,6 +50,18 @@ def together(world: int, work: Callable[[], None], seconds: float = 120) -> list
     return [process.exitcode for process in started]
 
 
+def told(world: int, work: Callable[[], None], place: Path) -> tuple[list[int], str]:
+    """The exit codes of processes that do `work`, and what they say, by way of a file at `place`. When the main one has
+    ended, the others have a few seconds."""
+    started = start(world, work, place)
+    for process, seconds in zip(started, [60] + [15] * world, strict=False):
+        process.join(seconds)
+    for process in started:
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started], place.read_text()
+
+
 def command(flags: list[str]) -> None:
     """The command from beginning to end, with its exit code."""
     sys.argv = ["main.py", *flags]
