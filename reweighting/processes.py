@@ -1,7 +1,7 @@
 """Several processes as one run: joining them, and what they tell each other.
 
     torchrun --nproc_per_node=4 reweighting/main.py …
-    accelerate launch --num_processes 4 reweighting/main.py …     # on GPUs
+    accelerate launch --multi_gpu --num_processes 4 reweighting/main.py …
 
 Each process computes its share of every batch; all hold the same parameters and make the same steps. Whatever the
 course of the run depends on is therefore the same number in all of them, to the bit: a sum over processes, or agreed

@@ -199,6 +199,14 @@ def test_two_runs_may_not_write_one_folder(tiny, tmp_path):
     assert weights(tmp_path) and not any(place.exists() for place in left)
 
 
+def test_a_dry_run_that_meets_a_nan_promises_nothing(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(PRMFineTuning, "domain_loss", lambda self, batch: self.module(batch).sum() * float("nan"))
+    with pytest.raises(UserError, match=r"step 1: the training loss .*touched\. Mend .*\. Of a dry run nothing "):
+        main(tiny(tmp_path, "--dry_run"))
+    assert "see" not in capsys.readouterr().err  # a file that is removed again
+    assert not {"checkpoints", "diagnostics"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--dry_run", "--iteration_num", "1000"))
     out = capsys.readouterr().out

@@ -9,6 +9,8 @@ import torch
 from betty.configs import Config
 from torch.func import functional_call
 
+from reweighting import run
+from reweighting.arguments import parse_arguments
 from reweighting.batches import collate
 from reweighting.chains import Chain
 from reweighting.domain_weights import DomainWeights
@@ -16,6 +18,8 @@ from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
 from reweighting.problems import DomainReweighting, PRMFineTuning, comparison
 from reweighting.reward_model import ProcessRewardModel
+from reweighting.run_data import read_run_data
+from tests.runs import flags
 from tests.tiny import tiny_backbone
 
 DOMAINS, LR, UNROLL, ACCUMULATION = ["a", "b", "c"], 1e-3, 2, 2
@@ -176,3 +180,11 @@ def test_a_weight_that_has_become_0_stays_0(tmp_path):
     engine.upper.module.alpha.data[1] = -1e4
     engine.run()
     assert engine.weights()["b"] == 0 and all(map(math.isfinite, engine.weights().values()))
+
+
+def test_the_weights_lie_where_the_model_computes(demo, tmp_path, monkeypatch):
+    """On a GPU, that is; the device without memory stands for it here."""
+    monkeypatch.setattr(run, "choose_device", lambda name: torch.device("meta"))
+    args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), "--optimizer", "sgd"))
+    engine = run.build(args, {"precision": "fp32", "validation": None}, read_run_data(args), tmp_path)
+    assert engine.upper.module.alpha.device.type == "meta"
