@@ -7,6 +7,7 @@ heard of ends the run too, whatever the others are waiting for.
 """
 
 import io
+import json
 import os
 import re
 import socket
@@ -15,7 +16,8 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 TICK = 0.5  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a process counts as dead: torchrun kills the others 30 s after it
@@ -92,6 +94,7 @@ class Watch(threading.Thread):
             if trouble is not None:
                 more = "" if "--resume" in trouble else "; --resume goes on from the last checkpoint"
                 print(f"\nerror: {trouble}{more}", file=sys.__stderr__, flush=True)
+                _note(trouble)
                 self.say_told()
             os._exit(2)
 
@@ -129,6 +132,8 @@ def one_voice() -> Iterator[None]:
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         code = error.code if isinstance(error, SystemExit) else 1
+        if code:
+            _note(str(error.__context__ or error))  # a SystemExit comes from an error that says more
         if code and rank:
             _hand_over(said.getvalue().strip(), rank, world)
         elif code and _watch is not None:
@@ -137,6 +142,15 @@ def one_voice() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code or 0)  # not by way of the process group's end, which waits for the others
+
+
+def _note(words: str) -> None:
+    """Leave the error where torchrun looks for it, which then repeats it at the end of all that it prints."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        about = {"message": words, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):  # torchrun has ended and taken it along
+            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
 
 
 def _hand_over(words: str, rank: int, world: int) -> None:
