@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reweighting import run as run_module
-from reweighting import signals
+from reweighting import hypergradient_plan, signals
 from reweighting.checkpoints import checkpoints, digest, load_checkpoint, read_manifest
 from reweighting.errors import UserError
 from reweighting.main import main
@@ -51,7 +50,7 @@ def test_a_run_from_before_ways_were_chosen_goes_on_in_its_own(tiny, tmp_path, f
     from_before_auto(folder, "window")
     with pytest.raises(UserError, match="hypergradient was window and is jvp now"):
         main(tiny(folder, "--hypergradient", "jvp", "--resume"))
-    monkeypatch.setattr(run_module, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    monkeypatch.setattr(hypergradient_plan, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
     main(tiny(folder, "--resume"))
     assert "hypergradient: window: as when the run was started" in capsys.readouterr().out
     assert without_times(folder) == without_times(finished) and weights(folder) == weights(finished)

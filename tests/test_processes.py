@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reweighting import engine, one_voice, signals
-from reweighting import run as run_module
+from reweighting import engine, hypergradient_plan, one_voice, signals, validation
 from reweighting.batches import ChainTokenizer
 from reweighting.checkpoints import checkpoints, read_manifest
 from reweighting.errors import UnreadableImage, UserError
@@ -182,7 +181,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_what_there_is(tiny,
 @pytest.mark.parametrize("more", [(), ("--shard",)], ids=["whole", "sharded"])
 def test_a_validation_image_that_one_process_cannot_read(tiny, demo, tmp_path, monkeypatch, more):
     """Whole, it is tried again; for good, all end with what there is. Sharded, the others wait inside the model."""
-    score, calls = run_module.score_candidates, []
+    score, calls = validation.score_candidates, []
 
     def score_or_not(*args):
         calls.append(args)
@@ -190,7 +189,7 @@ def test_a_validation_image_that_one_process_cannot_read(tiny, demo, tmp_path, m
             raise UnreadableImage("test.json: row 3: this disk has gone")
         return score(*args)
 
-    monkeypatch.setattr(run_module, "score_candidates", score_or_not)
+    monkeypatch.setattr(validation, "score_candidates", score_or_not)
     monkeypatch.setattr(engine, "FIRST_PAUSE", 0.0)
     run = tiny(tmp_path / "run", "--validation_json_file", str(demo / "test.json"), *more)
     codes, said = told(2, lambda: command(run), tmp_path / "said")
@@ -204,7 +203,7 @@ def test_a_validation_image_that_one_process_cannot_read(tiny, demo, tmp_path, m
 
 
 def test_a_run_without_kept_gradients_cannot_go_on_in_parts(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    monkeypatch.setattr(hypergradient_plan, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
     run = tiny(tmp_path / "run", "--resume")
     main([*run, "--iteration_num", "5"])
     codes, said = told(2, lambda: command([*run, "--shard"]), tmp_path / "said")
