@@ -129,11 +129,13 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # the process ends here, whatever it is
-        if not isinstance(error, SystemExit):
+        if isinstance(error, SystemExit):
+            code, words = error.code, str(error.__context__ or error)  # `run_command` has made it of what says more
+        else:
+            code, words = 1, repr(error)
             traceback.print_exc()
-        code = error.code if isinstance(error, SystemExit) else 1
         if code:
-            _note(str(error.__context__ or error))  # a SystemExit comes from an error that says more
+            _note(words)
         if code and rank:
             _hand_over(said.getvalue().strip(), rank, world)
         elif code and _watch is not None:
