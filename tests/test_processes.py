@@ -343,6 +343,8 @@ def test_launchers_and_a_signal_to_one_process(tiny, one, tmp_path, launcher, op
     line = f"error: {words}" if blow == "SIGKILL" else words
     assert process.returncode == 1 and said.count(f"\n{line}") == 1, said
     assert f"traceback : {words}" in said, "torchrun does not repeat it"
+    if blow == "SIGKILL":  # what is left then, see above
+        return
     main(run)
     assert [line["step"] for line in without_times(tmp_path / "run")] == list(range(5, 55, 5))
     assert max(abs(a["train_loss"] - b["train_loss"]) for a, b in zip(history(tmp_path / "run"), history(one()[0]),
