@@ -27,26 +27,28 @@ SMALL = ("--batch_size", "4", "--gradient_accumulation", "2", "--unroll_steps", 
 ALL = ("--no_freeze_vision",)
 LORA = ("--lora_rank", "16")
 CHECKPOINTED = ("--gradient_checkpointing",)
-TWO = ("--batch_size", "8", "--gradient_accumulation", "1", "--meta_batch_size", "16")  # of two processes
-CASES = {  # name -> (image tokens of the 30 M backbone, or None for the embedded one; flags)
-    "embedded, frozen vision": (None, ()),
-    "embedded, full": (None, ALL),
-    "embedded, full, checkpointed": (None, ALL + CHECKPOINTED),
-    "embedded, LoRA": (None, LORA),
-    "embedded, baseline": (None, ("--baseline",)),
-    "30 M, frozen vision": (256, SMALL),
-    "30 M, frozen vision, checkpointed": (256, SMALL + CHECKPOINTED),
-    "30 M, full": (256, SMALL + ALL),
-    "30 M, full, checkpointed": (256, SMALL + ALL + CHECKPOINTED),
-    "30 M, full, jvp": (256, (*SMALL, *ALL, "--hypergradient", "jvp")),
-    "30 M, full, finite_difference": (256, (*SMALL, *ALL, "--hypergradient", "finite_difference")),
-    "30 M, full, sgd": (256, (*SMALL, *ALL, "--optimizer", "sgd")),
-    "30 M, full, bf16": (256, (*SMALL, *ALL, "--precision", "bf16")),
-    "30 M, LoRA": (256, SMALL + LORA),
-    "30 M, LoRA, checkpointed": (256, SMALL + LORA + CHECKPOINTED),
-    "30 M, full, two processes": (256, SMALL + ALL + TWO),
-    "30 M, full, two processes, sharded": (256, (*SMALL, *ALL, *TWO, "--shard")),
-    "30 M, LoRA, two processes, sharded": (256, (*SMALL, *LORA, *TWO, "--shard")),
+IMAGE_TOKENS = 256  # of the 30 M backbone
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TWO = ("--batch_size", "8", "--meta_batch_size", "16")  # of two processes
+CASES = {  # name, which begins with the backbone and may end with "two processes" and more -> flags
+    "embedded, frozen vision": (),
+    "embedded, full": ALL,
+    "embedded, full, checkpointed": ALL + CHECKPOINTED,
+    "embedded, LoRA": LORA,
+    "embedded, baseline": ("--baseline",),
+    "30 M, frozen vision": SMALL,
+    "30 M, frozen vision, checkpointed": SMALL + CHECKPOINTED,
+    "30 M, full": SMALL + ALL,
+    "30 M, full, checkpointed": SMALL + ALL + CHECKPOINTED,
+    "30 M, full, jvp": (*SMALL, *ALL, "--hypergradient", "jvp"),
+    "30 M, full, finite_difference": (*SMALL, *ALL, "--hypergradient", "finite_difference"),
+    "30 M, full, sgd": (*SMALL, *ALL, "--optimizer", "sgd"),
+    "30 M, full, bf16": (*SMALL, *ALL, "--precision", "bf16"),
+    "30 M, LoRA": SMALL + LORA,
+    "30 M, LoRA, checkpointed": SMALL + LORA + CHECKPOINTED,
+    "30 M, full, two processes": SMALL + ALL + TWO,
+    "30 M, full, two processes, sharded": (*SMALL, *ALL, *TWO, "--shard"),
+    "30 M, LoRA, two processes, sharded": (*SMALL, *LORA, *TWO, "--shard"),
 }
 
 
@@ -114,16 +116,14 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         make_data(data, 1, "--train_rows", "2000", "--meta_rows", "100", "--test_questions", "1")
-        random = {tokens: make_backbone(Path(folder) / str(tokens), tokens) for tokens in (256,)}
+        backbones = {"30 M": make_backbone(Path(folder) / "random", IMAGE_TOKENS), "embedded": ROOT / "backbone"}
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "OMP_NUM_THREADS": "1"}
-        for name, (tokens, flags) in CASES.items():
+        for name, flags in CASES.items():
             if args.only and args.only not in name:
                 continue
-            backbone = str(random[tokens] if tokens else ROOT / "backbone")
-            torchrun = (
-                ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if "two processes" in name else []
-            )
-            command = [sys.executable, *torchrun, __file__, "--case", backbone, str(data), *flags]
+            start = TORCHRUN if "two processes" in name else []
+            backbone = str(backbones[name.split(",")[0]])
+            command = [sys.executable, *start, __file__, "--case", backbone, str(data), *flags]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
