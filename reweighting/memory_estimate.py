@@ -159,8 +159,8 @@ def estimate_run(
     world = processes.world()
     size = math.ceil(args.batch_size / world)  # this process's part of a micro-batch
     chains = longest(model, train, size)
-    batch = _batch(model, train, chains, args.questions_together)
-    meta_batch = _batch(model, meta, longest(model, meta, size), True) if meta else None
+    batch = _batch(model, train, chains, args.questions_together, args.shard)
+    meta_batch = _batch(model, meta, longest(model, meta, size), True, args.shard) if meta else None
     images = len({chain.image for chain in (*train, *meta)} - {None}) if device.type == "cpu" else 0
     pixels = model.chain_tokenizer.encode(chains[0]).pixels
     setting = Setting(
@@ -186,14 +186,16 @@ def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> l
     return sorted(distinct, key=lambda chain: -len(model.chain_tokenizer.encode(chain).input_ids))[:count]
 
 
-def _batch(model: ProcessRewardModel, chains: Sequence[Chain], first: list[Chain], together: bool) -> Batch:
-    """A micro-batch of these first chains; with `together`, as many answers to the first one's question and then
-    others."""
-    encode = model.chain_tokenizer.encode
+def _batch(
+    model: ProcessRewardModel, chains: Sequence[Chain], first: list[Chain], together: bool, sharded: bool
+) -> Batch:
+    """A micro-batch of these first chains; with `together`, of as many answers to the first one's question and then
+    others, which share passes over prompts where the model can."""
+    chosen = first
     if together:
-        in_order = sorted(chains, key=lambda other: other.prompt != first[0].prompt)
-        return model.collate([encode(other) for other in in_order[: len(first)]])
-    return collate([encode(chain) for chain in first])
+        chosen = sorted(chains, key=lambda other: other.prompt != first[0].prompt)[: len(first)]
+    share = together and model.shares_prompts and not sharded
+    return collate([model.chain_tokenizer.encode(chain) for chain in chosen], share)
 
 
 def weight_bytes(model: ProcessRewardModel) -> int:
