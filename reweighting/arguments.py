@@ -18,7 +18,7 @@ from transformers.hf_argparser import HfArg
 
 from reweighting.aggregation import AGGREGATIONS
 from reweighting.errors import UserError
-from reweighting.prm_config import SCORE_HEADS, WAYS, check_settings, with_defaults
+from reweighting.prm_config import ADAPTERS, SCORE_HEADS, WAYS, check_settings, with_defaults
 
 EMBEDDED_BACKBONE = Path(__file__).resolve().parent.parent / "backbone"
 
@@ -52,6 +52,9 @@ class ModelArguments:
         "nothing (default: backbone; lora with --lora_rank)",
     )
     lora_rank: int = HfArg(default=0, help="rank of the adapters of --train lora and dora; 0 there means 16")
+    lora_alpha: float | None = HfArg(
+        default=None, help="what the adapters say is scaled by lora_alpha / lora_rank (default: 32)"
+    )
     freeze_vision: bool = HfArg(default=True, help="do not train the vision tower; --no_freeze_vision trains it")
     freeze_projector: bool | None = HfArg(
         default=None,
@@ -170,7 +173,7 @@ CHOICES = {
     "precision": ("fp32", "bf16", None),
 }
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
-            "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
+            "lora_alpha", "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
             "max_length")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
                 "scheduler_gamma", "skip_nonfinite", "warmup_iterations")  # fmt: skip
@@ -295,6 +298,8 @@ def _check(args: Namespace, given: set[str]) -> None:
     if args.baseline and args.domain_weights is not None:
         raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
     check_settings(args)
+    if args.lora_alpha is not None and args.train not in ADAPTERS:
+        raise UserError(f"--lora_alpha does nothing with --train {args.train}: there are no adapters")
     if args.train != "backbone" and not args.freeze_vision:
         raise UserError(f"--no_freeze_vision does nothing with --train {args.train}: the vision tower stays as it is")
     if not learns_weights(args):

@@ -17,7 +17,7 @@ from reweighting.errors import UserError
 CONFIG_FILE = "prm_config.json"
 WAYS = ("backbone", "lora", "dora", "head")
 ADAPTERS = ("lora", "dora")
-DEFAULT_RANK = 16
+DEFAULT_RANK, DEFAULT_ALPHA = 16, 32.0
 SCORE_HEADS = ("linear", "token", "linear_from_token")
 ANSWER_TOKENS = ("+", "-")  # as VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542) have them
 
@@ -30,7 +30,7 @@ class PRMConfig:
     train:          what is trained, one of WAYS.
     aggregation:    how `rank` turns step logits into one number, a name of `aggregation.AGGREGATIONS`.
     lora_rank:      of the adapters; 0 without adapters.
-    lora_alpha:     the adapters' scale is lora_alpha / lora_rank.
+    lora_alpha:     the adapters' scale is lora_alpha / lora_rank; None without adapters.
     freeze_vision:  the vision tower is not trained; it never is but with `backbone`.
     freeze_projector: nor is the projector between tower and language model. None: as the tower.
     base_4bit:      the language model's linear layers are in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
@@ -45,7 +45,7 @@ class PRMConfig:
     train: str = "backbone"
     aggregation: str = "mean_logit"
     lora_rank: int = 0
-    lora_alpha: int = 32
+    lora_alpha: float | None = None
     freeze_vision: bool = False
     freeze_projector: bool | None = None
     base_4bit: bool = False
@@ -92,13 +92,14 @@ class PRMConfig:
 
 
 def with_defaults(settings: dict) -> dict:
-    """The settings with those filled in that follow from others: a rank alone means LoRA, adapters without a rank get
-    one, and a head that reads answers gets their tokens."""
+    """The settings with those filled in that follow from others: a rank alone means LoRA, adapters without a rank or
+    a scale get them, and a head that reads answers gets their tokens."""
     settings = dict(settings)
     if settings.get("train") is None:
         settings["train"] = "lora" if settings.get("lora_rank") else "backbone"
     if settings["train"] in ADAPTERS:
         settings["lora_rank"] = settings.get("lora_rank") or DEFAULT_RANK
+        settings["lora_alpha"] = DEFAULT_ALPHA if settings.get("lora_alpha") is None else settings["lora_alpha"]
     if settings.get("score_head", "linear") != "linear":
         for name, token in zip(("right_token", "wrong_token"), ANSWER_TOKENS, strict=True):
             settings[name] = token if settings.get(name) is None else settings[name]

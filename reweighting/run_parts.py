@@ -12,8 +12,8 @@ from reweighting.errors import UserError
 from reweighting.reward_model import ProcessRewardModel
 
 # Flags that are settings of the model too, see PRMConfig.
-MODEL_SETTINGS = ("train", "lora_rank", "freeze_vision", "freeze_projector", "base_4bit", "score_head", "right_token",
-                  "wrong_token", "max_length", "max_image_side")  # fmt: skip
+MODEL_SETTINGS = ("train", "lora_rank", "lora_alpha", "freeze_vision", "freeze_projector", "base_4bit", "score_head",
+                  "right_token", "wrong_token", "max_length", "max_image_side")  # fmt: skip
 
 
 def make_model(args: Namespace, device: torch.device, precision: str) -> ProcessRewardModel:

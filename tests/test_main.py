@@ -152,6 +152,7 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--iteration_num", "3"), "use 5"),
         (("--lora_rank", "2", "--no_freeze_vision"), "--no_freeze_vision does nothing with --train lora"),
         (("--train", "head", "--lora_rank", "2"), "--lora_rank does nothing with --train head"),
+        (("--lora_alpha", "8"), "--lora_alpha does nothing with --train backbone: there are no adapters"),
         (("--train", "adapters"), "--train: found adapters, allowed: backbone, lora, dora, head"),
         (("--train", "head", "--no_freeze_projector"), "leave out --no_freeze_projector"),
         (("--train", "head", "--score_head", "token"), "nothing is trained"),

@@ -159,7 +159,7 @@ def test_every_family_trains_its_projector_beside_adapters(chains, tmp_path, fam
 def test_dora_is_its_formula(chains):
     """W' = m * V / |V| by rows, with V = W + alpha / r * B A (arXiv 2402.09353), put into a plain backbone."""
     torch.manual_seed(0)
-    model = ProcessRewardModel.from_backbone(tiny_backbone(), train="dora", lora_rank=2)
+    model = ProcessRewardModel.from_backbone(tiny_backbone(), train="dora", lora_rank=2, lora_alpha=8)
     plain = ProcessRewardModel.from_backbone(tiny_backbone())
     plain.score_head.load_state_dict(model.score_head.state_dict())
     assert (model.chain_logits(chains)[0] - plain.chain_logits(chains)[0]).abs().max() <= 1e-5  # at the start
@@ -170,20 +170,20 @@ def test_dora_is_its_formula(chains):
             magnitude = parameters[f"{name}.lora_magnitude_vector.default.weight"]
             b.normal_(std=0.1)
             magnitude.mul_(torch.rand_like(magnitude) + 0.5)
-            v = parameters[f"{name}.base_layer.weight"] + 32 / 2 * b @ a
+            v = parameters[f"{name}.base_layer.weight"] + 8 / 2 * b @ a
             plain.base.get_parameter(f"{name}.weight").copy_(magnitude[:, None] * v / v.norm(dim=1, keepdim=True))
     assert (model.chain_logits(chains)[0] - plain.chain_logits(chains)[0]).abs().max() <= 1e-4
 
 
 def test_the_flags_reach_the_model(tied):
     flags = ["--train_json_file", "t", "--meta_json_file", "m", "--reward_model", str(tied), "--attention", "eager",
-             "--train", "dora", "--no_freeze_projector", "--score_head", "token", "--right_token", "S",
-             "--wrong_token", "t"]  # fmt: skip
+             "--train", "dora", "--lora_alpha", "8", "--no_freeze_projector", "--score_head", "token",
+             "--right_token", "S", "--wrong_token", "t"]  # fmt: skip
     model = make_model(parse_arguments(flags), torch.device("cpu"), "bf16")
     assert model.base.config._attn_implementation == "eager"
     assert model.config == PRMConfig(
-        backbone=str(tied), train="dora", lora_rank=16, freeze_vision=True, freeze_projector=False, dtype="bfloat16",
-        score_head="token", right_token="S", wrong_token="t",
+        backbone=str(tied), train="dora", lora_rank=16, lora_alpha=8.0, freeze_vision=True, freeze_projector=False,
+        dtype="bfloat16", score_head="token", right_token="S", wrong_token="t",
     )  # fmt: skip
     assert parse_arguments([*flags[:6], "--freeze_projector", "--no_freeze_vision"]).freeze_projector is True
     assert parse_arguments(flags[:6]).freeze_projector is None and parse_arguments(flags[:6]).train == "backbone"
@@ -286,8 +286,12 @@ def test_a_projector_that_is_missing_or_of_another_base(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ({"lora_rank": 4, "freeze_vision": True}, {"train": "lora", "lora_rank": 4, "freeze_vision": True}),
+        (
+            {"lora_rank": 4, "freeze_vision": True},
+            {"train": "lora", "lora_rank": 4, "lora_alpha": 32.0, "freeze_vision": True},
+        ),
         ({"lora_rank": 0, "freeze_vision": True, "later": 1}, {"train": "backbone", "freeze_vision": True}),
+        ({"train": "dora", "lora_rank": 4}, {"train": "dora", "lora_rank": 4, "lora_alpha": 32}),
     ],
 )
 def test_configs_of_earlier_and_later_versions(tmp_path, old, new):
