@@ -18,7 +18,7 @@ from reweighting.errors import UserError
 from reweighting.hypergradient import Window
 from reweighting.hypergradient_plan import estimate_memory
 from reweighting.memory_estimate import table
-from reweighting.run import build
+from reweighting.run import build, check_possible
 from reweighting.run_data import RunData
 
 
@@ -32,6 +32,7 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
     steps = args.unroll_steps  # one window: every level steps
     short = Namespace(**{**vars(args), "iteration_num": steps, "warmup_iterations": 0})
     device = choose_device(args.device)
+    check_possible(args, device, settings["precision"])
     expected = estimate_memory(args, data, device, settings["precision"])
     print(f"expected memory on {device}, with a micro-batch of the longest chains (no weight is loaded yet):")
     print(table(expected))

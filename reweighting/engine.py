@@ -279,8 +279,7 @@ class ReweightingEngine(Engine):
                 problem.load_state_dict(state["problems"][problem.name])
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             raise UserError(f"the checkpoint does not fit the settings or the data of this run ({error}): the domains, "
-                            "what is trained, the optimizer and whether weights are learned cannot be changed on the "
-                            "way") from error  # fmt: skip
+                            "what is trained and the optimizer cannot be changed on the way") from error  # fmt: skip
         self.global_step = self.saved = state["step"]
         self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])

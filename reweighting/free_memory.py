@@ -2,6 +2,7 @@
 this job have it."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     _, world, _ = place()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun's
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1  # torchrun's
     return max(0, min(psutil.virtual_memory().available, *_free_in_groups())) // here
 
 
@@ -45,8 +46,8 @@ def _free_in_groups(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/pr
             if not folder.is_relative_to(top):
                 break
             try:
-                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                in_use = int((folder / used).read_text()) - int(stat.get(cache, 0))
+                kept = re.search(rf"^{cache} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+                in_use = int((folder / used).read_text()) - (int(kept[1]) if kept else 0)
                 free.append(int((folder / limit).read_text()) - in_use)
             except (OSError, ValueError):  # no such group, or no limit: "max"
                 continue

@@ -219,7 +219,10 @@ def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:
     depends on g_n too. One entry for each micro-batch, before and after; their sums are the products with g_n."""
     if record.clip == 1.0:
         return products
-    grads = torch.stack([grad for _, grad in record.domain_grads])
-    total = grads.sum(0) if record.whole is None else record.whole
-    along = processes.summed(grads @ total)  # < g_n , g_nk >
+    grads, total = [grad for _, grad in record.domain_grads], record.whole
+    if total is None:
+        total = grads[0].clone()
+        for grad in grads[1:]:
+            total += grad
+    along = processes.summed(torch.stack([grad @ total for grad in grads]))  # < g_n , g_nk >
     return record.clip * (products - along * products.sum() / along.sum())

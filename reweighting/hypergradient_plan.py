@@ -41,7 +41,7 @@ def hypergradient_of_run(
     else:
         choice = choose_hypergradient(args, data, model, device, precision, free_memory(device))
         way, reason = processes.from_main(choice)  # each may have other memory
-    check_way(way, args.shard)
+    check_way(args, way)
     print(f"hypergradient: {way}: {reason}")
     return way
 
@@ -52,9 +52,12 @@ def way_so_far(settings: dict) -> str | None:
     return None if way == "auto" else way
 
 
-def check_way(hypergradient: str, shard: bool) -> None:
-    """Raise UserError if this way to the hypergradient cannot be had in so many processes."""
-    if shard and hypergradient in SLOPES:
+def check_way(args: Namespace, hypergradient: str) -> None:
+    """Raise UserError if this way to the hypergradient cannot be had with the flags in so many processes."""
+    if hypergradient == "jvp" and not has_forward_mode(args.attention, args.base_4bit):
+        raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
+                        "--base_4bit: use finite_difference")  # fmt: skip
+    if args.shard and hypergradient in SLOPES:
         raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use window, "
                         "or leave out --shard")  # fmt: skip
     if processes.world() > 1 and hypergradient in ("darts", "sama"):
@@ -64,21 +67,18 @@ def check_way(hypergradient: str, shard: bool) -> None:
 def choose_hypergradient(
     args: Namespace, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str, free: int
 ) -> tuple[str, str]:
-    """What --hypergradient means, with so many bytes `free` beside the model, and why. Raises UserError if what is
-    asked for by name cannot be had."""
-    forward_mode = has_forward_mode(args.attention, args.base_4bit)
-    if args.hypergradient == "jvp" and not forward_mode:
-        raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
-                        "--base_4bit: use finite_difference")  # fmt: skip
+    """What --hypergradient means, with so many bytes `free` beside the model, and why."""
     if args.hypergradient != "auto":
         return args.hypergradient, "as asked for"
     if args.shard:
         return "window", "each process keeps its part of the gradients"
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     accumulation = micro_batches_of_step(args, len(data.domains))
-    window = Setting(steps=args.unroll_steps, accumulation=accumulation, processes=processes.world())
+    window = Setting(
+        optimizer=args.optimizer, steps=args.unroll_steps, accumulation=accumulation, processes=processes.world()
+    )
     return plan_hypergradient(
-        trained, window.window_vectors, args.optimizer, free, forward_mode,
+        trained, window, free, has_forward_mode(args.attention, args.base_4bit),
         lambda: estimate_memory(args, data, device, precision, "jvp"),
     )  # fmt: skip
 
@@ -105,20 +105,19 @@ def has_forward_mode(attention: str, base_4bit: bool) -> bool:
 
 def plan_hypergradient(
     trained: int,
-    vectors: int,
-    optimizer: str,
+    window: Setting,
     free: int,
     forward_mode: bool,
     rest: Callable[[], MemoryEstimate],
 ) -> tuple[str, str]:
     """The way and the reason, in words.
 
-    trained: parameters. vectors: that a window keeps. free: bytes of the device that are not taken, the weights
+    trained: parameters. window: what its length follows from. free: bytes of the device that are not taken, the weights
     being there already. forward_mode: whether there is one. rest: gives the estimate of the run without kept
     gradients; asked for only where it may matter.
     """
-    kept = FLOAT * trained * (vectors + (2 if optimizer == "adamw" else 0))
-    words = f"{vectors} kept gradients take {_amount(kept)} of {_amount(free)} that are free"
+    kept = FLOAT * trained * window.window_vectors
+    words = f"{window.window_gradients} kept gradients take {_amount(kept)} of {_amount(free)} that are free"
     if kept <= PLENTY * free:
         return "window", words
     estimate = rest()

@@ -40,9 +40,9 @@ class Setting:
     """What the estimate depends on beside the model and its batches.
 
     hypergradient: window, jvp, finite_difference, darts, sama, or None where no weights are learned. steps: of a
-    window. accumulation: micro-batches in a step. meta_batches: batches in an update of the weights. images: bytes of
-    the remembered ones, where these are in the device's memory. processes: that make the run; sharded: each holds a
-    part of the parameters, as `layouts.Sharded` cuts them.
+    window. accumulation: micro-batches in a step. clipped: whether steps are. meta_batches: batches in an update of the
+    weights. images: bytes of the remembered ones, where these are in the device's memory. processes: that make the run;
+    sharded: each holds a part of the parameters, as `layouts.Sharded` cuts them.
     """
 
     optimizer: str = "adamw"
@@ -50,6 +50,7 @@ class Setting:
     hypergradient: str | None = "window"
     steps: int = 5
     accumulation: int = 1
+    clipped: bool = False
     meta_batches: int = 1
     images: int = 0
     device: str = "cuda"
@@ -57,16 +58,21 @@ class Setting:
     sharded: bool = False
 
     @property
-    def window_vectors(self) -> int:
+    def window_gradients(self) -> int:
         """How many gradients [P] a window keeps: each micro-batch's, and each step's where that is a sum over
         processes."""
         return self.steps * (self.accumulation + (self.processes > 1 and not self.sharded))
+
+    @property
+    def window_vectors(self) -> int:
+        """How many vectors [P] a window keeps: gradients, and the moments before it."""
+        return self.window_gradients + (2 if self.optimizer == "adamw" else 0)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes by part, on one process. The first four are there throughout. A step's activations and gradients and the
-    meta pass take turns, so `total`, the most at a time, is less than the sum.
+    meta pass take turns, so `total`, the most at a time, is mostly less than the sum.
 
     gradients: all copies of a step's gradient that are there at once, without the kept ones. meta_pass: activations and
     gradients of the meta loss, or what the hypergradient then takes, whichever is more.
@@ -96,10 +102,10 @@ def estimate(model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, 
     if setting.sharded:
         parts = setting.processes
         weights, one, gathered = _cut(model, parts)
-    adamw, window = setting.optimizer == "adamw", setting.hypergradient == "window"
+    window = setting.hypergradient == "window"
 
-    optimizer = one * (2 if adamw else 1) + (one if setting.hypergradient == "sama" else 0)
-    kept = one * (setting.window_vectors + (2 if adamw else 0)) if window else 0
+    optimizer = one * (2 if setting.optimizer == "adamw" else 1) + (one if setting.hypergradient == "sama" else 0)
+    kept = one * setting.window_vectors if window else 0
     if setting.hypergradient in ("jvp", "finite_difference"):
         kept = setting.steps * setting.accumulation * _batch_bytes(batch)
     features = setting.images + _batch_bytes(batch)
@@ -135,7 +141,9 @@ def _pass(
 def _hypergradient_bytes(model: ProcessRewardModel, batch: Batch, setting: Setting, one: int, saved: int) -> int:
     """What the hypergradient takes beside the meta gradient. saved: bytes that a forward pass leaves behind."""
     if setting.hypergradient == "window":
-        return min(one, FLOAT * PARTS.get(setting.device, LARGE_PART)) * (3 * setting.steps + 8)
+        workers = torch.get_num_threads() if setting.device == "cpu" else 1  # each at a part
+        part = min(one, FLOAT * PARTS.get(setting.device, LARGE_PART) * workers)
+        return max(part * (3 * setting.steps + 8), one if setting.clipped else 0)
     if setting.hypergradient in ("darts", "sama"):
         return one + saved
     known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
@@ -154,28 +162,40 @@ def estimate_run(
     meta: Sequence[Chain],
 ) -> MemoryEstimate:
     """The memory of the run that the flags describe, on these chains; of the longest of them, as far as `longest` finds
-    them, a whole micro-batch. model: made on the device meta. hypergradient: what --hypergradient means, None where no
-    weights are learned. accumulation: micro-batches in a step."""
+    them, a whole micro-batch (which --questions_together may make a little larger).
+
+    model: made on the device meta. hypergradient: what --hypergradient means, None where no weights are learned.
+    accumulation: micro-batches in a step.
+    """
     world = processes.world()
     size = math.ceil(args.batch_size / world)  # this process's part of a micro-batch
     chains = longest(model, train, size)
+    chains = (chains * size)[:size]  # as chains are drawn again where there are few
     batch = _batch(model, train, chains, args.questions_together, args.shard)
     meta_batch = _batch(model, meta, longest(model, meta, size), True, args.shard) if meta else None
-    images = len({chain.image for chain in (*train, *meta)} - {None}) if device.type == "cpu" else 0
-    pixels = model.chain_tokenizer.encode(chains[0]).pixels
     setting = Setting(
         optimizer=args.optimizer,
         precision=precision,
         hypergradient=hypergradient,
         steps=args.unroll_steps,
         accumulation=accumulation,
-        meta_batches=math.ceil(args.meta_batch_size / args.batch_size),
-        images=0 if pixels is None else min(images * pixels.nbytes, CACHE_BYTES),
+        clipped=args.max_grad_norm > 0,
+        meta_batches=math.ceil(min(args.meta_batch_size, len(meta)) / args.batch_size),
+        images=_image_bytes(model, [*train, *meta]) if device.type == "cpu" else 0,
         device=device.type,
         processes=world,
         sharded=args.shard,
     )
     return estimate(model, batch, meta_batch, setting)
+
+
+def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
+    """What is remembered of the chains' images once all were seen, each as large as that of the longest chain."""
+    with_image = {chain.image: chain for chain in chains if chain.image is not None}
+    if not with_image:
+        return 0
+    (chain,) = longest(model, list(with_image.values()), 1)
+    return min(len(with_image) * model.chain_tokenizer.encode(chain).pixels.nbytes, CACHE_BYTES)
 
 
 def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:

@@ -23,6 +23,7 @@ TICK = 0.5  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one, after which a process counts as dead: torchrun kills the others 30 s after it
 GRACE = 2.0  # seconds that the main process has to end by itself, where all have found the same
 HEARING = 10.0  # seconds that the main process has to say what another one found
+GO_ON = "--resume goes on from the last checkpoint"
 KEPT = 20_000  # characters that a silent process remembers of what it would have printed
 
 _watch: "Watch | None" = None  # of this process, once it has joined the others
@@ -50,7 +51,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Until `stop`: give signs of life, and look for those of others."""
         others = range(1, self.world) if self.rank == 0 else (0,)  # the main process tells all what it finds
-        heard = {other: (-1, time.monotonic()) for other in others}
+        heard = {other: (-1, 0) for other in others}  # signs of life, and looks without a new one
         try:
             while not self._over.wait(TICK):
                 self.store.add(f"alive/{self.rank}", 1)
@@ -58,14 +59,14 @@ class Watch(threading.Thread):
                     self._leave(self._to_say(self.store.get("trouble").decode()))
                 if self.store.check(["told"]):
                     self._leave(None)
-                for other, (count, since) in heard.items():
+                for other, (count, looks) in heard.items():
                     now = self.store.add(f"alive/{other}", 0)
-                    if now != count:
-                        heard[other] = now, time.monotonic()
-                    elif time.monotonic() - since > SILENCE:
-                        self.tell(f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s")
+                    heard[other] = now, looks + 1 if now == count else 0
+                    # By looks, not by the clock: a run may be stopped as a whole, and continued.
+                    if looks * TICK > SILENCE:
+                        self.tell(f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s; {GO_ON}")
         except Exception:  # the store is gone, and with it the process that kept it
-            self._leave("what kept the processes together, the main process or the machine of it, has ended")
+            self._leave(f"what kept the processes together, the main process or the machine of it, has ended; {GO_ON}")
 
     def _to_say(self, trouble: str) -> str | None:
         """The trouble, where it is this process that says it: the main one, or another if that has ended; else None."""
@@ -92,8 +93,7 @@ class Watch(threading.Thread):
             if self._over.is_set():
                 return
             if trouble is not None:
-                more = "" if "--resume" in trouble else "; --resume goes on from the last checkpoint"
-                print(f"\nerror: {trouble}{more}", file=sys.__stderr__, flush=True)
+                print(f"\nerror: {trouble}", file=sys.__stderr__, flush=True)
                 _note(trouble)
                 self.say_told()
             os._exit(2)
@@ -159,7 +159,7 @@ def _hand_over(words: str, rank: int, world: int) -> None:
     """Have the main process say what this one ends with; if it does not, say it here. Whoever started the processes
     ends the main one when another leaves before it."""
     time.sleep(GRACE)
-    words = re.split("^error: ", words, flags=re.M)[-1]  # what was said before is of no use to anyone now
+    words = re.split("^error: ", words, maxsplit=1, flags=re.M)[-1]  # what was said before is of no use to anyone now
     words = f"process {rank} of {world} on {socket.gethostname()}: {words}"
     try:
         if _watch is not None:

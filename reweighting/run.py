@@ -10,12 +10,13 @@ from betty.configs import Config
 from transformers.utils import logging as transformers_logging
 
 from reweighting import processes
+from reweighting.arguments import learns_weights
 from reweighting.batch_draws import BatchDraws
 from reweighting.devices import check_attention, choose_device
 from reweighting.domain_weights import DomainWeights
 from reweighting.engine import ReweightingEngine
 from reweighting.errors import UserError
-from reweighting.hypergradient_plan import hypergradient_of_run
+from reweighting.hypergradient_plan import check_way, hypergradient_of_run
 from reweighting.layouts import Replicated, Sharded
 from reweighting.problems import DomainReweighting, PRMFineTuning
 from reweighting.run_data import RunData
@@ -38,9 +39,7 @@ def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: d
         print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
               "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
     draws = BatchDraws(args, data, accumulation)
-    if args.shard:
-        check_shard(args)
-    check_attention(args.attention, device, precision)
+    check_possible(args, device, precision)
 
     model = make_model(args, torch.device("cpu") if args.shard else device, precision)
     processes.spread(list(model.parameters()))
@@ -97,8 +96,16 @@ def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: d
     return engine
 
 
-def check_shard(args: Namespace) -> None:
-    """Raise UserError if --shard cannot be had with these flags, or has nothing to do."""
+def check_possible(args: Namespace, device: torch.device, precision: str) -> None:
+    """Raise UserError for flags that cannot be had on this device or in so many processes: before a weight is read."""
+    check_attention(args.attention, device, precision)
+    if learns_weights(args):
+        check_way(args, args.hypergradient)
+    if args.shard:
+        _check_shard(args)
+
+
+def _check_shard(args: Namespace) -> None:
     if processes.world() == 1:
         raise UserError("--shard does nothing in one process: start several with torchrun, see the README")
     if args.base_4bit:

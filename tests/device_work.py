@@ -30,13 +30,14 @@ RUNS = {
     "all-trained": ("--no_freeze_vision", "--attention", "eager", "--scheduler", "cosine"),
     "head": ("--train", "head"),
     "sama": ("--hypergradient", "sama"),
+    "baseline": ("--baseline",),
 }
 
 
 def run(name: str, device: str, folder: Path) -> list[dict]:
     """The history of a run of one window; of the first one with validation, and gone on with for another window."""
     first = name == "window"
-    more = ("--validation_json_file", str(folder / "test.json"), "--allow_changed_settings") if first else ()
+    more = ("--validation_json_file", str(folder / "test.json")) if first else ()
     for steps in ("5", "10") if first else ("5",):
         main(flags(folder, folder / name / device, "--reward_model", str(tiny_backbone()), *RUNS[name], *more,
                    "--device", device, "--iteration_num", steps, "--resume"))  # fmt: skip

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "second"
 ops = torch.ops.aten
-# Moves between devices, and indices, which torch takes from the CPU everywhere.
-MAY_MIX = {ops._to_copy.default, ops.to.device, ops.copy_.default, ops.index.Tensor, ops.index_put.default,
-           ops.index_put_.default, ops._index_put_impl_.default}  # fmt: skip
+MOVES = {ops._to_copy.default, ops.to.device, ops.copy_.default}
+# Indices, the second argument, are taken from the CPU everywhere.
+INDEXING = {ops.index.Tensor, ops.index_put.default, ops.index_put_.default, ops._index_put_impl_.default}
 
 
 class Apart(RuntimeError):
@@ -116,10 +116,9 @@ def _compute(func, args: tuple, kwargs: dict):
     """One operation, on the CPU; its result is on the second device if that is asked for, or its arguments are."""
     leaves = tree_leaves((args, kwargs))
     here = [leaf for leaf in leaves if isinstance(leaf, SecondTensor)]
-    elsewhere = [
-        leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0 and not isinstance(leaf, SecondTensor)
-    ]
-    if here and elsewhere and func not in MAY_MIX:
+    together = tree_leaves((args[0], args[2:])) if func in INDEXING else leaves
+    elsewhere = [x for x in together if isinstance(x, Tensor) and x.dim() > 0 and not isinstance(x, SecondTensor)]
+    if here and elsewhere and func not in MOVES:
         raise Apart(f"{func}: {[tuple(tensor.shape) for tensor in elsewhere]} on the CPU, others on {NAME}")
     asked = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
     is_here = asked[0].type == NAME if asked else bool(here)

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from reweighting import hypergradient
 from reweighting.hypergradient import Window, flatten, unflatten
+from reweighting.live_memory import LiveMemory
 
 DOMAINS, DECAY = 4, 0.01
 LR = {"sgd": 0.02, "adamw": 1e-3}
@@ -125,3 +126,15 @@ def test_a_window_whose_steps_were_all_left_out_moves_no_weight(optimizer):
     window.add_micro_batch(0, torch.full((3,), torch.nan))
     window.drop_step()
     assert torch.equal(window.hypergradient(torch.ones(3), torch.ones(2)), torch.zeros(2))
+
+
+def test_clipping_takes_one_more_vector_at_a_time():
+    parameter = nn.Parameter(torch.zeros(10_000))
+    window, vector = Window(torch.optim.SGD([parameter], lr=0.1)), 4 * 10_000
+    for domain in range(5):
+        window.add_micro_batch(domain, torch.randn(10_000))
+    window.close_step(0.5, 0.1)
+    v, grads = torch.randn(10_000), [grad for _, grad in window.records[0].domain_grads]
+    with LiveMemory([v, *grads]) as live:
+        window.hypergradient(v, torch.ones(5))
+    assert vector <= live.peak < 1.2 * vector
