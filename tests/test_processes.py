@@ -307,7 +307,7 @@ def test_another_process_speaks_where_the_main_one_has_been_killed(tmp_path):
         time.sleep(30)
 
     codes, said = told(3, work, tmp_path / "said")
-    assert codes == [-signal.SIGKILL, 2, 2] and said.count("error: out of luck; --resume goes on") == 1, said
+    assert codes == [-signal.SIGKILL, 2, 2] and said.count("error: out of luck\n") == 1, said
     assert store.check(["told"])
 
 
