@@ -7,6 +7,7 @@ embedded backbone, one thread: the slopes of 8 micro-batches of 8 chains along A
 window of 20 steps, against the products of that direction with their gradients.
 """
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ def gradient(lower, params: dict, batch) -> torch.Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table, slopes = accuracies(), slopes_on_the_backbone()
     print(json.dumps(slopes, indent=1))
     print(write_results("hypergradient_accuracy", {"seeds": len(SEEDS), "small_network": table, "backbone": slopes}))
