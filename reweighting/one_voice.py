@@ -46,6 +46,7 @@ class Watch(threading.Thread):
     def __init__(self, store, rank: int, world: int):
         super().__init__(daemon=True)
         self.store, self.rank, self.world = store, rank, world
+        self.code = 2  # that this process ends with, unless it is about to end by itself with another
         self._over, self._speaking = threading.Event(), threading.Lock()
 
     def run(self) -> None:
@@ -96,7 +97,7 @@ class Watch(threading.Thread):
                 print(f"\nerror: {trouble}", file=sys.__stderr__, flush=True)
                 _note(trouble)
                 self.say_told()
-            os._exit(2)
+            os._exit(self.code)
 
     def say_told(self) -> None:
         """What there is to say is said: the others may end."""
@@ -136,6 +137,8 @@ def one_voice() -> Iterator[None]:
             traceback.print_exc()
         if code:
             _note(words)
+            if _watch is not None:
+                _watch.code = code
         if code and rank:
             _hand_over(said.getvalue().strip(), rank, world)
         elif code and _watch is not None:
