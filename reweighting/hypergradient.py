@@ -57,14 +57,21 @@ class StepRecord:
     lr: float
     whole: Tensor | None = None
 
+    def unclipped(self, part: slice = slice(None)) -> Tensor:
+        """The step's gradient before clipping, of these parameters."""
+        if self.whole is not None:
+            return self.whole[part]
+        grads = [grad[part] for _, grad in self.domain_grads]
+        if len(grads) == 1:
+            return grads[0]
+        total = grads[0] + grads[1]
+        for grad in grads[2:]:
+            total += grad
+        return total
+
     def gradient(self, part: slice) -> Tensor:
         """What the optimizer received, of these parameters."""
-        if self.whole is not None:
-            total = self.whole[part]
-        else:
-            total = self.domain_grads[0][1][part]
-            for _, grad in self.domain_grads[1:]:
-                total = total + grad[part]
+        total = self.unclipped(part)
         return total if self.clip == 1.0 else total * self.clip
 
 
@@ -219,10 +226,6 @@ def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:
     depends on g_n too. One entry for each micro-batch, before and after; their sums are the products with g_n."""
     if record.clip == 1.0:
         return products
-    grads, total = [grad for _, grad in record.domain_grads], record.whole
-    if total is None:
-        total = grads[0].clone()
-        for grad in grads[1:]:
-            total += grad
-    along = processes.summed(torch.stack([grad @ total for grad in grads]))  # < g_n , g_nk >
+    total = record.unclipped()
+    along = processes.summed(torch.stack([grad @ total for _, grad in record.domain_grads]))  # < g_n , g_nk >
     return record.clip * (products - along * products.sum() / along.sum())

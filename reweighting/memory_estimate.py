@@ -110,7 +110,7 @@ def estimate(model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, 
         kept = setting.steps * setting.accumulation * _batch_bytes(batch)
     features = setting.images + _batch_bytes(batch)
 
-    known = _tensors([batch, meta_batch])
+    known = [*model.parameters(), *model.buffers(), *_tensors([batch, meta_batch])]
     saved, peak = _pass(model, known, lambda: _lower_loss(model, batch, setting.precision), parts, gathered)
     total = one if setting.accumulation > 1 else 0  # the sum of a step's micro-batches, whose memory is kept
     # The newest gradient in pieces and as a vector, which the window may hold already; an earlier micro-batch's too.
@@ -121,7 +121,7 @@ def estimate(model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, 
         upper = _pass(model, known, lambda: _upper_loss(model, meta_batch, setting.precision), parts, gathered)
         # The graphs of all its batches are there until the one backward pass.
         backward = upper[1] + (setting.meta_batches - 1) * upper[0] + (one if setting.meta_batches > 1 else 0)
-        meta = max(backward, 2 * one, one + _hypergradient_bytes(model, batch, setting, one, saved)) + total
+        meta = max(backward, 2 * one, one + _hypergradient_bytes(model, batch, known, setting, one, saved)) + total
     there = weights + optimizer + kept + features
     return MemoryEstimate(weights, optimizer, kept, features, saved, gradients, meta, there + max(step, meta))
 
@@ -131,14 +131,16 @@ def _pass(
 ) -> tuple[int, int]:
     """Bytes that the forward pass of a loss leaves behind, and the most that it and its backward pass have at a time.
 
-    known: the batches' tensors. parts: that parameters are cut into; gathered: see `_cut`.
+    known: tensors that are there anyway. parts: that parameters are cut into; gathered: see `_cut`.
     """
     trained = [param for param in model.parameters() if param.requires_grad]
-    saved, peak = step_memory(loss, trained, [*model.parameters(), *model.buffers(), *known], parts)
+    saved, peak = step_memory(loss, trained, known, parts)
     return saved, peak + gathered
 
 
-def _hypergradient_bytes(model: ProcessRewardModel, batch: Batch, setting: Setting, one: int, saved: int) -> int:
+def _hypergradient_bytes(
+    model: ProcessRewardModel, batch: Batch, known: list[Tensor], setting: Setting, one: int, saved: int
+) -> int:
     """What the hypergradient takes beside the meta gradient. saved: bytes that a forward pass leaves behind."""
     if setting.hypergradient == "window":
         workers = torch.get_num_threads() if setting.device == "cpu" else 1  # each at a part
@@ -146,7 +148,6 @@ def _hypergradient_bytes(model: ProcessRewardModel, batch: Batch, setting: Setti
         return max(part * (3 * setting.steps + 8), one if setting.clipped else 0)
     if setting.hypergradient in ("darts", "sama"):
         return one + saved
-    known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
     forward = forward_memory(lambda: _lower_loss(model, batch, setting.precision), known)
     return 2 * forward if setting.hypergradient == "jvp" else one + forward
 
