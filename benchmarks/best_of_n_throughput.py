@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from common import ROOT, ProcessRewardModel, load_candidate_rows, score_candidates, write_results
 
-from reweighting.chains import candidate_chains
-from reweighting.scoring import model_folder
+from reweighting.data.chains import candidate_chains
+from reweighting.inference.scorer import model_folder
 
 
 def best_of_n(model: ProcessRewardModel, rows: list, batch_size: int) -> torch.Tensor:
@@ -31,9 +31,9 @@ def per_prefix(model: ProcessRewardModel, rows: list, batch_size: int) -> torch.
     chains = [chain for row in rows for chain in candidate_chains(row)]
     prefixes = [replace(c, steps=c.steps[: n + 1]) for c in chains for n in range(len(c.steps))]
     if batch_size == 1:  # one at a time, and nothing shared, not even the image's features
-        see, model.chain_tokenizer.see = model.chain_tokenizer.see, None
+        see, model.chain_tokenizer.encode_image = model.chain_tokenizer.encode_image, None
         parts = [model.chain_logits([prefix]) for prefix in prefixes]
-        model.chain_tokenizer.see = see
+        model.chain_tokenizer.encode_image = see
     else:
         parts = [model.chain_logits(prefixes, batch_size)]
     return torch.cat([z.gather(1, mask.sum(1, keepdim=True) - 1).flatten() for z, mask in parts])

@@ -21,11 +21,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from demo_world.pictures import draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
-from reweighting.candidates import best_of_n_accuracy, choice_outcomes, score_candidates, stated_answers  # noqa: E402
-from reweighting.chains import Chain  # noqa: E402
-from reweighting.metrics import auc, spearman  # noqa: E402
-from reweighting.records import load_candidate_rows  # noqa: E402
-from reweighting.reward_model import ProcessRewardModel  # noqa: E402
+from reweighting.data.answers import stated_answers  # noqa: E402
+from reweighting.data.chains import Chain  # noqa: E402
+from reweighting.data.load_rows import load_candidate_rows  # noqa: E402
+from reweighting.inference.best_of_n_metrics import choice_outcomes  # noqa: E402
+from reweighting.inference.candidates import best_of_n_accuracy, score_candidates  # noqa: E402
+from reweighting.inference.metrics import auc, spearman  # noqa: E402
+from reweighting.modeling.reward_model import ProcessRewardModel  # noqa: E402
 
 
 def machine() -> dict[str, object]:

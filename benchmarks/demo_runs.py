@@ -29,9 +29,9 @@ from common import (
     write_results,
 )
 
-from reweighting.aggregation import aggregate
-from reweighting.chains import meta_chains
-from reweighting.records import load_meta_rows
+from reweighting.data.chains import meta_chains
+from reweighting.data.load_rows import load_meta_rows
+from reweighting.modeling.aggregation import aggregate
 
 
 def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:

@@ -22,7 +22,7 @@ from common import ROOT, make_data, write_results
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from reweighting.checkpoints import checkpoints, read_manifest
+from reweighting.training.checkpoints import checkpoints, read_manifest
 from tests.runs import history, same_results
 from tests.tiny import tiny_backbone
 
@@ -184,7 +184,7 @@ def not_finite(bench: Bench) -> dict:
     message = bench.check(bench.run(folder, *flags), 2)
     (found,) = (folder / "diagnostics").iterdir()
     at = bench.reached(folder)
-    bench.check(bench.run(folder, *flags, "--resume", "--skip_nonfinite", "99"), 0)
+    bench.check(bench.run(folder, *flags, "--resume", "--max_skipped_steps", "99"), 0)
     return {"injected": "a NaN in the embedding of a letter that stands in one row", "message": message[:400],
             "diagnostic": json.loads(found.read_text())["losses"],
             "lost": f"nothing: rows named, no parameter touched, saved at step {at}, resumed to the end"}  # fmt: skip

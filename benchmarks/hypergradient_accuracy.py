@@ -2,7 +2,7 @@
 
     python benchmarks/hypergradient_accuracy.py        # two minutes
 
-First on a small network in float64 (the one of `tests/test_replay.py`), 2 micro-batches a step, five seeds. Then on the
+First on a small network in float64 (the one of `tests/bilevel/test_directional.py`), 2 micro-batches a step, five seeds. Then on the
 embedded backbone, one thread: the slopes of 8 micro-batches of 8 chains along AdamW's direction of a gradient, after a
 window of 20 steps, against the products of that direction with their gradients.
 """
@@ -15,16 +15,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 from common import ROOT, write_results
-
-from reweighting.arguments import parse_arguments
-from reweighting.hypergradient import flatten
-from reweighting.replay import RADIUS, central_differences, forward_mode
-from reweighting.resuming import run_settings
-from reweighting.run import build
-from reweighting.run_data import read_run_data
 from tests.test_replay import compared
 
-WAYS = {"window": None, "jvp": forward_mode, "finite_difference": central_differences}
+from reweighting.bilevel.hypergradients.directional import RADIUS, central_differences, forward_mode
+from reweighting.config.training import parse_arguments
+from reweighting.distributed.flat_vectors import flatten
+from reweighting.training.build import build
+from reweighting.training.resume import run_settings
+from reweighting.training.run_data import read_run_data
+
+TRAIN_MODES = {"unrolled": None, "jvp": forward_mode, "finite_difference": central_differences}
 CASES = [("sgd", 0.0, 10, 5), ("sgd", 0.9, 10, 5), ("adamw", 0.0, 5, 5), ("adamw", 0.0, 20, 5), ("adamw", 0.0, 100, 5),
          ("adamw", 0.0, 20, 20), ("adamw", 0.0, 100, 20), ("adamw", 0.0, 1000, 20)]  # fmt: skip
 SEEDS = range(5)
@@ -35,7 +35,7 @@ def accuracies() -> list[dict]:
     table = []
     for kind, momentum, before, count in CASES:
         row = {"optimizer": kind, "momentum": momentum, "steps_before": before, "steps": count}
-        for way, slopes in WAYS.items():
+        for way, slopes in TRAIN_MODES.items():
             found = [compared(kind, momentum, before, 2, 0.0, slopes, count, seed) for seed in SEEDS]
             cosines, ratios = zip(*found, strict=True)
             row[way] = {"least_cosine": min(cosines), "least_ratio": min(ratios), "largest_ratio": max(ratios)}

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from common import make_data, write_results
 
-from reweighting import signals
 from reweighting.main import main as run
+from reweighting.training import signals
 
 EVERY, WARM_UP = 20, 400  # steps between two samples; steps that do not count: caches and allocators fill up
 

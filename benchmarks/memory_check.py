@@ -61,14 +61,14 @@ def status(name: str) -> int:
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     """Print estimate and measurement of one run, as JSON, of the main process if there are two. In a process of its
     own."""
-    from reweighting.arguments import EMBEDDED_BACKBONE, parse_arguments
+    from reweighting.config.training import EMBEDDED_BACKBONE, parse_arguments
     from reweighting.devices import choose_device
-    from reweighting.hypergradient_plan import estimate_memory
-    from reweighting.one_voice import one_voice
-    from reweighting.processes import joined
-    from reweighting.resuming import run_settings
-    from reweighting.run import build
-    from reweighting.run_data import read_run_data
+    from reweighting.distributed.collectives import process_group
+    from reweighting.distributed.rank0_output import rank0_output
+    from reweighting.training.build import build
+    from reweighting.training.hypergradient_choice import estimate_memory
+    from reweighting.training.resume import run_settings
+    from reweighting.training.run_data import read_run_data
 
     torch.set_num_threads(1)
 
@@ -85,7 +85,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
             engine.lower.module.chain_tokenizer.encode(chain)  # its image is remembered
         engine.run()
 
-    with TemporaryDirectory() as folder, one_voice(), joined(torch.device("cpu")):
+    with TemporaryDirectory() as folder, rank0_output(), process_group(torch.device("cpu")):
         small = ("--batch_size", "2", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
         small = arguments(folder, *small, "--meta_batch_size", "2", "--reward_model", str(EMBEDDED_BACKBONE))
         run(small, read_run_data(small))  # loads what a first step loads

@@ -15,16 +15,16 @@ import torch
 from common import write_results
 from transformers import AutoModel, Qwen2_5_VLConfig, Qwen2VLConfig
 
-from reweighting.batches import Batch, Tokens
-from reweighting.families.qwen_vl import QwenVL
-from reweighting.live_memory import on_shapes
-from reweighting.memory_estimate import Setting, estimate
-from reweighting.prm_config import PRMConfig
-from reweighting.reward_model import ProcessRewardModel
-from reweighting.trained_parts import add_adapters
+from reweighting.modeling.adapters import add_adapters
+from reweighting.modeling.collate import Batch, Tokens
+from reweighting.modeling.config import PRMConfig
+from reweighting.modeling.fake_tensors import on_shapes
+from reweighting.modeling.families.qwen_vl import QwenVL
+from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.training.memory_estimate import MemoryScenario, estimate
 
 IMAGE, TEXT, STEPS = 324, 700, 5  # tokens of an image of 504 x 504, of question and answer; steps of the answer
-BATCH, SETTING = 2, Setting(steps=5, accumulation=3, meta_batches=4)  # 15 domains, 8 meta chains
+BATCH, SETTING = 2, MemoryScenario(steps=5, accumulation=3, meta_batches=4)  # 15 domains, 8 meta chains
 RANK, GPUS, SPARE = 16, (24, 48, 80), 0.9  # of a GPU's memory: the rest is CUDA's and lost to fragmentation
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
@@ -60,14 +60,16 @@ MODELS = {  # name -> (config, published parameters with the LM head, in billion
     ),
 }
 SHARED = 8  # processes that --shard cuts the parameters for
-WAYS = ("full", f"full, `--shard` on {SHARED}", "LoRA", "4-bit LoRA")
+TRAIN_MODES = ("full", f"full, `--shard` on {SHARED}", "LoRA", "4-bit LoRA")
 
 
 def make(config, way: str) -> ProcessRewardModel:
     """The reward model on shapes, with gradient checkpointing; the vision tower is frozen, its features known."""
     whole = way.startswith("full")
     rank = {} if whole else {"train": "lora", "lora_rank": RANK}
-    settings = PRMConfig(backbone="", freeze_vision=True, freeze_projector=True, base_4bit=way == "4-bit LoRA", **rank)
+    settings = PRMConfig(
+        backbone="", freeze_vision=True, freeze_projector=True, load_in_4bit=way == "4-bit LoRA", **rank
+    )
     family = QwenVL(config, SimpleNamespace(convert_ids_to_tokens=str), None)
     with torch.device("meta"):
         base = AutoModel.from_config(config, dtype=torch.float32 if whole else torch.bfloat16)
@@ -107,11 +109,11 @@ def main() -> None:
         head = 0 if name == "Qwen2-VL-2B" else config.text_config.hidden_size * config.text_config.vocab_size  # tied
         counts[name] = {"published": published, "with_lm_head": round((own + head) / 1e9, 3), "here": own}
         print(name, counts[name], flush=True)
-        for way in WAYS:
+        for way in TRAIN_MODES:
             model, batch = make(config, way), a_batch(config)
             sharded = way.endswith(str(SHARED))
             setting = replace(SETTING, processes=SHARED if sharded else 1, sharded=sharded)
-            for hypergradient in ("window",) if sharded else ("window", "jvp"):
+            for hypergradient in ("unrolled",) if sharded else ("unrolled", "jvp"):
                 parts = vars(estimate(model, batch, batch, replace(setting, hypergradient=hypergradient)))
                 fits = [size for size in GPUS if parts["total"] <= SPARE * size * 2**30]
                 rows.append({"model": name, "way": way, "hypergradient": hypergradient, "fits": fits, **parts})

@@ -65,8 +65,8 @@ def make_files(folder: Path, rows: int, images: int) -> Path:
 
 def run(case: str, train: Path, started: float) -> None:
     """Train in this process; print the seconds to the first step, and the memory at its end and later on."""
-    from reweighting import signals
     from reweighting.main import main
+    from reweighting.training import signals
 
     class FirstStep(Watch):
         @property

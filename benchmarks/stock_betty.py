@@ -14,11 +14,11 @@ from betty.configs import Config, EngineConfig
 from betty.engine import Engine
 from betty.problems import ImplicitProblem
 
-from reweighting.batches import collate
-from reweighting.chains import meta_chains, training_chains
-from reweighting.domain_weights import DomainWeights
-from reweighting.records import load_meta_rows, load_training_rows
-from reweighting.reward_model import ProcessRewardModel
+from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.data.chains import meta_chains, training_chains
+from reweighting.data.load_rows import load_meta_rows, load_training_rows
+from reweighting.modeling.collate import collate
+from reweighting.modeling.reward_model import ProcessRewardModel
 
 UNROLL = 5  # as published
 
@@ -73,7 +73,7 @@ class TrainLoader:
         self.model, self.batch_size = model, batch_size
         rows = load_training_rows(data / "train.json")
         chains, domains = training_chains(rows)
-        # Each labelled step of each chain is one row.
+        # Each labeled step of each chain is one row.
         self.rows = [
             (replace(chain, steps=chain.steps[: n + 1], targets=()), chain.domain, target)
             for chain in chains
@@ -108,7 +108,7 @@ def stock(backbone: str, data: Path, batch_size: int, steps: int, seed: int = 1,
     """An engine that knows its `domains`, whose lower problem counts the rows that it has trained on in `rows_seen`."""
     torch.manual_seed(seed)
     model = ProcessRewardModel.from_backbone(backbone, freeze_vision=True)
-    model.chain_tokenizer.see = None  # the vision tower sees each image anew
+    model.chain_tokenizer.encode_image = None  # the vision tower sees each image anew
     train = TrainLoader(model, data, batch_size)
     table = DomainWeights(train.domains)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -39,7 +39,7 @@ PARTS = {  # what is timed: part -> (level, method)
     "optimizer": (("lower", "optimizer_step"),),
 }
 # The default's proportions, in a window as short as ten domains allow; answers to one question share their prompt.
-SMALL = ("--questions_together", "--gradient_accumulation", "1", "--unroll_steps", "10", "--meta_batch_size", "16")
+SMALL = ("--group_by_question", "--gradient_accumulation", "1", "--unroll_steps", "10", "--meta_batch_size", "16")
 # backbone -> (image tokens, the flags of ours, its optimizer steps: to warm up and to measure; the same for stock)
 # The embedded one makes a whole default run: images are seen for the first time in its first fifth only.
 BACKBONES = {
@@ -120,10 +120,10 @@ class Meter:
 
 def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     """The command, or its batches in a bare loop."""
-    from reweighting.arguments import parse_arguments
-    from reweighting.resuming import run_settings
-    from reweighting.run import build
-    from reweighting.run_data import read_run_data
+    from reweighting.config.training import parse_arguments
+    from reweighting.training.build import build
+    from reweighting.training.resume import run_settings
+    from reweighting.training.run_data import read_run_data
 
     _, flags, (warm_up, steps), _ = BACKBONES[name]
     files = ["--train_json_file", str(data / "train.json"), "--weights_path", str(folder), "--reward_model", backbone]
@@ -158,7 +158,10 @@ def bare_loop(lower, warm_up: int, count: int) -> dict:
         if number == warm_up:
             started = time.perf_counter()
         torch.autograd.grad(lower.domain_loss(batch), params, allow_unused=True)
-    return {"rows": sum(batch.labelled for batch in batches[warm_up:]), "seconds": time.perf_counter() - started}
+    return {
+        "rows": sum(batch.num_labeled_steps for batch in batches[warm_up:]),
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def one_case(case: str, name: str, backbone: str, data: Path) -> None:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from common import ROOT, write_results
 
-from reweighting.metrics import spearman
+from reweighting.inference.metrics import spearman
 
 DATA = ROOT / "data"
 ENOUGH, LONGER = 0.8, 12
@@ -48,10 +48,10 @@ class Course:
 
 def ours(seed: int) -> Course:
     """The command with its defaults."""
-    from reweighting.arguments import parse_arguments
-    from reweighting.resuming import run_settings
-    from reweighting.run import build
-    from reweighting.run_data import read_run_data
+    from reweighting.config.training import parse_arguments
+    from reweighting.training.build import build
+    from reweighting.training.resume import run_settings
+    from reweighting.training.run_data import read_run_data
 
     with TemporaryDirectory() as folder:
         args = parse_arguments(["--train_json_file", str(DATA / "train.json"), "--meta_json_file",

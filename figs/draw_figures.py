@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from demo_world.pictures import KINDS, draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_question  # noqa: E402
 
-from reweighting.figures import (  # noqa: E402
+from reweighting.plots import (  # noqa: E402
     BLUE,
     GREEN,
     GREY,

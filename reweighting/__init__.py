@@ -9,7 +9,7 @@ __all__ = ["ProcessRewardModel"]
 def __getattr__(name: str):
     """Load the model's module when it is asked for, so that the checks of a command's flags and rows come fast."""
     if name == "ProcessRewardModel":
-        from reweighting.reward_model import ProcessRewardModel
+        from reweighting.modeling.reward_model import ProcessRewardModel
 
         return ProcessRewardModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

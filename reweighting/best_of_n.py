@@ -15,10 +15,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
-from reweighting.errors import UserError, run_command  # noqa: E402
-from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
-from reweighting.row_stream import iterate_rows  # noqa: E402
-from reweighting.use_arguments import BEST_OF_N, parse_use_arguments  # noqa: E402
+from reweighting.config.inference import BEST_OF_N, parse_inference_arguments  # noqa: E402
+from reweighting.data.load_rows import iterate_candidate_rows  # noqa: E402
+from reweighting.data.row_files import iterate_rows  # noqa: E402
+from reweighting.data.schema import CandidateRow  # noqa: E402
+from reweighting.entrypoint import run_command  # noqa: E402
+from reweighting.errors import UserError  # noqa: E402
 
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
 SHOWN = 10  # choices in the table where nobody knows which answers are right
@@ -26,13 +28,13 @@ SHOWN = 10  # choices in the table where nobody knows which answers are right
 
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
-    args = parse_use_arguments("best_of_n.py", __doc__, BEST_OF_N, argv)
+    args = parse_inference_arguments("best_of_n.py", __doc__, BEST_OF_N, argv)
     count = sum(1 for _ in iterate_candidate_rows(args.candidates_json_file, args.image_root))
 
-    from reweighting.chains import candidate_chains
-    from reweighting.checkpoints import digest
-    from reweighting.scoring import Scorer, model_folder
-    from reweighting.selections import Selections
+    from reweighting.data.chains import candidate_chains
+    from reweighting.files import digest
+    from reweighting.inference.scorer import Scorer, model_folder
+    from reweighting.inference.selections_file import Selections
 
     scorer = Scorer(args)
     files = sorted(path for path in model_folder(args.weights_path).iterdir() if path.is_file())
@@ -84,8 +86,8 @@ def blocks(rows: Iterator[CandidateRow], size: int) -> Iterator[list[CandidateRo
 
 def select(scorer, rows: list[CandidateRow], batch_size: int, source: str) -> list[dict]:
     """A row of the output for each row."""
-    from reweighting.aggregation import aggregate
-    from reweighting.candidates import score_candidates
+    from reweighting.inference.candidates import score_candidates
+    from reweighting.modeling.aggregation import aggregate
 
     with scorer.autocast():
         scored = score_candidates(scorer.model, rows, batch_size, source)
@@ -115,8 +117,8 @@ def report(args, aggregation: str, output: Path) -> None:
     """Print, and write beside the output, what each way of choosing gets; or a few choices if that is not known."""
     import json
 
-    from reweighting.best_of_n_report import measure, table
-    from reweighting.selections import sidecar
+    from reweighting.inference.best_of_n_metrics import measure, table
+    from reweighting.inference.selections_file import sidecar
 
     rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
     results = measure(pairs(rows, iterate_rows(output), output), aggregation)

@@ -3,14 +3,14 @@
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+from reweighting.distributed.rank0_output import dist_env
 from reweighting.errors import UserError
-from reweighting.one_voice import place
 
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or the best that is there; of several processes, each one's own GPU. Raises UserError if it is
     not there."""
-    _, world, local = place()
+    _, world, local = dist_env()
     if name is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator else "cpu"

@@ -15,22 +15,30 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
-from reweighting.errors import UserError, run_command  # noqa: E402
-from reweighting.records import load_evaluation_rows  # noqa: E402
-from reweighting.use_arguments import EVALUATE, parse_use_arguments  # noqa: E402
+from reweighting.config.inference import EVALUATE, parse_inference_arguments  # noqa: E402
+from reweighting.data.load_rows import load_evaluation_rows  # noqa: E402
+from reweighting.entrypoint import run_command  # noqa: E402
+from reweighting.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
-    args = parse_use_arguments("evaluate.py", __doc__, EVALUATE, argv)
+    args = parse_inference_arguments("evaluate.py", __doc__, EVALUATE, argv)
     rows = load_evaluation_rows(args.eval_json_file, args.image_root)
     dev_source = args.dev_json_file or args.eval_json_file
     dev_rows = load_evaluation_rows(args.dev_json_file, args.image_root) if args.dev_json_file else None
 
-    from reweighting.figures import draw_reliability
-    from reweighting.metrics import reliability
-    from reweighting.scoring import Scorer
-    from reweighting.step_evaluation import check_labels, choose_thresholds, evaluate_domains, score_rows, split, table
+    from reweighting.inference.metrics import reliability
+    from reweighting.inference.scorer import Scorer
+    from reweighting.inference.step_metrics import (
+        check_labels,
+        choose_thresholds,
+        evaluate_domains,
+        score_rows,
+        split,
+        table,
+    )
+    from reweighting.plots import draw_reliability
 
     if dev_rows is None:
         dev_rows, rows = split(rows)

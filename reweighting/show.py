@@ -13,21 +13,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
 
-from reweighting.errors import UserError, run_command  # noqa: E402
-from reweighting.records import CandidateRow, iterate_candidate_rows  # noqa: E402
-from reweighting.use_arguments import SHOW, parse_use_arguments  # noqa: E402
+from reweighting.config.inference import SHOW, parse_inference_arguments  # noqa: E402
+from reweighting.data.load_rows import iterate_candidate_rows  # noqa: E402
+from reweighting.data.schema import CandidateRow  # noqa: E402
+from reweighting.entrypoint import run_command  # noqa: E402
+from reweighting.errors import UserError  # noqa: E402
 
 
 def main(argv: list[str]) -> None:
     """Run the command. Raises UserError for what the user can mend."""
-    args = parse_use_arguments("show.py", __doc__, SHOW, argv)
+    args = parse_inference_arguments("show.py", __doc__, SHOW, argv)
     row = find(args)
 
-    from reweighting.aggregation import aggregate
-    from reweighting.candidates import right_or_wrong, score_candidates
-    from reweighting.chains import candidate_chains
-    from reweighting.page import page
-    from reweighting.scoring import Scorer
+    from reweighting.data.answers import candidate_correctness
+    from reweighting.data.chains import candidate_chains
+    from reweighting.inference.candidates import score_candidates
+    from reweighting.inference.html_page import page
+    from reweighting.inference.scorer import Scorer
+    from reweighting.modeling.aggregation import aggregate
 
     scorer = Scorer(args)
     with scorer.autocast():
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
         aggregates.tolist(),
         int(aggregates.argmax()),
         scorer.aggregation,
-        right_or_wrong(row),
+        candidate_correctness(row),
     )
     try:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

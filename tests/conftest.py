@@ -22,8 +22,8 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights_path(tmp_path_factory):
     """The folder of a run whose model has the embedded backbone and a head that is not trained but not small."""
-    from reweighting.arguments import EMBEDDED_BACKBONE
-    from reweighting.reward_model import ProcessRewardModel
+    from reweighting.config.training import EMBEDDED_BACKBONE
+    from reweighting.modeling.reward_model import ProcessRewardModel
 
     torch.manual_seed(0)
     model = ProcessRewardModel.from_backbone(EMBEDDED_BACKBONE)

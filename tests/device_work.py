@@ -12,20 +12,20 @@ from pathlib import Path
 
 import torch
 
-from reweighting.chains import Chain
-from reweighting.families import FAMILIES
-from reweighting.layouts import Replicated
+from reweighting.data.chains import Chain
+from reweighting.distributed.sharding import Replicated
 from reweighting.main import main
-from reweighting.reward_model import ProcessRewardModel
+from reweighting.modeling.families import FAMILIES
+from reweighting.modeling.reward_model import ProcessRewardModel
 from tests.runs import flags, history
 from tests.second_device import NAME, Apart, SecondDevice, install
 from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
 
 RUNS = {
-    "window": ("--max_grad_norm", "0.1"),
+    "unrolled": ("--max_grad_norm", "0.1"),
     "finite-difference": ("--hypergradient", "finite_difference", "--max_grad_norm", "0.1"),
-    "sgd": ("--optimizer", "sgd", "--lr", "0.01", "--questions_together"),
+    "sgd": ("--optimizer", "sgd", "--lr", "0.01", "--group_by_question"),
     "lora": ("--lora_rank", "2", "--gradient_checkpointing"),
     "all-trained": ("--no_freeze_vision", "--attention", "eager", "--scheduler", "cosine"),
     "head": ("--train", "head"),
@@ -36,7 +36,7 @@ RUNS = {
 
 def run(name: str, device: str, folder: Path) -> list[dict]:
     """The history of a run of one window; of the first one with validation, and gone on with for another window."""
-    first = name == "window"
+    first = name == "unrolled"
     more = ("--validation_json_file", str(folder / "test.json")) if first else ()
     for steps in ("5", "10") if first else ("5",):
         main(flags(folder, folder / name / device, "--reward_model", str(tiny_backbone()), *RUNS[name], *more,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from reweighting.data.load_rows import load_candidate_rows, load_meta_rows, load_training_rows
 from reweighting.errors import UserError
-from reweighting.records import load_candidate_rows, load_meta_rows, load_training_rows
 
 LOADERS = {"training": load_training_rows, "meta": load_meta_rows, "candidate": load_candidate_rows}
 

@@ -5,12 +5,12 @@ import json
 import torch
 from demo_world.pictures import KINDS
 
-from reweighting.arguments import EMBEDDED_BACKBONE
-from reweighting.batches import collate
-from reweighting.candidates import best_of_n_accuracy, choose, score_candidates
-from reweighting.chains import Chain, candidate_chains
-from reweighting.records import load_candidate_rows
-from reweighting.reward_model import ProcessRewardModel
+from reweighting.config.training import EMBEDDED_BACKBONE
+from reweighting.data.chains import Chain, candidate_chains
+from reweighting.data.load_rows import load_candidate_rows
+from reweighting.inference.candidates import best_of_n_accuracy, choose, score_candidates
+from reweighting.modeling.collate import collate
+from reweighting.modeling.reward_model import ProcessRewardModel
 
 
 def model() -> ProcessRewardModel:

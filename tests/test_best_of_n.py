@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from reweighting.best_of_n import main
-from reweighting.best_of_n_report import logits_of, measure
-from reweighting.candidates import score_candidates
+from reweighting.data.load_rows import iterate_candidate_rows, load_candidate_rows
+from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
-from reweighting.records import CandidateRow, iterate_candidate_rows, load_candidate_rows
-from reweighting.reward_model import ProcessRewardModel
-from reweighting.selections import Selections
+from reweighting.inference.best_of_n_metrics import logits_of, measure
+from reweighting.inference.candidates import score_candidates
+from reweighting.inference.selections_file import Selections
+from reweighting.modeling.reward_model import ProcessRewardModel
 
 ROOT = Path(__file__).resolve().parent.parent
 

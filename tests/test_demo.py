@@ -13,8 +13,8 @@ from demo_world.pictures import KINDS
 from demo_world.solutions import OPERATIONS, Policy, random_kind, random_question, result
 from make_demo import DEFECT, QUALITY, make_demo, parse_quality
 
-from reweighting.chains import training_chains
-from reweighting.records import load_candidate_rows, load_meta_rows, load_training_rows
+from reweighting.data.chains import training_chains
+from reweighting.data.load_rows import load_candidate_rows, load_meta_rows, load_training_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from reweighting.data.load_rows import load_evaluation_rows
+from reweighting.data.schema import EvaluationRow
 from reweighting.errors import UserError
 from reweighting.evaluate import main
-from reweighting.records import EvaluationRow, load_evaluation_rows
-from reweighting.reward_model import ProcessRewardModel
-from reweighting.step_evaluation import (
+from reweighting.inference.step_metrics import (
     ScoredChain,
     check_labels,
     choose_thresholds,
@@ -21,6 +21,7 @@ from reweighting.step_evaluation import (
     score_rows,
     split,
 )
+from reweighting.modeling.reward_model import ProcessRewardModel
 
 ROOT = Path(__file__).resolve().parent.parent
 

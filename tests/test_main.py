@@ -8,7 +8,7 @@ from PIL import Image
 
 from reweighting.errors import UserError
 from reweighting.main import main
-from reweighting.reward_model import ProcessRewardModel
+from reweighting.modeling.reward_model import ProcessRewardModel
 from tests.runs import ROOT, command, flags, history, weights, without_times
 
 DOMAINS = 10
@@ -101,7 +101,7 @@ def test_other_ways_to_train(demo, tmp_path, more):
 
 
 def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
-    from reweighting.arguments import parse_arguments
+    from reweighting.config.training import parse_arguments
 
     published = parse_arguments(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
                                  "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
@@ -152,14 +152,20 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--iteration_num", "3"), "use 5"),
         (("--lora_rank", "2", "--no_freeze_vision"), "--no_freeze_vision does nothing with --train lora"),
         (("--train", "head", "--lora_rank", "2"), "--lora_rank does nothing with --train head"),
-        (("--lora_alpha", "8"), "--lora_alpha does nothing with --train backbone: there are no adapters"),
+        (("--lora_alpha", "8"), "--lora_alpha does nothing with --train full: there are no adapters"),
         (("--train", "adapters"), "--train: found adapters, allowed: backbone, lora, dora, head"),
         (("--train", "head", "--no_freeze_projector"), "leave out --no_freeze_projector"),
         (("--train", "head", "--score_head", "token"), "nothing is trained"),
-        (("--right_token", "yes"), "--right_token does nothing with --score_head linear"),
-        (("--score_head", "token", "--right_token", "yes indeed"), "--right_token 'yes indeed': .* must be one token"),
-        (("--base_4bit",), "--base_4bit: 4-bit weights cannot be trained"),
-        (("--base_4bit", "--train", "lora", "--device", "cpu"), "--base_4bit needs a CUDA GPU .the device is cpu"),
+        (("--correct_token", "yes"), "--correct_token does nothing with --score_head linear"),
+        (
+            ("--score_head", "token", "--correct_token", "yes indeed"),
+            "--correct_token 'yes indeed': .* must be one token",
+        ),
+        (("--load_in_4bit",), "--load_in_4bit: 4-bit weights cannot be trained"),
+        (
+            ("--load_in_4bit", "--train", "lora", "--device", "cpu"),
+            "--load_in_4bit needs a CUDA GPU .the device is cpu",
+        ),
         (("--attention", "flash"), "--attention: found flash, allowed: sdpa, flash_attention_2, eager"),
         (("--attention", "flash_attention_2", "--device", "cpu"), "CUDA GPU .* and --precision bf16 .* flash-attn"),
         (("--baseline", "--meta_lr", "9"), "--meta_lr does nothing with --baseline"),

@@ -5,9 +5,9 @@ import json
 import re
 from pathlib import Path
 
-from reweighting.arguments import EMBEDDED_BACKBONE, GROUPS
-from reweighting.records import load_training_rows
-from reweighting.use_arguments import GROUPS as USE_GROUPS
+from reweighting.config.inference import GROUPS as INFERENCE_GROUPS
+from reweighting.config.training import EMBEDDED_BACKBONE, GROUPS
+from reweighting.data.load_rows import load_training_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def flag_tables() -> str:
     """The README's tables of flags, from the flags themselves."""
     lines = []
-    for group in (*GROUPS, *USE_GROUPS):
+    for group in (*GROUPS, *INFERENCE_GROUPS):
         lines += [f"**{group.__doc__.rstrip('.')}**", "", "| flag | default | |", "| --- | --- | --- |"]
         for field in dataclasses.fields(group):
             default = "needed" if field.default is dataclasses.MISSING else field.default

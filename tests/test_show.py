@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from reweighting.errors import UserError
-from reweighting.page import page
-from reweighting.reward_model import ProcessRewardModel
+from reweighting.inference.html_page import page
+from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.show import main
 
 ROOT = Path(__file__).resolve().parent.parent

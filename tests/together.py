@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reweighting import main, processes, report, run
-from reweighting.errors import run_command
-from reweighting.one_voice import one_voice
+from reweighting import main
+from reweighting.distributed import collectives
+from reweighting.distributed.rank0_output import rank0_output
+from reweighting.entrypoint import run_command
+from reweighting.training import build as run
+from reweighting.training import results as report
 
 
 def free_port() -> int:
@@ -65,7 +68,7 @@ def told(world: int, work: Callable[[], None], place: Path) -> tuple[list[int], 
 def command(flags: list[str]) -> None:
     """The command from beginning to end, with its exit code."""
     sys.argv = ["main.py", *flags]
-    with one_voice():
+    with rank0_output():
         run_command(main.main, "--resume goes on")
 
 
@@ -76,7 +79,7 @@ def parameters_of(flags: list[str], place: Path, double: bool = False) -> Callab
         finish, make_model, table = report.finish, run.make_model, run.DomainWeights
 
         def note(engine, folder) -> None:
-            torch.save(engine.lower.named_trainables(), place / f"{processes.rank()}.pt")
+            torch.save(engine.lower.named_trainables(), place / f"{collectives.rank()}.pt")
             finish(engine, folder)
 
         try:

@@ -1,0 +1,84 @@
+"""The rows of the three kinds of files: fields, types and what is allowed."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+# A field's description is also what an error message shows after "allowed:".
+# Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
+AnyText = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
+
+
+Text = Annotated[AnyText, Field(pattern=r"\S", description="text that is not blank")]
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+OptionalId = Annotated[int | Text | None, Field(description="a whole number, non-blank text, or null")]
+
+
+OptionalCount = Annotated[Finite | None, Field(ge=0, description="a number from 0 up, or null")]
+
+
+Scalar = Annotated[AnyText | bool | int | Finite | None, Field(description="finite number, text, bool, null")]
+
+
+class Row(BaseModel):
+    """What all rows have. `image` and `index` are not read from the file: the loader sets them."""
+
+    # Rust's regular expressions count fewer characters as blank than `str.strip`, which later code uses.
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
+
+    input: Text
+    image_path: AnyText | None = Field(description='the path of an image file, null or ""')
+    image: Path | None = Field(None, description="the checked image file, symlinks resolved; None: no image")
+    index: int = Field(0, description="position in the file, from 0")
+
+
+class TrainingRow(Row):
+    """One reasoning step with its Monte Carlo accuracy, in [0, 1]."""
+
+    add: Text
+    dataset: Text
+    accuracy: float = Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")
+    id: OptionalId = None
+    sid: OptionalId = None
+    ground_truth: Scalar = None
+    score: OptionalCount = None
+    times: OptionalCount = None
+
+
+class EvaluationRow(TrainingRow):
+    """A training row that may say whether its last step is right, which its accuracy only suggests."""
+
+    correct: bool | None = Field(None, description="true, false or null")
+
+
+class MetaRow(Row):
+    """One whole response and whether its final answer is right."""
+
+    true_false: bool = Field(description="true or false")
+    id: OptionalId = None
+
+
+class CandidateRow(Row):
+    """One question with the responses to choose from; `answers` and `true_false` go by response."""
+
+    id: int | Text = Field(description="a whole number, or text that is not blank")
+    candidates: list[Text] = Field(min_length=1, description="a list of texts, at least one, none blank")
+    # An answer may be blank: not every response states one.
+    answers: list[AnyText] | None = Field(None, description="a list of texts, one per candidate, or null")
+    true_false: list[bool] | None = Field(None, description="a list of bools, one per candidate, or null")
+    ground_truth: Scalar = None
+
+    @field_validator("answers", "true_false")
+    @classmethod
+    def _one_per_candidate(cls, value: list | None, info: ValidationInfo) -> list | None:
+        candidates = info.data.get("candidates")  # absent when it has an error of its own
+        if value is not None and candidates is not None and len(value) != len(candidates):
+            allowed = f"one per candidate, that is {len(candidates)}"
+            raise PydanticCustomError("one_per_candidate", f"found {len(value)} of them, allowed: {allowed}")
+        return value

@@ -1,0 +1,260 @@
+"""Figures of a run, drawn from the files that the run wrote.
+
+    draw_run(Path("weights"))                # history.jsonl, domain_weights.json -> weights/figures/*.png
+    draw_reliability(reliability(scores, truth), error, Path("evaluation/reliability.png"))
+    draw_weights_against_quality(weights, quality, Path("figs/weights_against_quality.png"))
+    draw_best_of_n({"learned weights": {1: (0.41, 0.01), 2: (0.6, 0.01)}}, Path("figs/best_of_n.png"))
+
+Nothing here touches matplotlib's global state; the same input gives the same bytes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from reweighting.inference.metrics import spearman
+
+# Okabe and Ito's colours, which colour-blind people can tell apart, without the pale yellow.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#444444")
+INK, GREY, PALE = "#222222", "#777777", "#D0D0D0"
+TEXT, SMALL = 10, 9  # points
+DPI = 150
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """Draw a run's losses and, if it learned weights, the weights: the paths of what was written, in order.
+
+    A run without meta losses (`--baseline`) has losses only; one without a line of history has nothing.
+    """
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    if not history:
+        return []
+    (figures := folder / "figures").mkdir(exist_ok=True)
+    draw_losses(history, figures / "losses.png")
+    if "meta_loss" not in history[-1]:
+        return [figures / "losses.png"]
+    weights = json.loads((folder / "domain_weights.json").read_text(encoding="utf-8"))["weights"]
+    draw_weights(weights, figures / "domain_weights.png")
+    draw_weights_over_time(history, figures / "weights_over_time.png")
+    return [figures / name for name in ("domain_weights.png", "weights_over_time.png", "losses.png")]
+
+
+def draw_weights(weights: dict[str, float], path: Path) -> None:
+    """Horizontal bars, largest weight first."""
+    names = sorted(weights, key=lambda name: (-weights[name], name))
+    values, rows = np.array([weights[name] for name in names]), range(len(names))
+    figure, axes = _figure(7.0, 1.1 + 0.26 * len(names))
+    axes.barh(rows, values, height=0.7, color=np.where(values >= 1, BLUE, SKY))
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    for row, value in zip(rows, values, strict=True):
+        number = axes.annotate(f"{value:.2f}", (value, row), (5, 0), textcoords="offset points", va="center")
+        number.set(fontsize=TEXT, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.set_yticks(rows, [_shown(name) for name in names], fontsize=TEXT)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlim=(0, max(1.1, 1.12 * values.max())), ylim=(len(names) - 0.4, -0.6), xlabel="weight (dashed: the mean)")
+    _save(figure, path)
+
+
+def draw_weights_over_time(history: list[dict], path: Path) -> None:
+    """One line a domain from 1 at step 0, named at its right end."""
+    last = history[-1]["weights"]
+    names = sorted(last, key=lambda name: (last[name], name))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]  # neighbours at the right end differ
+    thinned = history[:: -(-len(history) // 150)] + history[-1:]  # more would not show
+    steps = [0] + [line["step"] for line in thinned]
+    figure, axes = _figure(8.0, max(3.6, 1.0 + 0.19 * len(names)))
+    axes.axhline(1, color=PALE, linewidth=1, zorder=0)
+    for name, colour in zip(names, colours, strict=True):
+        axes.plot(steps, [1.0] + [line["weights"][name] for line in thinned], color=colour, linewidth=1.5)
+    axes.set(xlim=(0, steps[-1]), xlabel="optimizer steps", ylabel="domain weight")
+    figure.draw_without_rendering()  # settles the limits and the height that the names are spread over
+    low, high = axes.get_ylim()
+    low, high = axes.set_ylim(max(0, min(low, 0.9)), max(high, 1.1))
+    ends = np.array([(last[name] - low) / (high - low) for name in names])
+    places = spread_out(ends, 1.25 * SMALL / (axes.get_window_extent().height / figure.dpi * 72))
+    bend = 1.04 + 0.12 * np.abs(places - ends).max()
+    where = {"transform": axes.transAxes, "clip_on": False}
+    for name, colour, end, place in zip(names, colours, ends, places, strict=True):
+        axes.plot((1, 1.012, bend, bend + 0.01), (end, end, place, place), color=colour, linewidth=0.8, **where)
+        axes.text(bend + 0.016, place, f"{_shown(name)}  {last[name]:.2f}", fontsize=SMALL, va="center", **where)
+    _save(figure, path)
+
+
+def draw_losses(history: list[dict], path: Path) -> None:
+    """The losses of both levels, or of the lower one alone: a smoothed line over the faint raw one."""
+    panels = [("train_loss", "training loss", BLUE), ("meta_loss", "meta loss", VERMILION)]
+    panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
+    figure, *places = _figure(2.6 + 3.4 * len(panels), 3.3, len(panels))
+    for axes, (name, title, colour) in zip(places, panels, strict=True):
+        known = [line for line in history if line.get(name) is not None]  # none in warm-up, or for a step left out
+        steps, values = [line["step"] for line in known], [line[name] for line in known]
+        width = len(values) // 30
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.9)
+        axes.plot(steps, smoothed(values, width), color=colour, linewidth=2, marker="" if len(steps) > 1 else "o")
+        note = f" (bold: mean of {2 * width + 1} updates)" if width else ""
+        axes.set_title(title, fontsize=TEXT + 1, loc="left")
+        axes.set(xlabel=f"optimizer steps{note}", xlim=(0, 1.02 * steps[-1]))
+    _save(figure, path)
+
+
+def draw_reliability(bins: list[dict[str, float]], error: float, path: Path) -> None:
+    """Mean accuracy against mean score of each bin of `metrics.reliability`; a point's area is its share of the steps.
+
+    error: the expected calibration error, for the title.
+    """
+    score, truth, count = (np.array([b[name] for b in bins], float) for name in ("score", "truth", "count"))
+    figure, axes = _figure(4.8, 4.4)
+    axes.plot((0, 1), (0, 1), color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(score, truth, color=BLUE, linewidth=1.5, zorder=2)
+    axes.scatter(score, truth, s=20 + 300 * count / count.sum(), color=BLUE, edgecolor="white", zorder=3)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal")
+    axes.set(xlabel="score (dashed: as it should be)", ylabel="mean accuracy")
+    axes.set_title(f"expected calibration error {error:.3f}, {int(count.sum())} steps", fontsize=TEXT + 1, loc="left")
+    _save(figure, path)
+
+
+def draw_weights_against_quality(
+    weights: dict[str, float], quality: dict[str, float], path: Path, spread: dict[str, float] | None = None
+) -> None:
+    """Learned weight against true quality, one labeled point a domain that both name.
+
+    spread: half the length of a domain's error bar, for example the standard deviation over seeds.
+    """
+    names = [name for name in weights if name in quality]
+    x, y = (np.array([table[name] for name in names]) for table in (quality, weights))
+    figure, axes = _figure(6.4, 4.6)
+    axes.axhline(1, color=PALE, linewidth=1, zorder=0)
+    bars = np.array([(spread or {}).get(name, 0.0) for name in names])
+    if bars.any():
+        axes.errorbar(x, y, bars, fmt="none", ecolor=GREY, elinewidth=1, capsize=2.5, zorder=1)
+    axes.scatter(x, y, s=42, color=BLUE, edgecolor="white", linewidth=0.8, zorder=2)
+    axes.set(xmargin=0.1, ymargin=0.12, xlabel="true quality of the domain", ylabel="learned weight")
+    axes.set_title(f"Spearman's ρ = {spearman(x, y):.2f}, {len(names)} domains", fontsize=TEXT + 1, loc="left")
+    _label_points(figure, axes, [_shown(name) for name in names], x, y, bars)
+    _save(figure, path)
+
+
+def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
+    """Right answers against the number of candidates, a line a way of choosing; its name stands at its end.
+
+    curves: {name: {N: (mean, half the length of its bar)}}, as shares of 1; the first ones are drawn on top.
+    """
+    figure, axes = _figure(6.4, 4.4)
+    most = max(max(curve) for curve in curves.values())
+    ends = []
+    for place, (name, curve) in enumerate(curves.items()):
+        colour, counts = COLOURS[place % len(COLOURS)], sorted(curve)
+        means, bars = 100 * np.array([curve[n] for n in counts]).T
+        axes.errorbar(counts, means, bars, color=colour, linewidth=1.8, marker="o", markersize=4,
+                      elinewidth=1, capsize=2.5, zorder=10 - place)  # fmt: skip
+        ends.append((means[-1], name, colour))
+    axes.set_xscale("log", base=2)
+    ticks = sorted({n for curve in curves.values() for n in curve})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set(xlabel="candidates N", ylabel="questions answered right, percent", xlim=(0.93, most * 1.07))
+    ends.sort()
+    low, high = axes.get_ylim()
+    heights = spread_out((np.array([end for end, *_ in ends]) - low) / (high - low), 0.055)
+    for (end, name, colour), height in zip(ends, heights, strict=True):
+        axes.annotate(f"{name}  {end:.1f}", (1.02, height), xycoords="axes fraction", va="center",
+                      fontsize=SMALL, color=colour, annotation_clip=False)  # fmt: skip
+    _save(figure, path)
+
+
+def smoothed(values, width: int) -> np.ndarray:
+    """The mean over `width` neighbours on either side, as far as there are any; 2 * width < len(values)."""
+    window = np.ones(2 * width + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def spread_out(places: np.ndarray, gap: float) -> np.ndarray:
+    """Move ascending places in [0, 1] as little as it takes for neighbours to be `gap` apart (or share the room)."""
+    gap = min(gap, 1 / max(1, len(places) - 1))
+    blocks: list[list[float]] = []  # places less their share of the gaps; a block's members stand at its mean
+    for i, place in enumerate(places):
+        blocks.append([place - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    means = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks])
+    return np.clip(means, 0, 1 - (len(places) - 1) * gap) + gap * np.arange(len(places))
+
+
+def _label_points(figure: Figure, axes: Axes, labels: list[str], x, y, bars) -> None:
+    """Write each label beside its point, where it covers least of the points, the bars and the other labels."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    unit, inside = figure.dpi / 72, axes.get_window_extent().extents  # boxes are (left, bottom, right, top) in pixels
+    points, tops, bottoms = (axes.transData.transform(np.stack((x, y + sign * bars), 1)) for sign in (0, 1, -1))
+    taken = [np.r_[point - 4 * unit, point + 4 * unit] for point in points]
+    taken += [np.r_[low - unit, high + unit] for low, high in zip(bottoms, tops, strict=True)]
+    one = axes.transData.transform((0, 1))[1]  # the line at weight 1
+    taken += [np.array([inside[0], one - unit, inside[2], one + unit])]
+    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    style = {"textcoords": "offset points", "fontsize": SMALL, "color": INK, "va": "center", "in_layout": False}
+    for i, (label, point) in enumerate(zip(labels, points, strict=True)):
+        others = np.delete(taken, (i, len(points) + i), axis=0)  # a label's leader may cross its own point and bar
+        text = axes.annotate(label, (x[i], y[i]), (0, 0), **style)
+        size = np.array(text.get_window_extent(renderer).size)
+        best = (np.inf,)
+        for reach in (7, 12, 18, 26, 36):  # points between the point and the nearest edge of its label
+            for side in sides:
+                centre = point + np.multiply(side, reach * unit + size / 2 * (1, side[0] == 0))
+                box = np.r_[centre - size / 2, centre + size / 2]
+                end = np.clip(point, box[:2], box[2:])
+                spots = point + np.linspace(0.2, 0.95, 8)[:, None] * (end - point)
+                leader = np.hstack((spots - 2 * unit, spots + 2 * unit)) if reach > 7 else np.empty((0, 4))
+                cost = 2 * reach + 3 * (size.prod() - _shared_area(box, inside))
+                cost += _shared_area(box, np.array(taken)) + _shared_area(leader, others)
+                if cost < best[0]:
+                    best = (cost, box, leader, end)
+        _, box, leader, end = best
+        text.set_position(((box[0] - point[0]) / unit, ((box[1] + box[3]) / 2 - point[1]) / unit))
+        taken += [box, *leader]
+        if len(leader):
+            line = axes.transData.inverted().transform([point, end]).T
+            axes.plot(*line, color=GREY, linewidth=0.7, zorder=1.5, scalex=False, scaley=False)
+
+
+def _shared_area(a: np.ndarray, b: np.ndarray) -> float:
+    """How many square pixels boxes [..., 4] share with boxes [..., 4], pair by pair."""
+    a, b = a.reshape(-1, 1, 4), b.reshape(1, -1, 4)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return float(sides.clip(0).prod(-1).sum())
+
+
+def shown_name(name: str) -> str:
+    """A domain's name as people are shown it: one line of at most 40 characters."""
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
+
+
+def _shown(name: str) -> str:
+    """A domain's name in a figure, no dollar taken for mathematics."""
+    return shown_name(name).replace("$", r"\$")
+
+
+def _figure(width: float, height: float, panels: int = 1) -> list[Figure | Axes]:
+    """A figure of this size in inches, and its axes side by side."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    places = figure.subplots(1, panels, squeeze=False)[0]
+    for axes in places:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(labelsize=SMALL, color=GREY, labelcolor=INK)
+    return [figure, *places]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a PNG of 64 colours (a quarter of the bytes of full colour) that holds nothing but the picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture = picture.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    picture.putpalette([255 if value == 254 else value for value in picture.getpalette()])  # its white is not quite
+    picture.save(path, optimize=True)

@@ -1,0 +1,92 @@
+"""`--dry_run`: everything that a run does, once, and what the whole of it would take here."""
+
+import resource
+import shutil
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import torch
+
+from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
+from reweighting.devices import choose_device
+from reweighting.distributed import collectives
+from reweighting.errors import UserError
+from reweighting.training.build import build, check_possible
+from reweighting.training.checkpoints import load_latest
+from reweighting.training.hypergradient_choice import estimate_memory
+from reweighting.training.memory_estimate import table
+from reweighting.training.run_data import RunData
+
+
+def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> None:
+    """Print the memory that the run should take, train one window, save a checkpoint, read it again, and print speed,
+    memory, disk and hours of the whole run.
+
+    Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
+    and if what is read is not what was written.
+    """
+    steps = args.unroll_steps  # one window: every level steps
+    short = Namespace(**{**vars(args), "iteration_num": steps, "warmup_iterations": 0})
+    device = choose_device(args.device)
+    check_possible(args, device, settings["precision"])
+    expected = estimate_memory(args, data, device, settings["precision"])
+    print(f"expected memory on {device}, with a micro-batch of the longest chains (no weight is loaded yet):")
+    print(table(expected))
+    before = psutil.Process().memory_info().rss
+    with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
+        trial = Path(name)
+        started = time.monotonic()
+        engine = build(short, settings, data, trial)
+        loading = time.monotonic() - started
+        engine.run()
+        seconds = engine.seconds / steps
+        saving = time.monotonic() - started - loading - engine.seconds  # with the validation, if there is one
+        state = engine.state_dict()
+        if not collectives.is_rank0():
+            return
+        place, saved = load_latest(trial / "checkpoints")
+        if not same(saved, state):
+            raise UserError(f"{folder}: what was read from a checkpoint is not what was written: is the disk sound?")
+        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    # Inside a window a checkpoint holds its gradients too; this one was saved at its end.
+    lower = engine.lower
+    if isinstance(lower.window, UnrolledHypergradient):
+        size += 4 * steps * lower.gas * sum(tensor.numel() for tensor in state["problems"]["lower"]["module"].values())
+    # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
+    disk = size * (args.keep_checkpoints + 3)
+    free = shutil.disk_usage(folder).free
+    saves = -(-args.iteration_num // args.save_every_iterations)
+    hours = (loading + args.iteration_num * seconds + saves * saving) / 3600
+    print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
+    print(f"  time    {hours:.2f} hours for {args.iteration_num} steps: {1 / seconds:.2f} steps a second, "
+          f"{loading:.0f} s before the first")  # fmt: skip
+    print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
+    print(f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in {folder}")
+    if disk > free:
+        print("warning: the disk is too small for that: lower --keep_checkpoints or use --lora_rank", file=sys.stderr)
+
+
+def same(one, other) -> bool:
+    """Whether two nested containers of tensors, numbers and text are equal, to the bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def _peak_memory(device: torch.device, before: int) -> str:
+    """The most memory used so far, in words. before: bytes of main memory that were in use without a model."""
+    # Kilobytes on Linux, bytes on macOS.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = f"{resident / 1e9:.2f} GB of main memory"
+    if device.type != "cuda":
+        return f"{text}, {(resident - before) / 1e9:.2f} GB of it since the data were read"
+    total = torch.cuda.get_device_properties(device).total_memory
+    return f"{text}, and of {total / 1e9:.2f} GB of the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"

@@ -1,0 +1,38 @@
+"""What a run leaves behind: the reward model, the weights as JSON, a table and figures."""
+
+import json
+from pathlib import Path
+
+from reweighting.distributed import collectives
+from reweighting.files import atomic_write_dir, atomic_write_text
+from reweighting.plots import draw_run, shown_name
+from reweighting.training.checkpoints import best_checkpoint
+from reweighting.training.engine import ReweightingEngine
+
+
+def weights_table(weights: dict[str, float]) -> str:
+    """The weights as lines of text, largest first."""
+    names = {domain: shown_name(domain) for domain in weights}
+    width = max(map(len, names.values()))
+    rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
+
+
+def finish(engine: ReweightingEngine, folder: Path) -> None:
+    """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights: the main process
+    does, and every one calls it."""
+    save_model = engine.model_saver()
+    if not collectives.is_rank0():
+        return
+    atomic_write_dir(folder / "prm", save_model)
+    weights = engine.weights()
+    result = {"weights": weights, "step": engine.global_step, "settings": engine.settings}
+    atomic_write_text(folder / "domain_weights.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    figures = draw_run(folder)
+    if engine.reweights:
+        print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")
+        print(weights_table(weights))
+    best = best_checkpoint(folder / "checkpoints", engine.score_name)
+    if best is not None:
+        print(f"\nbest checkpoint by {engine.score_name} ({best[1]:.4f}): {best[0]}")
+    print(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}")

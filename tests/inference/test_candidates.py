@@ -1,0 +1,109 @@
+"""candidates.py: scores depend on the candidate alone; answers, votes and outcomes by hand."""
+
+import pytest
+import torch
+
+from reweighting.data.answers import candidate_correctness, final_answer, normal_answer, stated_answers
+from reweighting.data.load_rows import load_candidate_rows
+from reweighting.data.schema import CandidateRow
+from reweighting.inference.best_of_n_metrics import choice_outcomes
+from reweighting.inference.candidates import score_candidates
+from reweighting.modeling.reward_model import ProcessRewardModel
+
+
+@pytest.fixture(scope="module")
+def model(weights_path):
+    return ProcessRewardModel.from_pretrained(weights_path / "prm")
+
+
+@pytest.fixture(scope="module")
+def rows(demo):
+    """Six questions with four candidates each: one question has no image, one a far longer candidate."""
+    rows = load_candidate_rows(demo / "test.json")
+    long = ["Step 1: " + "on and on " * 12 + "\nStep 2: so 4", *rows[2].candidates[1:]]
+    rows[1] = rows[1].model_copy(update={"image": None})
+    rows[2] = rows[2].model_copy(update={"candidates": long})
+    return rows
+
+
+def test_scores_depend_on_no_batch_padding_order_or_neighbour(model, rows):
+    reference = score_candidates(model, rows, batch_size=1)
+    assert max(z[mask].std() for z, mask in reference) > 0.1  # they do differ
+    for batch_size in (2, 3, 64):
+        for (z, mask), (other, other_mask) in zip(reference, score_candidates(model, rows, batch_size), strict=True):
+            assert torch.equal(mask, other_mask) and (z - other).abs().max() <= 1e-5
+    backwards = [row.model_copy(update={"candidates": row.candidates[::-1]}) for row in rows[::-1]]
+    for (z, mask), (other, other_mask) in zip(reference, score_candidates(model, backwards, 5)[::-1], strict=True):
+        assert torch.equal(mask, other_mask.flip(0)) and (z - other.flip(0)).abs().max() <= 1e-5
+
+
+def test_each_image_is_seen_once_and_equal_candidates_are_scored_once(model, rows, monkeypatch):
+    seen, scored = [], []
+    visual, head = model.backbone.visual, model.score_head
+    see = visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    count = head.register_forward_pre_hook(lambda _, args: scored.append(len(args[0])))
+    same = [row.model_copy(update={"candidates": row.candidates + row.candidates[:2]}) for row in rows]
+    both = score_candidates(model, same, batch_size=3)
+    see.remove()
+    count.remove()
+    images = [model.chain_tokenizer.read_image(row.image) for row in rows if row.image]
+    assert sum(seen) == sum(len(image.inputs["pixel_values"]) for image in images)
+    assert sum(scored) == sum(len(set(row.candidates)) for row in rows)
+    for z, _ in both:
+        assert torch.equal(z[:2], z[4:])
+
+
+def test_a_model_that_gives_no_numbers_is_a_user_error(weights_path, rows):
+    model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+    torch.nn.init.constant_(model.score_head.bias, float("nan"))
+    with pytest.raises(Exception, match="scores that are no numbers"):
+        score_candidates(model, rows[:1])
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("Step 1: x\nFinal answer: 13", "13"),
+        ("Final answer: 12\nno: **Final Answer:** 13.0 \nbye", "13"),
+        ("Final answer: $1,300$.", "1300"),
+        ("Final answer: The  Red one.", "the red one"),
+        ("Final answer: 0", "0"),
+        ("Final answer: .50", "0.5"),
+        ("Final answer: -0", "0"),
+        ("Final answer: 1e1000000", "1E1000000"),
+        ("Final answer: 12,345.60", "12345.6"),
+        ("Final answer: 12345678901234567890123456789012.0", "12345678901234567890123456789012"),
+        ("Final answer:", None),
+        ("13", None),
+    ],
+)
+def test_answers(response, answer):
+    assert normal_answer(final_answer(response)) == normal_answer(answer)
+    assert normal_answer("13") != normal_answer("1300") != normal_answer("the red one")
+
+
+def test_what_is_right_comes_from_true_false_or_the_ground_truth():
+    row = CandidateRow(
+        id=1, input="Q", image_path=None, candidates=["Final answer: 4", "none", "Final answer: 5"], ground_truth=4
+    )
+    assert candidate_correctness(row) == [True, False, False]
+    assert candidate_correctness(row.model_copy(update={"true_false": [False, True, True]})) == [False, True, True]
+    assert candidate_correctness(row.model_copy(update={"ground_truth": None})) is None
+    assert stated_answers(row.model_copy(update={"answers": ["a", "", "b"]})) == ["a", None, "b"]
+
+
+def test_outcomes_by_hand():
+    # Aggregates (mean logit) 2, -1, 0.5, 0.4, -3; min -1, -1, 0.5, 0.4, -3.
+    z = torch.tensor([[5.0, -1.0], [-1.0, 0.0], [0.5, 0.5], [0.4, 0.0], [-3.0, 0.0]])
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, False], [True, False]])
+    right = [False, True, True, False, False]
+    answers = ["7", "4", "4", "9", "9"]
+    found = choice_outcomes(z, mask, right, answers, 5)
+    assert found["pass@1"] == pytest.approx(2 / 5) and found["pass@N"] == 1
+    assert found["majority vote"] == pytest.approx(1 / 2)  # 4 and 9 have two votes each
+    assert found["weighted majority"] == 1  # 4: 0.27 + 0.62, 7: 0.88, 9: 0.60 + 0.05
+    assert found["best of N, mean_logit"] == 0 and found["best of N, min"] == 1
+    first = choice_outcomes(z, mask, right, answers, 1)
+    assert set(first.values()) == {0.0}
+    silent = choice_outcomes(z, mask, right, [None] * 5, 5)
+    assert silent["majority vote"] == silent["weighted majority"] == pytest.approx(2 / 5)
