@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 from reweighting.errors import UserError
+from reweighting.terminal import printable
 from reweighting.training.signals import STDERR, Stopped
 
 # Kinds of OSError that say something about the disk, not about this program.
@@ -23,14 +24,14 @@ def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=STDERR)
+        print(f"error: {printable(error)}", file=STDERR)
         sys.exit(2)
     except OSError as error:
         if error.errno is None:  # not from the system
             raise
         place = f"{str(error.filename)[:200]}: " if error.filename else ""
         trouble = f"cannot be written: {error.strerror}; {after_interrupt}"
-        print(f"error: {place}{trouble if error.errno in DISK_TROUBLE else error.strerror}", file=STDERR)
+        print(f"error: {printable(place)}{trouble if error.errno in DISK_TROUBLE else error.strerror}", file=STDERR)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory", str(error), re.I):
