@@ -2,8 +2,9 @@
 
     python benchmarks/hypergradient_accuracy.py        # two minutes
 
-First on a small network in float64 (the one of `tests/bilevel/test_directional.py`), 2 micro-batches a step, five seeds. Then on the
-embedded backbone, one thread: the slopes of 8 micro-batches of 8 chains along AdamW's direction of a gradient, after a
+First on a small network in float64 (the one of `tests/bilevel/test_directional.py`), 2 micro-batches a step,
+five seeds. Then on the embedded backbone, one thread:
+the slopes of 8 micro-batches of 8 chains along AdamW's direction of a gradient, after a
 window of 20 steps, against the products of that direction with their gradients.
 """
 

@@ -5,10 +5,10 @@
             the aggregate of a chain's step logits (centred among the answers that it is compared with) and r whether
             its final answer is right
 
-Betty (0.2.1) keeps its part: the dependency graph, when a level steps, unrolling. `BettyProblemAdapter` replaces what it does
-otherwise: it rebuilds optimizers and schedulers from their defaults, trains frozen parameters, steps schedulers at
-every micro-batch, knows bf16 on CUDA only and synchronises the device at every loss. The lower problem's micro-batches
-hold one domain each, so that its backward pass yields that domain's gradient; see `unrolled.py`.
+Betty (0.2.1) keeps its part: the dependency graph, when a level steps, unrolling. `BettyProblemAdapter` replaces
+what it does otherwise: it rebuilds optimizers and schedulers from their defaults, trains frozen parameters, steps
+schedulers at every micro-batch, knows bf16 on CUDA only and synchronises the device at every loss. The lower problem's
+micro-batches hold one domain each, so that its backward pass yields that domain's gradient; see `unrolled.py`.
 
 Of several processes each has a share of every batch. A level's loss is then the sum of the processes' losses, and its
 step, the same in all of them, follows the sum of their gradients; see `sharding.py`.
@@ -47,8 +47,8 @@ class PRMFineTuning(BettyProblemAdapter):
 
     learning_rate: optimizer step (from 0) -> its learning rate. clip: largest norm of a step's gradient, 0 for none.
     fixed_weights: [K], where there is no upper level. The config's `type` says where the hypergradient comes from:
-    `unrolled`, a way of `DIRECTIONAL_METHODS`, or Betty's `darts` and `sama`; its `warmup_steps`, at how many micro-steps the upper
-    level starts. A step whose loss or gradient is not finite is left out before
+    `unrolled`, a way of `DIRECTIONAL_METHODS`, or Betty's `darts` and `sama`; its `warmup_steps`, at how many
+    micro-steps the upper level starts. A step whose loss or gradient is not finite is left out before
     it touches a parameter.
     """
 
@@ -200,7 +200,8 @@ class DomainReweighting(BettyProblemAdapter):
         self.aggregation, self.positive_rate = aggregation, positive_rate
 
     def training_step(self, batches: list[Batch]) -> Tensor:
-        """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `centering_groups` unless `positive_rate` is None.
+        """Mean over meta chains of (sigmoid(A) - r)^2, with A centred by `centering_groups` unless
+        `positive_rate` is None.
         Of several processes, each one's share of it."""
         logits = ((self.lower.module(batch), batch.step_mask) for batch in batches)
         aggregates = torch.cat([aggregate(z, mask, self.aggregation) for z, mask in logits])  # [B] of these batches

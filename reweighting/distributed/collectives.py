@@ -108,7 +108,7 @@ def _reduced(tensor: Tensor, operation) -> Tensor:
 
 
 class _Summed(torch.autograd.Function):
-    """`all_reduce_sum`, through which gradients flow: what every process's loss depends on, each one's gradient is of."""
+    """Differentiable all-reduce: the backward pass sums gradients over ranks."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -170,5 +170,5 @@ def _call(collective: Callable, *args, **options) -> None:
     except RuntimeError as error:
         time.sleep(GRACE + 4 * TICK if rank() == 0 else HEARING)
         reason = str(error).split(". ")[0][:200]  # gloo goes on with what it guesses
-        raise UserError(f"another of the {world_size()} processes has ended without a word ({reason}): --resume goes on "
-                        "from the last checkpoint") from error  # fmt: skip
+        raise UserError(f"another of the {world_size()} processes has ended without a word ({reason}): --resume goes "
+                        "on from the last checkpoint") from error  # fmt: skip

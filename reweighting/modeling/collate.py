@@ -62,8 +62,8 @@ class Batch:
     bool: the step exists.
     targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
     labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
-    num_labeled_steps: how many steps have a label, in all processes' shares of a micro-batch together. chains: where all of it
-    comes from.
+    num_labeled_steps: how many steps have a label, in all processes' shares of a micro-batch together. chains: where
+    all of it comes from.
     """
 
     tokens: Tokens

@@ -35,8 +35,8 @@ class PRMConfig:
     freeze_projector: nor is the projector between tower and language model. None: as the tower.
     load_in_4bit:      the language model's linear layers are in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
     dtype:          of a frozen base; what is trained is always float32.
-    score_head:     one of SCORE_HEADS, see `score_head.py`; correct_token and incorrect_token: the answers that it starts
-                    from, None with `linear`.
+    score_head:     one of SCORE_HEADS, see `score_head.py`; correct_token and incorrect_token: the answers that it
+                    starts from, None with `linear`.
     max_length:     tokens of the longest chain; None: what the backbone takes.
     max_image_side: larger images are shrunk to this many pixels; None: never.
     """

@@ -58,8 +58,8 @@ def check_method(args: Namespace, hypergradient: str) -> None:
         raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
                         "--load_in_4bit: use finite_difference")  # fmt: skip
     if args.shard and hypergradient in DIRECTIONAL_METHODS:
-        raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use unrolled, "
-                        "or leave out --shard")  # fmt: skip
+        raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use "
+                        "unrolled, or leave out --shard")  # fmt: skip
     if collectives.world_size() > 1 and hypergradient in ("darts", "sama"):
         raise UserError(f"--hypergradient {hypergradient}: Betty's own work in one process only: use unrolled")
 

@@ -4,8 +4,8 @@
     print(table(estimate(model, batch, meta_batch, MemoryScenario())))
 
 The model is built from its config on tensors without memory, and one micro-batch of the longest chain goes through it
-there, forward and backward (`fake_tensor_memory.py`): activations are counted, not guessed. What the optimizer and the window
-keep follows from the number P of trained parameters.
+there, forward and backward (`fake_tensor_memory.py`): activations are counted, not guessed. What the optimizer and the
+window keep follows from the number P of trained parameters.
 
 It counts tensors. A GPU has besides them what CUDA itself takes (about half a gigabyte) and what its allocator cannot
 use (5 to 10 % is usual): `benchmarks/memory_check.py` compares with measured peaks, on the CPU.

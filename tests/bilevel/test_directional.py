@@ -22,7 +22,8 @@ DIRECTIONAL_METHODS = {"jvp": forward_mode, "finite_difference": central_differe
 
 
 def compared(kind, momentum, warm_up, accumulation, clip, slopes, count=5, seed=0):
-    """Cosine with the exact hypergradient and ratio of the norms, after `warm_up` steps. slopes: None for a UnrolledHypergradient."""
+    """Cosine with the exact hypergradient and ratio of the norms, after `warm_up` steps. slopes: None for an
+    UnrolledHypergradient."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
     params, weights = dict(model.named_parameters()), torch.rand(DOMAINS, dtype=torch.float64) + 0.5

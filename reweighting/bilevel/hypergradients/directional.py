@@ -1,7 +1,7 @@
 """The window hypergradient without kept gradients: for models of which one gradient a micro-batch does not fit.
 
-`unrolled.py` keeps every micro-batch's gradient g_nk. `DirectionalHypergradient` keeps the micro-batches themselves (tokens and
-image features) and finds the dot products < u_n , g_nk > at the window's end as slopes: the derivative of a
+`unrolled.py` keeps every micro-batch's gradient g_nk. `DirectionalHypergradient` keeps the micro-batches themselves
+(tokens and image features) and finds the dot products < u_n , g_nk > at the window's end as slopes: the derivative of a
 micro-batch's loss along u_n, in forward mode or from two forward passes beside the parameters. Nothing of the size of
 the parameters is kept while the window lasts. That takes three approximations:
 
