@@ -145,6 +145,11 @@ class RunArguments:
     shard: bool = HfArg(
         default=False, help="each of several processes holds a part of the model: for those that do not fit one GPU"
     )
+    distributed_timeout: float = HfArg(
+        default=30.0,
+        help="minutes that one of several processes waits for the others before the run ends; more than process 0 "
+        "needs to write a checkpoint, or to read the data, while the others wait",
+    )
     precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
     save_every_iterations: int = HfArg(default=200, help="optimizer steps between two checkpoints")
     keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep, besides the best one")
@@ -176,7 +181,7 @@ CHOICES = {
 }
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
             "lora_alpha", "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
-            "max_length")  # fmt: skip
+            "max_length", "distributed_timeout")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
                 "scheduler_gamma", "max_skipped_steps", "warmup_iterations")  # fmt: skip
 # A flag that would do nothing is an error: flag -> (the flag it needs, the value that one must have).

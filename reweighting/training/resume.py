@@ -14,7 +14,7 @@ from reweighting.modeling.config import with_defaults
 from reweighting.training.checkpoints import load_latest, load_named, load_state
 
 # Flags: how a run is started.
-STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run", "shard")
+STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
 
 
 def run_settings(args: Namespace) -> dict:
