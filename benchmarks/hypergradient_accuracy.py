@@ -19,9 +19,9 @@ from common import ROOT, write_results
 from tests.test_replay import compared
 
 from reweighting.bilevel.hypergradients.directional import RADIUS, central_differences, forward_mode
-from reweighting.config.training import parse_arguments
+from reweighting.config.training import parse_training_config
 from reweighting.distributed.flat_vectors import flatten
-from reweighting.training.build import build
+from reweighting.main import build_engine
 from reweighting.training.resume import run_settings
 from reweighting.training.run_data import read_run_data
 
@@ -50,10 +50,10 @@ def slopes_on_the_backbone() -> dict:
     torch.set_num_threads(1)
     data, result = ROOT / "data", {}
     with TemporaryDirectory() as folder:
-        args = parse_arguments(["--train_json_file", str(data / "train.json"), "--meta_json_file",
+        config = parse_training_config(["--train_json_file", str(data / "train.json"), "--meta_json_file",
                                 str(data / "meta.json"), "--weights_path", folder, "--iteration_num", "20",
                                 "--hypergradient", "jvp", "--device", "cpu"])  # fmt: skip
-        engine = build(args, run_settings(args), read_run_data(args), Path(folder))
+        engine = build_engine(config, run_settings(config), read_run_data(config), Path(folder))
         engine.save = lambda **_: None
         engine.run()
     lower, params = engine.lower, engine.lower.named_trainables()

@@ -61,11 +61,11 @@ def status(name: str) -> int:
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     """Print estimate and measurement of one run, as JSON, of the main process if there are two. In a process of its
     own."""
-    from reweighting.config.training import EMBEDDED_BACKBONE, parse_arguments
+    from reweighting.config.training import EMBEDDED_BACKBONE, parse_training_config
     from reweighting.devices import choose_device
     from reweighting.distributed.collectives import process_group
     from reweighting.distributed.rank0_output import rank0_output
-    from reweighting.training.build import build
+    from reweighting.main import build_engine
     from reweighting.training.hypergradient_choice import estimate_memory
     from reweighting.training.resume import run_settings
     from reweighting.training.run_data import read_run_data
@@ -76,10 +76,10 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         files = ["--train_json_file", str(data / "train.json"), "--weights_path", folder]
         if "--baseline" not in more:
             files += ["--meta_json_file", str(data / "meta.json")]
-        return parse_arguments([*files, *more])
+        return parse_training_config([*files, *more])
 
-    def run(args, rows) -> None:
-        engine = build(args, run_settings(args), rows, Path(args.weights_path))
+    def run(config, rows) -> None:
+        engine = build_engine(config, run_settings(config), rows, Path(config.data.weights_path))
         engine.save = lambda **_: None
         for chain in (*rows.train, *rows.meta):
             engine.lower.module.chain_tokenizer.encode(chain)  # its image is remembered
@@ -89,16 +89,16 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         small = ("--batch_size", "2", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
         small = arguments(folder, *small, "--meta_batch_size", "2", "--reward_model", str(EMBEDDED_BACKBONE))
         run(small, read_run_data(small))  # loads what a first step loads
-        args = arguments(folder, "--reward_model", backbone, *flags)
-        args.iteration_num = 2 * args.unroll_steps
-        rows = read_run_data(args)
-        settings = run_settings(args)
-        estimate = estimate_memory(args, rows, choose_device("cpu"), settings["precision"])
+        config = arguments(folder, "--reward_model", backbone, *flags)
+        config = config.with_changes(iteration_num=2 * config.upper.unroll_steps)
+        rows = read_run_data(config)
+        settings = run_settings(config)
+        estimate = estimate_memory(config, rows, choose_device("cpu"), settings["precision"])
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = status("VmRSS")
-        run(args, rows)
+        run(config, rows)
         measured = status("VmHWM") - before
         print("RESULT", json.dumps({"estimate": vars(estimate), "measured": measured, "before": before}))
 

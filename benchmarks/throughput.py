@@ -120,8 +120,8 @@ class Meter:
 
 def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     """The command, or its batches in a bare loop."""
-    from reweighting.config.training import parse_arguments
-    from reweighting.training.build import build
+    from reweighting.config.training import parse_training_config
+    from reweighting.main import build_engine
     from reweighting.training.resume import run_settings
     from reweighting.training.run_data import read_run_data
 
@@ -132,8 +132,8 @@ def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     else:
         files += ["--baseline"]
         flags = flags[:-2]  # without the meta batch size
-    args = parse_arguments([*files, *flags, "--iteration_num", str(warm_up + steps)])
-    engine = build(args, run_settings(args), read_run_data(args), folder)
+    config = parse_training_config([*files, *flags, "--iteration_num", str(warm_up + steps)])
+    engine = build_engine(config, run_settings(config), read_run_data(config), folder)
     lower = engine.lower
     if case == "bare loop":
         return bare_loop(lower, *(steps * lower.gas for steps in BARE_STEPS))

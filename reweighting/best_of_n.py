@@ -3,25 +3,27 @@
 python reweighting/best_of_n.py --weights_path weights --candidates_json_file data/test.json --output selections.json
 """
 
-import os
-import signal
-import sys
+if __name__ == "__main__":  # a script: run this file as a module of the package
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from reweighting.entrypoint import run_command
+
+    run_command("reweighting.best_of_n")
+
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
+from reweighting.config.inference import BEST_OF_N, parse_inference_arguments
+from reweighting.data.load_rows import iterate_candidate_rows
+from reweighting.data.row_files import iterate_rows
+from reweighting.data.schema import CandidateRow
+from reweighting.entrypoint import run_command
+from reweighting.errors import UserError
 
-from reweighting.config.inference import BEST_OF_N, parse_inference_arguments  # noqa: E402
-from reweighting.data.load_rows import iterate_candidate_rows  # noqa: E402
-from reweighting.data.row_files import iterate_rows  # noqa: E402
-from reweighting.data.schema import CandidateRow  # noqa: E402
-from reweighting.entrypoint import run_command  # noqa: E402
-from reweighting.errors import UserError  # noqa: E402
-
+AFTER_INTERRUPT = "the same command continues from there"
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
 SHOWN = 10  # choices in the table where nobody knows which answers are right
 
@@ -132,7 +134,3 @@ def report(args, aggregation: str, output: Path) -> None:
     path = sidecar(output, ".metrics")
     path.write_text(json.dumps({"aggregation_function": aggregation, "best_of": results}, indent=1) + "\n")
     print(f"the same as JSON: {path}")
-
-
-if __name__ == "__main__":
-    run_command(main, "the same command goes on from there")

@@ -1,11 +1,13 @@
 """What the commands share: an error becomes one line on stderr and an exit code."""
 
 import errno
+import importlib
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 
+from reweighting.distributed.rank0_output import rank0_output
 from reweighting.errors import UserError
 from reweighting.terminal import printable
 from reweighting.training.signals import STDERR, Stopped
@@ -14,15 +16,37 @@ from reweighting.training.signals import STDERR, Stopped
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run_command(main: Callable[[list[str]], None], after_interrupt: str) -> None:
-    """Run a command's `main` on the command line's flags. Exits, without a traceback, with 2 on UserError and on what
-    the system says of a file or disk, with 128 + its number on a signal; `after_interrupt` says what to do then."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the commands set it while their packages load
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def run_command(module: str) -> None:
+    """Run a command and end this process with its exit code; of several processes, only rank 0 prints.
+
+    The module is imported here, so that errors and Ctrl-C while packages load end without a traceback too.
+
+    Args:
+        module: name of the command's module. It has `main(argv)`, and `AFTER_INTERRUPT`: what to do after Ctrl-C or a
+            full disk, in words that follow a semicolon.
+
+    Raises:
+        SystemExit: with 2 for a UserError and for what the system reports of a file or disk, with 128 + its number for
+            a signal.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.stdout is not None:  # closed by whoever started this
-        sys.stdout.reconfigure(errors="replace")  # a console that knows no block characters still gets its table
+        sys.stdout.reconfigure(errors="replace")  # a console without block characters still gets its table
+    with rank0_output():
+        _run(module)
+
+
+def _run(module: str) -> None:
+    quits = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    after_interrupt = ""
     try:
-        main(sys.argv[1:])
+        if quits:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C inside an import would end in a traceback
+        command = importlib.import_module(module)
+        after_interrupt = command.AFTER_INTERRUPT
+        if quits:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        command.main(sys.argv[1:])
     except UserError as error:
         print(f"error: {printable(error)}", file=STDERR)
         sys.exit(2)

@@ -5,20 +5,24 @@ python reweighting/evaluate.py --weights_path weights --eval_json_file held_out.
 
 import json
 import math
-import os
-import signal
-import sys
+
+if __name__ == "__main__":  # a script: run this file as a module of the package
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from reweighting.entrypoint import run_command
+
+    run_command("reweighting.evaluate")
+
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
+from reweighting.config.inference import EVALUATE, parse_inference_arguments
+from reweighting.data.load_rows import load_evaluation_rows
+from reweighting.entrypoint import run_command
+from reweighting.errors import UserError
 
-from reweighting.config.inference import EVALUATE, parse_inference_arguments  # noqa: E402
-from reweighting.data.load_rows import load_evaluation_rows  # noqa: E402
-from reweighting.entrypoint import run_command  # noqa: E402
-from reweighting.errors import UserError  # noqa: E402
+AFTER_INTERRUPT = "nothing has been written"
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +82,3 @@ def _without_nan(value):
     if isinstance(value, list):
         return [_without_nan(inner) for inner in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-if __name__ == "__main__":
-    run_command(main, "nothing has been written")

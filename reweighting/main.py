@@ -1,53 +1,124 @@
-"""Learn domain weights and a process reward model from two JSON files.
+"""Learn domain weights and a process reward model (PRM) from two JSON files.
 
-python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
+    python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
+
+Two levels are learned at once (DreamPRM, arXiv 2505.20241):
+
+    lower   phi:    sum over domains k of  w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
+    upper   alpha:  mean over whole answers of (sigmoid(A) - r)^2  of the PRM that the lower level arrives at
+
+z is a step's logit, p its Monte Carlo accuracy, A the aggregate of an answer's step logits, r whether its final answer
+is correct, and w = softplus(alpha) / mean(softplus(alpha)). `bilevel/problems.py` holds both losses.
 """
 
-import os
-import signal
-import sys
+if __name__ == "__main__":  # a script: run this file as a module of the package
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from reweighting.entrypoint import run_command
+
+    run_command("reweighting.main")
+
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
+import torch
+from betty.configs import Config
 
-from reweighting.config.training import parse_arguments  # noqa: E402
-from reweighting.distributed.rank0_output import rank0_output  # noqa: E402
-from reweighting.entrypoint import run_command  # noqa: E402
+from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
+from reweighting.config.training import TrainingConfig, parse_training_config
+from reweighting.devices import choose_device, choose_precision
+from reweighting.distributed.collectives import process_group
+from reweighting.training import build, preflight
+from reweighting.training.batches import BatchSource
+from reweighting.training.dry_run import dry_run
+from reweighting.training.engine import ReweightingEngine
+from reweighting.training.hypergradient_choice import resolve_hypergradient
+from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
+from reweighting.training.results import save_results
+from reweighting.training.resume import find_checkpoint, run_settings
+from reweighting.training.run_data import RunData, read_run_data
+from reweighting.training.signals import StopSignals
+
+AFTER_INTERRUPT = "the same command with --resume continues from the last checkpoint"
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError for what the user can mend."""
-    args = parse_arguments(argv)
-
-    from reweighting.devices import choose_device
-    from reweighting.distributed.collectives import check_same_on_all_ranks, process_group
-    from reweighting.training.build import build
-    from reweighting.training.dry_run import dry_run
-    from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
-    from reweighting.training.results import finish
-    from reweighting.training.resume import find_checkpoint, run_settings
-    from reweighting.training.run_data import read_run_data
-    from reweighting.training.signals import StopSignals
-
-    with process_group(choose_device(args.device)):
-        data = read_run_data(args)  # every row is checked before a model is loaded
-        with lock_output_dir(args.weights_path) as folder:
-            settings = run_settings(args)
-            check_same_on_all_ranks(settings)
-            if args.dry_run:
-                dry_run(args, settings, data, folder)
-                return
-            place, state = find_checkpoint(args, settings, folder) or (None, None)
-            engine = build(args, settings, data, folder, state)
-            prepare_output_dir(args, folder, place)
+    """Run the command: flags, rows, the two levels, training, results. Raises UserError for what the user can fix."""
+    config = parse_training_config(argv)
+    with process_group(choose_device(config.run.device)):
+        data = read_run_data(config)  # every row is checked before a model is loaded
+        with lock_output_dir(config.data.weights_path) as folder:
+            settings = run_settings(config)
+            if config.run.dry_run:
+                return dry_run(config, settings, data, folder, build_engine)
+            checkpoint, state = find_checkpoint(config, settings, folder) or (None, None)
+            engine = build_engine(config, settings, data, folder, state)
+            prepare_output_dir(config, folder, checkpoint)
             with StopSignals() as stop:
                 engine.run(stop)
-            finish(engine, folder)
+            save_results(engine, folder)
 
 
-if __name__ == "__main__":
-    with rank0_output():
-        run_command(main, "the same command with --resume goes on from the last checkpoint")
+def build_engine(
+    config: TrainingConfig, settings: dict[str, Any], data: RunData, folder: Path, state: dict[str, Any] | None = None
+) -> ReweightingEngine:
+    """Wire reward model, lower problem and upper problem into the engine that trains them.
+
+    Args:
+        config: the flags.
+        settings: what each checkpoint remembers of the run, from `run_settings`.
+        data: the chains of both levels.
+        folder: where the run writes.
+        state: a checkpoint's state to resume from; None at a start.
+    """
+    torch.manual_seed(config.run.seed)
+    device = choose_device(config.run.device)
+    precision = choose_precision(config.run.precision, device)
+    preflight.check_possible(config, data, device, precision)
+    batches = BatchSource(config, data)
+    model, layout = build.make_reward_model(config, device, precision)
+    validation = build.make_validation(config, data, model, device, precision)
+    preflight.check_chains(model, data, validation)
+    hypergradient = resolve_hypergradient(config, data, model, device, precision, state and state["settings"])
+
+    lower = PRMFineTuning(
+        Config(
+            type=hypergradient,
+            unroll_steps=config.upper.unroll_steps,
+            warmup_steps=config.upper.warmup_iterations * batches.micro_batches_per_step,
+            gradient_accumulation=batches.micro_batches_per_step,
+            precision=precision,
+        ),
+        model,
+        build.make_optimizer(config.lower, list(layout.trainables().values())),
+        partial(batches.train, model),
+        layout,
+        learning_rate=build.learning_rate_schedule(config.lower),
+        clip=config.lower.max_grad_norm,
+        fixed_weights=build.read_fixed_weights(config.lower, data.domains),  # None where they are learned
+    )
+    upper = None
+    if config.learns_weights:
+        domain_weights = DomainWeights(data.domains).to(device)  # alpha [K], all 0: every weight is 1
+        upper = DomainReweighting(
+            Config(precision=precision),
+            domain_weights,
+            build.make_meta_optimizer(config.upper, domain_weights),
+            partial(batches.meta, model),
+            aggregation=config.upper.aggregation_function,
+            positive_rate=build.positive_rate(data) if config.upper.center_meta_scores else None,
+        )
+    preflight.print_summary(config, data, model, device, precision)
+    engine = ReweightingEngine(
+        lower, upper, data.domains, device, folder, config.lower.iteration_num, config.run.save_every_iterations,
+        settings | {"planned_hypergradient": hypergradient}, keep=config.run.keep_checkpoints,
+        max_skipped_steps=config.run.max_skipped_steps, validation=validation, persistent=not config.run.dry_run,
+    )  # fmt: skip
+    if state is not None:
+        engine.load_state_dict(state)
+        print(f"resumed at step {engine.global_step}")
+    return engine

@@ -3,21 +3,24 @@
 python reweighting/show.py --weights_path weights --candidates_json_file data/test.json --id 3 --output answer.html
 """
 
-import os
-import signal
-import sys
+if __name__ == "__main__":  # a script: run this file as a module of the package
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from reweighting.entrypoint import run_command
+
+    run_command("reweighting.show")
+
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `reweighting` is found from anywhere
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages load ends without a traceback
+from reweighting.config.inference import SHOW, parse_inference_arguments
+from reweighting.data.load_rows import iterate_candidate_rows
+from reweighting.data.schema import CandidateRow
+from reweighting.entrypoint import run_command
+from reweighting.errors import UserError
 
-from reweighting.config.inference import SHOW, parse_inference_arguments  # noqa: E402
-from reweighting.data.load_rows import iterate_candidate_rows  # noqa: E402
-from reweighting.data.schema import CandidateRow  # noqa: E402
-from reweighting.entrypoint import run_command  # noqa: E402
-from reweighting.errors import UserError  # noqa: E402
+AFTER_INTERRUPT = "nothing has been written"
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +64,3 @@ def find(args) -> CandidateRow:
         if str(row.id) == args.id:
             return row
     raise UserError(f"{args.candidates_json_file}: no row has the id {args.id}. Ids are the rows' `id` fields.")
-
-
-if __name__ == "__main__":
-    run_command(main, "nothing has been written")

@@ -101,23 +101,27 @@ def test_other_ways_to_train(demo, tmp_path, more):
 
 
 def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
-    from reweighting.config.training import parse_arguments
+    from reweighting.config.training import parse_training_config
 
-    published = parse_arguments(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
+    published = parse_training_config(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
                                  "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
-    assert published.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.precision == "bf16"
-    assert published.weight_decay == 1e-3 and published.lr == 1e-6 and published.batch_size == 1
+    assert published.model.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.run.precision == "bf16"
+    assert published.lower.weight_decay == 1e-3 and published.lower.lr == 1e-6 and published.lower.batch_size == 1
     for path in (ROOT / "recipes").iterdir():
-        parse_arguments(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
+        parse_training_config(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"train_json_file": "t", "baseline": True, "gradient_accumulation": 4}))
-    args = parse_arguments(["--recipe", str(recipe)])
+    config = parse_training_config(["--recipe", str(recipe)])
     recipe.write_text(json.dumps({"train_json_file": "t", "meta_lr": 0.5, "seed": 9007199254740993}))
-    fixed = parse_arguments(["--recipe", str(recipe), "--baseline"])  # what it says of the upper level is not wanted
-    assert fixed.baseline and fixed.seed == 9007199254740993
+    fixed = parse_training_config(
+        ["--recipe", str(recipe), "--baseline"]
+    )  # what it says of the upper level is not wanted
+    assert fixed.lower.baseline and fixed.run.seed == 9007199254740993
     with pytest.raises(UserError, match="--meta_lr does nothing with --baseline"):
-        parse_arguments(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
-    assert args.baseline is True and args.gradiant_accumulation == 4 and args.train_json_file == "t"
+        parse_training_config(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
+    assert (
+        config.lower.baseline is True and config.lower.gradiant_accumulation == 4 and config.data.train_json_file == "t"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from reweighting import main
 from reweighting.distributed import collectives
-from reweighting.distributed.rank0_output import rank0_output
 from reweighting.entrypoint import run_command
-from reweighting.training import build as run
-from reweighting.training import results as report
+from reweighting.training import build
 
 
 def free_port() -> int:
@@ -68,28 +66,27 @@ def told(world: int, work: Callable[[], None], place: Path) -> tuple[list[int], 
 def command(flags: list[str]) -> None:
     """The command from beginning to end, with its exit code."""
     sys.argv = ["main.py", *flags]
-    with rank0_output():
-        run_command(main.main, "--resume goes on")
+    run_command("reweighting.main")
 
 
 def parameters_of(flags: list[str], place: Path, double: bool = False) -> Callable[[], None]:
     """Work that runs the command and leaves each process's parameters at its end in `place`."""
 
     def work() -> None:
-        finish, make_model, table = report.finish, run.make_model, run.DomainWeights
+        finish, load_backbone, table = main.save_results, build.load_backbone, main.DomainWeights
 
         def note(engine, folder) -> None:
             torch.save(engine.lower.named_trainables(), place / f"{collectives.rank()}.pt")
             finish(engine, folder)
 
         try:
-            report.finish = note
+            main.save_results = note
             if double:
-                run.make_model = lambda *args: make_model(*args).double()
-                run.DomainWeights = lambda domains: table(domains).double()
+                build.load_backbone = lambda *args: load_backbone(*args).double()
+                main.DomainWeights = lambda domains: table(domains).double()
             main.main(flags)
         finally:
-            report.finish, run.make_model, run.DomainWeights = finish, make_model, table
+            main.save_results, build.load_backbone, main.DomainWeights = finish, load_backbone, table
 
     place.mkdir(exist_ok=True)
     return work

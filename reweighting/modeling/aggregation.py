@@ -15,6 +15,7 @@ Every aggregate is returned as a logit, so that `sigmoid(aggregate)` is a probab
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ def _last(z: Tensor, mask: Tensor) -> Tensor:
     return z.gather(-1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
+AggregationName = Literal["mean_logit", "sum_logit", "mean", "min", "max", "product", "last"]
 AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean_logit": _mean_logit,
     "sum_logit": _sum_logit,

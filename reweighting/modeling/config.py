@@ -11,14 +11,17 @@ LoRA is arXiv 2106.09685, DoRA arXiv 2402.09353. The score head is trained in ea
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 from reweighting.errors import UserError
 
 CONFIG_FILE = "prm_config.json"
-TRAIN_MODES = ("full", "lora", "dora", "head")
+TrainMode = Literal["full", "lora", "dora", "head"]
+TRAIN_MODES = get_args(TrainMode)
 ADAPTERS = ("lora", "dora")
 DEFAULT_RANK, DEFAULT_ALPHA = 16, 32.0
-SCORE_HEADS = ("linear", "token", "linear_from_token")
+ScoreHead = Literal["linear", "token", "linear_from_token"]
+SCORE_HEADS = get_args(ScoreHead)
 ANSWER_TOKENS = ("+", "-")  # as VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542) have them
 
 

@@ -1,40 +1,48 @@
 """What a run reads step by step: which chains make the batches of both levels, and each process's share of them."""
 
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
 
+from reweighting.config.training import TrainingConfig
 from reweighting.data.samplers import ChainSampler, QuestionSampler, WindowSampler, small_batches
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.modeling.collate import Batch, by_length
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.training.build import micro_batches_per_step
 from reweighting.training.run_data import RunData
 
 
 class BatchSource:
-    """Draws the batches of a run; which ones follows from the seed and the number of the batch alone.
+    """Draw the batches of a run: a pure function of the seed and the number of the batch, so a run can resume anywhere.
 
-    accumulation: micro-batches in a step. Raises UserError if a process would have no share of some batch.
+    Args:
+        config: the settings.
+        data: what the run reads.
+
+    Raises:
+        UserError: if a process would get no part of some batch.
     """
 
-    def __init__(self, args: Namespace, data: RunData, accumulation: int):
-        self.data, self.batch_size = data, args.batch_size
+    def __init__(self, config: TrainingConfig, data: RunData):
+        self.data, self.batch_size = data, config.lower.batch_size
         members = [[] for _ in data.domains]
         for index, chain in enumerate(data.train):
             members[chain.domain].append(index)
         samplers = [
-            QuestionSampler(data.train, indices, args.batch_size, args.seed, 1, domain)
-            if args.group_by_question
-            else ChainSampler(indices, args.batch_size, args.seed, 1, domain)
+            QuestionSampler(data.train, indices, config.lower.batch_size, config.run.seed, 1, domain)
+            if config.lower.group_by_question
+            else ChainSampler(indices, config.lower.batch_size, config.run.seed, 1, domain)
             for domain, indices in enumerate(members)
         ]
-        _check_shares("batch_size", args.batch_size, samplers)
-        self.sampler = WindowSampler(samplers, args.unroll_steps * accumulation, args.seed)
+        _check_shares("batch_size", config.lower.batch_size, samplers)
+        self.micro_batches_per_step = micro_batches_per_step(config, len(data.domains))
+        slots = config.upper.unroll_steps * self.micro_batches_per_step
+        self.sampler = WindowSampler(samplers, slots, config.run.seed)
         if data.meta:
             everything = range(len(data.meta))
-            self.meta_sampler = QuestionSampler(data.meta, everything, args.meta_batch_size, args.seed, 3)
-            _check_shares("meta_batch_size", args.meta_batch_size, [self.meta_sampler])
+            self.meta_sampler = QuestionSampler(data.meta, everything, config.upper.meta_batch_size, config.run.seed, 3)
+            _check_shares("meta_batch_size", config.upper.meta_batch_size, [self.meta_sampler])
 
     def train(self, model: ProcessRewardModel, micro_step: int) -> tuple[int, Batch]:
         """The domain of a micro-step of the lower level, and this process's share of its batch."""

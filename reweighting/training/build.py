@@ -1,123 +1,154 @@
-"""Puts a run together: chains -> model -> the two problems -> the engine."""
+"""The parts of a run, each made from the flags: reward model, optimizers, learning rate, fixed weights, validation.
 
-import sys
-from argparse import Namespace
-from functools import partial
+`main.py` puts them together.
+"""
+
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from betty.configs import Config
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from reweighting.bilevel.domain_weights import DomainWeights
-from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
-from reweighting.config.training import learns_weights
-from reweighting.devices import check_attention, choose_device
+from reweighting.config.training import LowerConfig, TrainingConfig, UpperConfig
 from reweighting.distributed import collectives
 from reweighting.distributed.sharding import Replicated, Sharded
 from reweighting.errors import UserError
-from reweighting.training.batches import BatchSource
-from reweighting.training.components import (
-    learning_rate,
-    make_model,
-    make_optimizer,
-    micro_batches_of_step,
-    read_fixed_weights,
-)
-from reweighting.training.engine import ReweightingEngine
-from reweighting.training.hypergradient_choice import check_method, resolve_hypergradient
+from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.run_data import RunData
 from reweighting.training.validation import Validation
 
 
-def build(args: Namespace, settings: dict, data: RunData, folder: Path, state: dict | None = None) -> ReweightingEngine:
-    """The engine of a run that writes into `folder`, at its start or at a checkpoint's `state`.
+def make_reward_model(
+    config: TrainingConfig, device: torch.device, precision: str
+) -> tuple[ProcessRewardModel, Replicated]:
+    """Load the reward model, the same on every process, and place it.
 
-    settings: from `run_settings`. Raises UserError for what the user can mend, before a weight is loaded if possible.
+    Args:
+        config: the settings.
+        device: where this process computes.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        The model, and how its parameters lie on the processes.
+
+    Raises:
+        UserError: if the backbone cannot be loaded.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.manual_seed(args.seed)
-    device, precision = choose_device(args.device), settings["precision"]
-    fixed_weights = read_fixed_weights(args, data.domains)
-    accumulation = micro_batches_of_step(args, len(data.domains))
-    if args.max_grad_norm and accumulation == 1 and fixed_weights is None:
-        print("warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: "
-              "--max_grad_norm wants --gradiant_accumulation 2 or more", file=sys.stderr)  # fmt: skip
-    draws = BatchSource(args, data, accumulation)
-    check_possible(args, device, precision)
-
-    model = make_model(args, torch.device("cpu") if args.shard else device, precision)
+    model = load_backbone(config, torch.device("cpu") if config.run.shard else device, precision)
     collectives.broadcast_parameters(list(model.parameters()))
-    layout = Sharded(model, *model.language_model_layers(), device) if args.shard else Replicated(model)
-    if not collectives.is_rank0():  # other dropout than the main process's
-        torch.manual_seed(args.seed + collectives.rank())
-    name = args.validation_json_file
-    validation = Validation(model, data.validation, data.right, name, args.batch_size, device, precision)
-    model.check(data.train + data.meta + validation.chains())
+    layout = Sharded(model, *model.language_model_layers(), device) if config.run.shard else Replicated(model)
+    if not collectives.is_rank0():  # dropout that differs from rank 0's
+        torch.manual_seed(config.run.seed + collectives.rank())
+    return model, layout
 
-    hypergradient = None
-    if fixed_weights is None:
-        so_far = None if state is None else state["settings"]
-        hypergradient = resolve_hypergradient(args, data, model, device, precision, so_far)
-        settings = settings | {"planned_hypergradient": hypergradient}
-    lower_config = Config(
-        type=hypergradient,
-        warmup_steps=args.warmup_iterations * accumulation,
-        unroll_steps=args.unroll_steps,
-        gradient_accumulation=accumulation,
-        precision=precision,
+
+def load_backbone(config: TrainingConfig, device: torch.device, precision: str) -> ProcessRewardModel:
+    """Load the backbone with a score head; a frozen base takes the precision of the compute.
+
+    On the device meta no weight is read, and nothing takes memory.
+    """
+    model = config.model
+    frozen_base = torch.bfloat16 if model.train != "full" and precision == "bf16" else torch.float32
+    attention = model.attention
+    if device.type == "meta" and attention == "flash_attention_2":
+        attention = "sdpa"  # takes as much memory, and needs no GPU
+    return ProcessRewardModel.from_backbone(
+        model.reward_model,
+        dtype=frozen_base,
+        device=device,
+        gradient_checkpointing=model.gradient_checkpointing,
+        attn_implementation=attention,
+        aggregation=config.upper.aggregation_function,
+        train=model.train,
+        lora_rank=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        freeze_vision=model.freeze_vision,
+        freeze_projector=model.freeze_projector,
+        load_in_4bit=model.load_in_4bit,
+        score_head=model.score_head,
+        correct_token=model.correct_token,
+        incorrect_token=model.incorrect_token,
+        max_length=model.max_length,
+        max_image_side=model.max_image_side,
     )
-    optimizer = make_optimizer(args, list(layout.trainables().values()))
-    lower = PRMFineTuning(
-        lower_config, model, optimizer, partial(draws.train, model), layout,
-        learning_rate=learning_rate(args), clip=args.max_grad_norm, fixed_weights=fixed_weights,
-    )  # fmt: skip
-    upper = None
-    if fixed_weights is None:
-        table = DomainWeights(data.domains).to(device)
-        # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
-        meta_optimizer = torch.optim.AdamW(
-            table.parameters(), lr=args.meta_lr, weight_decay=args.meta_weight_decay, eps=1e-15
-        )
-        positive_rate = sum(chain.label for chain in data.meta) / len(data.meta) if args.center_meta_scores else None
-        upper = DomainReweighting(
-            Config(precision=precision), table, meta_optimizer, partial(draws.meta, model),
-            aggregation=args.aggregation_function, positive_rate=positive_rate,
-        )  # fmt: skip
-    print(
-        f"{data.rows} rows in {len(data.train)} chains from {len(data.domains)} domains, {len(data.meta)} meta chains; "
-        f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trainable parameters on {device} "
-        f"({precision}); {accumulation} x {args.batch_size} chains a step"
-        + (f", shared by {collectives.world_size()} processes" if collectives.world_size() > 1 else "")
+
+
+def make_validation(
+    config: TrainingConfig, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str
+) -> Validation | None:
+    """Make the measure by which the best checkpoint is chosen; None without --validation_json_file."""
+    if config.data.validation_json_file is None:
+        return None
+    return Validation(
+        model, data.validation, data.right, config.data.validation_json_file, config.lower.batch_size, device, precision
     )
-    engine = ReweightingEngine(
-        lower, upper, data.domains, device, folder, args.iteration_num, args.save_every_iterations, settings,
-        keep=args.keep_checkpoints, max_skipped_steps=args.max_skipped_steps,
-        validation=validation if data.validation else None, persistent=not args.dry_run,
-    )  # fmt: skip
-    if state is not None:
-        engine.load_state_dict(state)
-        print(f"resumed at step {engine.global_step}")
-    return engine
 
 
-def check_possible(args: Namespace, device: torch.device, precision: str) -> None:
-    """Raise UserError for flags that cannot be had on this device or in so many processes: before a weight is read."""
-    check_attention(args.attention, device, precision)
-    if learns_weights(args):
-        check_method(args, args.hypergradient)
-    if args.shard:
-        _check_shard(args)
+def make_optimizer(config: LowerConfig, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make AdamW or SGD over the trainable parameters, in one group."""
+    if config.optimizer == "sgd":
+        momentum = 0.9 if config.momentum is None else config.momentum
+        return torch.optim.SGD(params, lr=config.lr, momentum=momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def _check_shard(args: Namespace) -> None:
-    if collectives.world_size() == 1:
-        raise UserError("--shard does nothing in one process: start several with torchrun, see the README")
-    if args.load_in_4bit:
-        raise UserError("--shard cannot cut 4-bit weights into parts: leave out --load_in_4bit, or --shard")
-    if args.train != "full" and args.freeze_projector is False and not args.gradient_checkpointing:
-        raise UserError(
-            "--shard with a trained projector beside a frozen language model needs "
-            "--gradient_checkpointing: else processes with and without images would wait for each other"
+def make_meta_optimizer(config: UpperConfig, table: nn.Module) -> torch.optim.Optimizer:
+    """Make AdamW over the raw domain weights alpha."""
+    # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
+    return torch.optim.AdamW(table.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay, eps=1e-15)
+
+
+def micro_batches_per_step(config: TrainingConfig, domains: int) -> int:
+    """Return --gradiant_accumulation, or as many as let every domain into every window, at least 2."""
+    return config.lower.gradiant_accumulation or max(2, math.ceil(domains / config.upper.unroll_steps))
+
+
+def learning_rate_schedule(config: LowerConfig) -> Callable[[int], float]:
+    """Return the learning rate as a function of the optimizer step (from 0): resuming needs no scheduler's state."""
+    if config.scheduler == "step":
+        size, gamma = (
+            config.scheduler_step_size or 5000,
+            0.5 if config.scheduler_gamma is None else config.scheduler_gamma,
         )
+        return lambda step: config.lr * gamma ** (step // size)
+    if config.scheduler == "cosine":
+        return lambda step: config.lr * (1 + math.cos(math.pi * step / config.iteration_num)) / 2
+    return lambda step: config.lr
+
+
+def read_fixed_weights(config: LowerConfig, domains: list[str]) -> Tensor | None:
+    """Read weights that stay as they are.
+
+    Returns:
+        [K] with mean 1: those of --domain_weights, or ones with --baseline; None where weights are learned.
+
+    Raises:
+        UserError: if the file cannot be read, lacks a domain, or holds a negative weight.
+    """
+    if config.baseline:
+        return torch.ones(len(domains))
+    if config.domain_weights is None:
+        return None
+    try:
+        content = json.loads(Path(config.domain_weights).read_text(encoding="utf-8"))
+        if isinstance(content.get("weights"), dict):  # a run's file; a plain one may have a domain of that name
+            content = content["weights"]
+        weights = torch.tensor([float(content[domain]) for domain in domains], dtype=torch.float64)
+    except KeyError as error:
+        raise UserError(f"--domain_weights {config.domain_weights}: the domain {error} has no weight") from error
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"--domain_weights {config.domain_weights}: expected {{domain: weight}}: {error}") from error
+    scaled = (weights / weights.mean()).float()
+    if not ((weights >= 0).all() and scaled.isfinite().all() and scaled.sum() > 0):
+        raise UserError(f"--domain_weights {config.domain_weights}: weights must be at least 0, and one of them larger")
+    return scaled
+
+
+def positive_rate(data: RunData) -> float:
+    """Return the share of meta answers that are correct."""
+    return sum(chain.label for chain in data.meta) / len(data.meta)

@@ -4,7 +4,7 @@ import resource
 import shutil
 import sys
 import time
-from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,35 +12,43 @@ import psutil
 import torch
 
 from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
+from reweighting.config.training import TrainingConfig
 from reweighting.devices import choose_device
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
-from reweighting.training.build import build, check_possible
 from reweighting.training.checkpoints import load_latest
+from reweighting.training.engine import ReweightingEngine
 from reweighting.training.hypergradient_choice import estimate_memory
 from reweighting.training.memory_estimate import table
+from reweighting.training.preflight import check_possible
 from reweighting.training.run_data import RunData
 
 
-def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> None:
+def dry_run(
+    config: TrainingConfig,
+    settings: dict,
+    data: RunData,
+    folder: Path,
+    build_engine: Callable[..., ReweightingEngine],
+) -> None:
     """Print the memory that the run should take, train one window, save a checkpoint, read it again, and print speed,
     memory, disk and hours of the whole run.
 
     Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
     and if what is read is not what was written.
     """
-    steps = args.unroll_steps  # one window: every level steps
-    short = Namespace(**{**vars(args), "iteration_num": steps, "warmup_iterations": 0})
-    device = choose_device(args.device)
-    check_possible(args, device, settings["precision"])
-    expected = estimate_memory(args, data, device, settings["precision"])
+    steps = config.upper.unroll_steps  # one window: every level steps
+    short = config.with_changes(iteration_num=steps, warmup_iterations=0)
+    device = choose_device(config.run.device)
+    check_possible(config, data, device, settings["precision"])
+    expected = estimate_memory(config, data, device, settings["precision"])
     print(f"expected memory on {device}, with a micro-batch of the longest chains (no weight is loaded yet):")
     print(table(expected))
     before = psutil.Process().memory_info().rss
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
         trial = Path(name)
         started = time.monotonic()
-        engine = build(short, settings, data, trial)
+        engine = build_engine(short, settings, data, trial)
         loading = time.monotonic() - started
         engine.run()
         seconds = engine.seconds / steps
@@ -57,12 +65,12 @@ def dry_run(args: Namespace, settings: dict, data: RunData, folder: Path) -> Non
     if isinstance(lower.window, UnrolledHypergradient):
         size += 4 * steps * lower.gas * sum(tensor.numel() for tensor in state["problems"]["lower"]["module"].values())
     # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
-    disk = size * (args.keep_checkpoints + 3)
+    disk = size * (config.run.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free
-    saves = -(-args.iteration_num // args.save_every_iterations)
-    hours = (loading + args.iteration_num * seconds + saves * saving) / 3600
+    saves = -(-config.lower.iteration_num // config.run.save_every_iterations)
+    hours = (loading + config.lower.iteration_num * seconds + saves * saving) / 3600
     print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
-    print(f"  time    {hours:.2f} hours for {args.iteration_num} steps: {1 / seconds:.2f} steps a second, "
+    print(f"  time    {hours:.2f} hours for {config.lower.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip
     print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
     print(f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in {folder}")

@@ -7,16 +7,16 @@
 `--hypergradient auto` is the most exact of these that the device's memory allows.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 
 from reweighting.bilevel.problems import DIRECTIONAL_METHODS
+from reweighting.config.training import TrainingConfig
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training.components import make_model, micro_batches_of_step
+from reweighting.training.build import load_backbone, micro_batches_per_step
 from reweighting.training.free_memory import free_memory
 from reweighting.training.memory_estimate import FLOAT, MemoryEstimate, MemoryScenario, estimate_run, weight_bytes
 from reweighting.training.run_data import RunData
@@ -26,7 +26,7 @@ PLENTY = 0.25  # of it: where the kept gradients take no more, nothing needs to 
 
 
 def resolve_hypergradient(
-    args: Namespace,
+    config: TrainingConfig,
     data: RunData,
     model: ProcessRewardModel,
     device: torch.device,
@@ -36,12 +36,12 @@ def resolve_hypergradient(
     """The way that a run takes, said with the reason; every process calls it. settings: of the run so far. Raises
     UserError if the way cannot be had."""
     so_far = None if settings is None else resumed_method(settings)
-    if args.hypergradient == "auto" and so_far is not None:  # the window so far is of that kind
+    if config.upper.hypergradient == "auto" and so_far is not None:  # the window so far is of that kind
         way, reason = so_far, "as when the run was started"
     else:
-        choice = choose_hypergradient(args, data, model, device, precision, free_memory(device))
+        choice = choose_hypergradient(config, data, model, device, precision, free_memory(device))
         way, reason = collectives.broadcast_object(choice)  # each may have other memory
-    check_method(args, way)
+    check_method(config, way)
     print(f"hypergradient: {way}: {reason}")
     return way
 
@@ -52,12 +52,12 @@ def resumed_method(settings: dict) -> str | None:
     return None if way == "auto" else way
 
 
-def check_method(args: Namespace, hypergradient: str) -> None:
+def check_method(config: TrainingConfig, hypergradient: str) -> None:
     """Raise UserError if this way to the hypergradient cannot be had with the flags in so many processes."""
-    if hypergradient == "jvp" and not has_forward_mode(args.attention, args.load_in_4bit):
+    if hypergradient == "jvp" and not has_forward_mode(config.model.attention, config.model.load_in_4bit):
         raise UserError("--hypergradient jvp: there is no forward mode through --attention flash_attention_2 or "
                         "--load_in_4bit: use finite_difference")  # fmt: skip
-    if args.shard and hypergradient in DIRECTIONAL_METHODS:
+    if config.run.shard and hypergradient in DIRECTIONAL_METHODS:
         raise UserError(f"--hypergradient {hypergradient} cannot move parameters that are cut into parts: use "
                         "unrolled, or leave out --shard")  # fmt: skip
     if collectives.world_size() > 1 and hypergradient in ("darts", "sama"):
@@ -65,36 +65,39 @@ def check_method(args: Namespace, hypergradient: str) -> None:
 
 
 def choose_hypergradient(
-    args: Namespace, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str, free: int
+    config: TrainingConfig, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str, free: int
 ) -> tuple[str, str]:
     """What --hypergradient means, with so many bytes `free` beside the model, and why."""
-    if args.hypergradient != "auto":
-        return args.hypergradient, "as asked for"
-    if args.shard:
+    if config.upper.hypergradient != "auto":
+        return config.upper.hypergradient, "as asked for"
+    if config.run.shard:
         return "unrolled", "each process keeps its part of the gradients"
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
-    accumulation = micro_batches_of_step(args, len(data.domains))
+    accumulation = micro_batches_per_step(config, len(data.domains))
     window = MemoryScenario(
-        optimizer=args.optimizer, steps=args.unroll_steps, accumulation=accumulation, processes=collectives.world_size()
+        optimizer=config.lower.optimizer,
+        steps=config.upper.unroll_steps,
+        accumulation=accumulation,
+        processes=collectives.world_size(),
     )
     return plan_hypergradient(
-        trained, window, free, has_forward_mode(args.attention, args.load_in_4bit),
-        lambda: estimate_memory(args, data, device, precision, "jvp"),
+        trained, window, free, has_forward_mode(config.model.attention, config.model.load_in_4bit),
+        lambda: estimate_memory(config, data, device, precision, "jvp"),
     )  # fmt: skip
 
 
 def estimate_memory(
-    args: Namespace, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
+    config: TrainingConfig, data: RunData, device: torch.device, precision: str, hypergradient: str | None = None
 ) -> MemoryEstimate:
     """What the run will take on the device, by this process. No weight is read and no random number drawn.
     hypergradient: in place of what --hypergradient means."""
-    accumulation = micro_batches_of_step(args, len(data.domains))
+    accumulation = micro_batches_per_step(config, len(data.domains))
     with torch.random.fork_rng(devices=[]):
-        model = make_model(args, torch.device("meta"), precision)
+        model = load_backbone(config, torch.device("meta"), precision)
         if hypergradient is None and data.meta:
             free = free_memory(device) - weight_bytes(model)
-            hypergradient, _ = choose_hypergradient(args, data, model, device, precision, free)
-        return estimate_run(model, args, hypergradient, precision, accumulation, device, data.train, data.meta)
+            hypergradient, _ = choose_hypergradient(config, data, model, device, precision, free)
+        return estimate_run(model, config, hypergradient, precision, accumulation, device, data.train, data.meta)
 
 
 def has_forward_mode(attention: str, load_in_4bit: bool) -> bool:

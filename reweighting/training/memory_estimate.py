@@ -12,7 +12,6 @@ use (5 to 10 % is usual): `benchmarks/memory_check.py` compares with measured pe
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from reweighting.bilevel.hypergradients.unrolled import LARGE_PART, PARTS
+from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
@@ -156,7 +156,7 @@ def _hypergradient_bytes(
 
 def estimate_run(
     model: ProcessRewardModel,
-    args: Namespace,
+    config: TrainingConfig,
     hypergradient: str | None,
     precision: str,
     accumulation: int,
@@ -171,23 +171,23 @@ def estimate_run(
     accumulation: micro-batches in a step.
     """
     world = collectives.world_size()
-    size = math.ceil(args.batch_size / world)  # this process's part of a micro-batch
+    size = math.ceil(config.lower.batch_size / world)  # this process's part of a micro-batch
     chains = longest(model, train, size)
     chains = (chains * size)[:size]  # as chains are drawn again where there are few
-    batch = _batch(model, train, chains, args.group_by_question, args.shard)
-    meta_batch = _batch(model, meta, longest(model, meta, size), True, args.shard) if meta else None
+    batch = _batch(model, train, chains, config.lower.group_by_question, config.run.shard)
+    meta_batch = _batch(model, meta, longest(model, meta, size), True, config.run.shard) if meta else None
     setting = MemoryScenario(
-        optimizer=args.optimizer,
+        optimizer=config.lower.optimizer,
         precision=precision,
         hypergradient=hypergradient,
-        steps=args.unroll_steps,
+        steps=config.upper.unroll_steps,
         accumulation=accumulation,
-        clipped=args.max_grad_norm > 0,
-        meta_batches=math.ceil(min(args.meta_batch_size, len(meta)) / args.batch_size),
+        clipped=config.lower.max_grad_norm > 0,
+        meta_batches=math.ceil(min(config.upper.meta_batch_size, len(meta)) / config.lower.batch_size),
         images=_image_bytes(model, [*train, *meta]) if device.type == "cpu" else 0,
         device=device.type,
         processes=world,
-        sharded=args.shard,
+        sharded=config.run.shard,
     )
     return estimate(model, batch, meta_batch, setting)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from reweighting.config.training import TrainingConfig
 from reweighting.distributed import collectives
 from reweighting.distributed.rank0_output import dist_env
 from reweighting.errors import UserError
@@ -93,7 +93,7 @@ def archive_previous_run(folder: Path) -> None:
         print(f"what an earlier run left in {folder} is now in {place}")
 
 
-def prepare_output_dir(args: Namespace, folder: Path, place: Path | None) -> None:
+def prepare_output_dir(config: TrainingConfig, folder: Path, place: Path | None) -> None:
     """Make the output folder ready for a run that starts (place None) or goes on from the checkpoint at `place`.
 
     What an earlier run left is moved aside, but with --resume; history goes back to the checkpoint. A checkpoint from
@@ -106,7 +106,7 @@ def prepare_output_dir(args: Namespace, folder: Path, place: Path | None) -> Non
         (folder / "checkpoints").mkdir(exist_ok=True)  # now, not at the first save: it might not be possible
         return
     history = (place / HISTORY_FILE).read_text(encoding="utf-8")
-    if args.resume_from is not None:
+    if config.run.resume_from is not None:
         waiting = folder / ".taken-over"
         atomic_write_dir(waiting, lambda aside: shutil.copytree(place, aside, dirs_exist_ok=True))
         archive_previous_run(folder)

@@ -18,7 +18,7 @@ def weights_table(weights: dict[str, float]) -> str:
     return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
 
 
-def finish(engine: ReweightingEngine, folder: Path) -> None:
+def save_results(engine: ReweightingEngine, folder: Path) -> None:
     """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights: the main process
     does, and every one calls it."""
     save_model = engine.model_saver()

@@ -2,10 +2,9 @@
 
 import os
 import sys
-from argparse import Namespace
 from pathlib import Path
 
-from reweighting.config.training import flag_defaults, learns_weights
+from reweighting.config.training import TrainingConfig, flag_defaults
 from reweighting.devices import choose_device, choose_precision
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
@@ -17,32 +16,38 @@ from reweighting.training.checkpoints import load_latest, load_named, load_state
 STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
 
 
-def run_settings(args: Namespace) -> dict:
+def run_settings(config: TrainingConfig) -> dict:
     """What a checkpoint remembers of a run: the flags that say what is computed, not how it is started; the precision
     that is meant where none is given; and digests of the JSON files' and a local backbone's bytes, since another file
     of the same name is another run. Raises UserError if a file cannot be read, or the device is not there."""
-    names = [args.train_json_file, args.meta_json_file] if learns_weights(args) else [args.train_json_file]
-    if args.domain_weights is not None:
-        names.append(args.domain_weights)
+    names = (
+        [config.data.train_json_file, config.data.meta_json_file]
+        if config.learns_weights
+        else [config.data.train_json_file]
+    )
+    if config.lower.domain_weights is not None:
+        names.append(config.lower.domain_weights)
     try:
         data = digest(*map(Path, names))
-        validation = None if args.validation_json_file is None else digest(Path(args.validation_json_file))
-        backbone = args.reward_model
+        validation = (
+            None if config.data.validation_json_file is None else digest(Path(config.data.validation_json_file))
+        )
+        backbone = config.model.reward_model
         if os.path.isdir(backbone):
             files = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
             backbone = digest(*sorted(files))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    flags = {name: value for name, value in vars(args).items() if name not in STARTING}
+    flags = {name: value for name, value in config.flags().items() if name not in STARTING}
     return flags | {
         "backbone": backbone,
-        "precision": choose_precision(args.precision, choose_device(args.device)),
+        "precision": choose_precision(config.run.precision, choose_device(config.run.device)),
         "data": data,
         "validation": validation,
     }
 
 
-def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path, dict] | None:
+def find_checkpoint(config: TrainingConfig, settings: dict, folder: Path) -> tuple[Path, dict] | None:
     """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing but what is damaged.
 
     settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's. Of several
@@ -52,14 +57,14 @@ def find_checkpoint(args: Namespace, settings: dict, folder: Path) -> tuple[Path
         place = collectives.broadcast_object(None)
         return None if place is None else (place, load_state(place))
     found = None
-    if args.resume_from is not None:
-        found = load_named(Path(args.resume_from))
-    elif args.resume:
+    if config.run.resume_from is not None:
+        found = load_named(Path(config.run.resume_from))
+    elif config.run.resume:
         found = load_latest(folder / "checkpoints")
         if found is None:
             print(f"--resume: there is no checkpoint in {folder} yet: starting at step 0")
     if found is not None:
-        check_same_run(found[1], settings, args.allow_changed_settings)
+        check_same_run(found[1], settings, config.run.allow_changed_settings)
         print(f"going on from {found[0]}")
     collectives.broadcast_object(None if found is None else found[0])
     return found
@@ -85,7 +90,7 @@ def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
     """
     # A flag that there was not yet had the effect of its default.
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
-    learned, learns = (learns_weights(Namespace(**one)) for one in (saved, settings))
+    learned, learns = (TrainingConfig.from_flags(one).learns_weights for one in (saved, settings))
     if learned != learns:
         ways = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
         raise UserError(f"the checkpoint is of a run that {ways[learned]}, and this one {ways[learns]}: that cannot be "

@@ -2,10 +2,9 @@
 
 import gc
 import sys
-from argparse import Namespace
 from dataclasses import dataclass
 
-from reweighting.config.training import learns_weights
+from reweighting.config.training import TrainingConfig
 from reweighting.data.answers import candidate_correctness
 from reweighting.data.chains import Chain, meta_chains, training_chains
 from reweighting.data.load_rows import iterate_training_rows, load_candidate_rows, load_meta_rows
@@ -30,34 +29,39 @@ class RunData:
         return sum(len(chain.rows) for chain in self.train)
 
 
-def read_run_data(args: Namespace) -> RunData:
+def read_run_data(config: TrainingConfig) -> RunData:
     """Read the files that the flags name. Raises UserError, naming each wrong row, for what the user can mend."""
     gc.disable()  # it would go through millions of rows again and again, and find nothing
     try:
-        return _read(args)
+        return _read(config)
     finally:
         gc.enable()
 
 
-def _read(args: Namespace) -> RunData:
-    learns = learns_weights(args)
-    rows = iterate_training_rows(args.train_json_file, args.image_root, min_domains=2 if learns else 1)
-    train, domains = training_chains(rows, args.train_json_file)
+def _read(config: TrainingConfig) -> RunData:
+    learns = config.learns_weights
+    rows = iterate_training_rows(config.data.train_json_file, config.data.image_root, min_domains=2 if learns else 1)
+    train, domains = training_chains(rows, config.data.train_json_file)
     meta = []
     if learns:
-        meta_rows = load_meta_rows(args.meta_json_file, args.image_root)
-        meta, stepless = meta_chains(meta_rows, args.meta_json_file)
+        meta_rows = load_meta_rows(config.data.meta_json_file, config.data.image_root)
+        meta, stepless = meta_chains(meta_rows, config.data.meta_json_file)
         if stepless:
-            print(f"warning: {args.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and "
-                  "are left out", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {config.data.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker "
+                "and are left out",
+                file=sys.stderr,
+            )
     validation = []
-    if args.validation_json_file is not None:
-        validation = load_candidate_rows(args.validation_json_file, args.image_root)
+    if config.data.validation_json_file is not None:
+        validation = load_candidate_rows(config.data.validation_json_file, config.data.image_root)
     right = []
     for row in validation:
         known = candidate_correctness(row)
         if known is None:
-            raise UserError(f"--validation_json_file {args.validation_json_file}: row {row.index}: needs true_false or "
-                            "ground_truth, to tell right candidates from wrong")  # fmt: skip
+            raise UserError(
+                f"--validation_json_file {config.data.validation_json_file}: row {row.index}: needs true_false or "
+                "ground_truth, to tell correct candidates from incorrect ones"
+            )
         right.append(known)
     return RunData(train, domains, meta, validation, right)

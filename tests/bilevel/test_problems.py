@@ -9,14 +9,14 @@ import torch
 from betty.configs import Config
 from torch.func import functional_call
 
+from reweighting import main
 from reweighting.bilevel.domain_weights import DomainWeights
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning, centering_groups
-from reweighting.config.training import parse_arguments
+from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training import build as run
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.run_data import read_run_data
 from tests.runs import flags
@@ -186,7 +186,7 @@ def test_a_weight_that_has_become_0_stays_0(tmp_path):
 
 def test_the_weights_lie_where_the_model_computes(demo, tmp_path, monkeypatch):
     """On a GPU, that is; the device without memory stands for it here."""
-    monkeypatch.setattr(run, "choose_device", lambda name: torch.device("meta"))
-    args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), "--optimizer", "sgd"))
-    engine = run.build(args, {"precision": "fp32", "validation": None}, read_run_data(args), tmp_path)
+    monkeypatch.setattr(main, "choose_device", lambda name: torch.device("meta"))
+    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), "--optimizer", "sgd"))
+    engine = main.build_engine(config, {"precision": "fp32", "validation": None}, read_run_data(config), tmp_path)
     assert engine.upper.module.alpha.device.type == "meta"

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, ProcessorMixin
 
-from reweighting.config.training import parse_arguments
+from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
+from reweighting.main import build_engine
 from reweighting.modeling.collate import collate
 from reweighting.modeling.families import FAMILIES, family_of, parameters_of
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training.build import build
 from reweighting.training.dry_run import same
 from reweighting.training.resume import find_checkpoint, run_settings
 from reweighting.training.run_data import read_run_data
@@ -75,7 +75,7 @@ def picture(width: int, height: int, kind: int = 0) -> Image.Image:
 
 def arguments(family: str, way: str, world: Path) -> Namespace:
     """A run of 4 steps and two updates of the weights."""
-    return parse_arguments([
+    return parse_training_config([
         "--train_json_file", str(world / "train.json"), "--meta_json_file", str(world / "meta.json"),
         "--reward_model", str(tiny_family(family)), "--iteration_num", "4", "--unroll_steps", "2", "--batch_size", "2",
         "--meta_batch_size", "4", "--save_every_iterations", "4", "--lr", "0.01", "--resume", *TRAIN_MODES[way],
@@ -87,8 +87,8 @@ class Cell:
 
     def __init__(self, family: str, way: str, world: Path, folder: Path):
         self.family, self.way, self.folder = family, way, folder
-        self.args = arguments(family, way, world)
-        self.data, self.settings = read_run_data(self.args), run_settings(self.args)
+        self.config = arguments(family, way, world)
+        self.data, self.settings = read_run_data(self.config), run_settings(self.config)
         self.engine = self.start("whole")
         self.before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.engine.run()
@@ -97,8 +97,8 @@ class Cell:
         """The engine of a run in a folder of this name, at its start or at its last checkpoint."""
         folder = self.folder / name
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _, state = find_checkpoint(self.args, self.settings, folder) or (None, None)
-        return build(self.args, self.settings, self.data, folder, state)
+        _, state = find_checkpoint(self.config, self.settings, folder) or (None, None)
+        return build_engine(self.config, self.settings, self.data, folder, state)
 
     @property
     def model(self) -> ProcessRewardModel:
@@ -169,7 +169,7 @@ def parity(cell: Cell) -> None:
     """One pass over a chain equals one pass for each prefix, alone and in a batch, with and without an image; a tower
     whose features are remembered says what it says when it looks anew; and the image matters."""
     model = cell.model
-    folder = Path(cell.args.train_json_file).parent
+    folder = Path(cell.config.data.train_json_file).parent
     chains = [Chain(QUESTION, STEPS, folder / "0.png"), Chain(QUESTION, STEPS[:2]),
               Chain("Why? " * 20, STEPS, folder / "1.png"), Chain(QUESTION, STEPS, folder / "3.png")]  # fmt: skip
     together = scores(model, chains)

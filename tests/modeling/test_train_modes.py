@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils import is_bitsandbytes_available
 
-from reweighting.config.training import EMBEDDED_BACKBONE, parse_arguments
+from reweighting.config.training import EMBEDDED_BACKBONE, parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
 from reweighting.modeling.config import PRMConfig
 from reweighting.modeling.families import FAMILIES
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training.components import make_model
+from reweighting.training.build import load_backbone
 from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
 
@@ -179,14 +179,19 @@ def test_the_flags_reach_the_model(tied):
     flags = ["--train_json_file", "t", "--meta_json_file", "m", "--reward_model", str(tied), "--attention", "eager",
              "--train", "dora", "--lora_alpha", "8", "--no_freeze_projector", "--score_head", "token",
              "--correct_token", "S", "--incorrect_token", "t"]  # fmt: skip
-    model = make_model(parse_arguments(flags), torch.device("cpu"), "bf16")
+    model = load_backbone(parse_training_config(flags), torch.device("cpu"), "bf16")
     assert model.base.config._attn_implementation == "eager"
     assert model.config == PRMConfig(
         backbone=str(tied), train="dora", lora_rank=16, lora_alpha=8.0, freeze_vision=True, freeze_projector=False,
         dtype="bfloat16", score_head="token", correct_token="S", incorrect_token="t",
     )  # fmt: skip
-    assert parse_arguments([*flags[:6], "--freeze_projector", "--no_freeze_vision"]).freeze_projector is True
-    assert parse_arguments(flags[:6]).freeze_projector is None and parse_arguments(flags[:6]).train == "full"
+    assert (
+        parse_training_config([*flags[:6], "--freeze_projector", "--no_freeze_vision"]).model.freeze_projector is True
+    )
+    assert (
+        parse_training_config(flags[:6]).model.freeze_projector is None
+        and parse_training_config(flags[:6]).model.train == "full"
+    )
 
 
 # ---------------------------------------------------------------- attention

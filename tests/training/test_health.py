@@ -6,11 +6,11 @@ import resource
 import pytest
 import torch
 
+from reweighting import main as main_module
 from reweighting.bilevel.domain_weights import collapsed
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.errors import UnreadableImage, UserError
 from reweighting.main import main
-from reweighting.training import build as run_module
 from reweighting.training import engine as engine_module
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.dry_run import same
@@ -102,16 +102,16 @@ def test_a_collapse_is_told_once(tiny, tmp_path, capsys):
 
 def forget_images(monkeypatch, vanish) -> None:
     """Let a run read every image anew, and call `vanish(chain_tokenizer)` when it is about to train."""
-    original = run_module.build
+    original = main_module.build_engine
 
-    def build(*args):
+    def build_engine(*args):
         engine = original(*args)
         tokenizer = engine.lower.module.chain_tokenizer
         tokenizer._cache, tokenizer._cache_bytes_left, tokenizer._last_image = {}, 0, {}
         vanish(tokenizer)
         return engine
 
-    monkeypatch.setattr(run_module, "build", build)
+    monkeypatch.setattr(main_module, "build_engine", build_engine)
     monkeypatch.setattr(engine_module, "FIRST_PAUSE", 0.01)
 
 

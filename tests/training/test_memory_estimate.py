@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from reweighting.config.training import parse_arguments
+from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.main import main
@@ -17,8 +17,8 @@ from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.families import FAMILIES
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training import hypergradient_choice as hypergradient_plan
+from reweighting.training.build import load_backbone
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
-from reweighting.training.components import make_model
 from reweighting.training.fake_tensor_memory import LiveMemory, step_memory
 from reweighting.training.free_memory import GROUP_FILES, _free_in_groups, free_memory
 from reweighting.training.hypergradient_choice import estimate_memory, has_forward_mode, plan_hypergradient
@@ -143,9 +143,9 @@ def estimated(demo, tmp_path):
     """(flags) -> the estimate of a run on the demo, the model it is for, its arguments."""
 
     def estimate(*more):
-        args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
-        model = make_model(args, CPU, "fp32")
-        return estimate_memory(args, read_run_data(args), CPU, "fp32"), model
+        config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
+        model = load_backbone(config, CPU, "fp32")
+        return estimate_memory(config, read_run_data(config), CPU, "fp32"), model
 
     return estimate
 
@@ -191,18 +191,18 @@ def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
     twice, _ = estimated("--batch_size", "80")
     assert twice.activations > 1.8 * everything.activations
 
-    args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
-    data = read_run_data(args)
+    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    data = read_run_data(config)
     text = Chain("How many words are there? " * 20, ("Step 1: one hundred",), targets=(0.5,))
-    with_text = estimate_memory(args, replace(data, train=[*data.train, text]), CPU, "fp32")
-    assert with_text.image_features > estimate_memory(args, data, CPU, "fp32").image_features
+    with_text = estimate_memory(config, replace(data, train=[*data.train, text]), CPU, "fp32")
+    assert with_text.image_features > estimate_memory(config, data, CPU, "fp32").image_features
 
 
 def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypatch):
-    args = parse_arguments(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     before = torch.get_rng_state()
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", None)
-    estimate_memory(args, read_run_data(args), CPU, "fp32")
+    estimate_memory(config, read_run_data(config), CPU, "fp32")
     assert torch.equal(before, torch.get_rng_state())
 
 
