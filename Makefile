@@ -1,19 +1,33 @@
-# make train   the main job on the demo data      make test   every test
-# make demo    the demo data, byte for byte       make figs   the README's pictures
-# make evidence   does it pay (2 hours)           make bench  how fast is it (half an hour)
+# make train     the main job on the demo data     make test     lint and every test
+# make demo      the demo data, byte for byte      make figs     the README's pictures
+# make evidence  does it pay (2 hours)             make bench    how fast is it (half an hour)
+# make docs      the documentation as a site       make types    the type checker
+# make coverage  which lines the tests run         make lint     style, as in `make test`
 
 PYTHON ?= python3
 BIN = .venv/bin
 BETTY = betty-ml==0.2.1
 
-.PHONY: train test demo figs evidence bench
+.PHONY: train test lint types coverage demo figs evidence bench docs
 
 train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
 
-test: .venv/ready
-	$(BIN)/ruff check .
+test: lint
 	$(BIN)/python -m pytest -n 2
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/ty check --python .venv
+
+coverage: .venv/ready
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
 
 demo: .venv/ready
 	$(BIN)/python data/make_demo.py

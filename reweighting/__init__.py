@@ -3,6 +3,7 @@
 from reweighting import ProcessRewardModel  # loads torch and transformers; `import reweighting` alone loads nothing
 """
 
+__version__ = "0.1.0"
 __all__ = ["ProcessRewardModel"]
 
 

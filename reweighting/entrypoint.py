@@ -15,6 +15,9 @@ from reweighting.training.signals import STDERR, Stopped
 # Kinds of OSError that say something about the disk, not about this program.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
+# Betty's metadata names no Python newer than 3.10, so it cannot be a dependency, and a plain `pip install` refuses it.
+INSTALL_BETTY = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
+
 
 def run_command(module: str) -> None:
     """Run a command and end this process with its exit code; of several processes, only rank 0 prints.
@@ -49,6 +52,11 @@ def _run(module: str) -> None:
         command.main(sys.argv[1:])
     except UserError as error:
         print(f"error: {printable(error)}", file=STDERR)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "betty":
+            raise
+        print(f"error: training needs Betty, which is installed by itself: {INSTALL_BETTY}", file=STDERR)
         sys.exit(2)
     except OSError as error:
         if error.errno is None:  # not from the system

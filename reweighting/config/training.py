@@ -20,7 +20,10 @@ from reweighting.config.parsing import parse_groups
 from reweighting.modeling.aggregation import AggregationName
 from reweighting.modeling.config import ScoreHead, TrainMode, with_defaults
 
-EMBEDDED_BACKBONE = Path(__file__).resolve().parents[2] / "backbone"
+PACKAGE = Path(__file__).resolve().parents[1]
+EMBEDDED_BACKBONE = PACKAGE / "_backbone"  # where `pip install` puts it
+if not EMBEDDED_BACKBONE.is_dir():
+    EMBEDDED_BACKBONE = PACKAGE.parent / "backbone"  # where the repository has it
 
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts", "sama"]
 
