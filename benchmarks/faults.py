@@ -32,9 +32,10 @@ FORGETFUL = f"""
 import sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {str(ROOT)!r})
-from reweighting import batches, main, errors
-batches.ChainTokenizer._remember = lambda *_: None
-errors.run_command(main.main, "--resume")
+from reweighting import entrypoint, main
+from reweighting.modeling.tokenization import ChainTokenizer
+ChainTokenizer._has_room = lambda *_: False
+entrypoint.run_command(main.main, "--resume")
 """
 
 

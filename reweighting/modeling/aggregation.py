@@ -1,6 +1,6 @@
-"""Step logits of a chain -> one number for the whole answer; higher is better.
+"""Aggregate a chain's step logits into one number for the whole answer; higher is better.
 
-The same function serves the meta loss, best-of-N and evaluation. With a step's score s = sigmoid(z):
+The meta loss, best-of-N and evaluation use the same function. With a step's score s = sigmoid(z):
 
     mean_logit   mean of z            = mean of log(s / (1 - s)): the published code, and the default
     sum_logit    sum of z             the paper (DreamPRM, arXiv 2505.20241)
@@ -10,7 +10,7 @@ The same function serves the meta loss, best-of-N and evaluation. With a step's 
     product      product of s
     last         s of the last step
 
-Every aggregate is returned as a logit, so that `sigmoid(aggregate)` is a probability that the answer is right; for
+Every aggregate is returned as a logit, so that `sigmoid(aggregate)` is the probability that the answer is correct; for
 `mean`, `min`, `max`, `product` and `last` that probability is the named value itself.
 """
 
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+AggregationName = Literal["mean_logit", "sum_logit", "mean", "min", "max", "product", "last"]
 
-def _logit_of_log(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p, safe at both ends."""
+
+def _logit_from_log_probability(log_p: Tensor) -> Tensor:
+    """Compute log(p / (1 - p)) from log p without overflow at p = 0 or p = 1."""
     return log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-7)))
 
 
@@ -37,7 +39,7 @@ def _sum_logit(z: Tensor, mask: Tensor) -> Tensor:
 
 def _mean(z: Tensor, mask: Tensor) -> Tensor:
     log_sum = torch.logsumexp(logsigmoid(z).masked_fill(~mask, -torch.inf), -1)
-    return _logit_of_log(log_sum - mask.sum(-1).log())
+    return _logit_from_log_probability(log_sum - mask.sum(-1).log())
 
 
 def _min(z: Tensor, mask: Tensor) -> Tensor:
@@ -49,15 +51,14 @@ def _max(z: Tensor, mask: Tensor) -> Tensor:
 
 
 def _product(z: Tensor, mask: Tensor) -> Tensor:
-    return _logit_of_log(logsigmoid(z).masked_fill(~mask, 0).sum(-1))
+    return _logit_from_log_probability(logsigmoid(z).masked_fill(~mask, 0).sum(-1))
 
 
 def _last(z: Tensor, mask: Tensor) -> Tensor:
     return z.gather(-1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
 
 
-AggregationName = Literal["mean_logit", "sum_logit", "mean", "min", "max", "product", "last"]
-AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+AGGREGATIONS: dict[AggregationName, Callable[[Tensor, Tensor], Tensor]] = {
     "mean_logit": _mean_logit,
     "sum_logit": _sum_logit,
     "mean": _mean,
@@ -68,10 +69,18 @@ AGGREGATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def aggregate(logits: Tensor, mask: Tensor, name: str = "mean_logit") -> Tensor:
+def aggregate(logits: Tensor, mask: Tensor, name: AggregationName = "mean_logit") -> Tensor:
     """Aggregate the step logits of chains.
 
-    logits: [B, S] float. mask: [B, S] bool, True where a step exists: at least one a row, steps first.
-    Returns [B], the aggregates as logits. Raises KeyError for a name that is not in AGGREGATIONS.
+    Args:
+        logits: step logits [B, S], float.
+        mask: [B, S] bool, True where a step exists; each row has at least one step, and padding comes last.
+        name: an entry of `AGGREGATIONS`.
+
+    Returns:
+        The aggregates as logits, [B].
+
+    Raises:
+        KeyError: `name` is not in `AGGREGATIONS`.
     """
     return AGGREGATIONS[name](logits, mask)

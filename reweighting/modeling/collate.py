@@ -1,8 +1,12 @@
-"""Batches: encoded chains, padded and put together for one pass of the backbone."""
+"""Pad encoded chains into batches for one pass of the backbone.
+
+Notation: B chains in a batch, Q prompts in a batch, T tokens of the longest text, S steps of the longest chain.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +17,15 @@ from reweighting.modeling.tokenization import EncodedChain, Pixels
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the backbone reads in one pass, padded on the right.
+    """Hold what the backbone reads in one pass, padded on the right.
 
-    input_ids, attention_mask, is_image (1 at image tokens): [B, T] int64.
-    images: the model's inputs for all images, one image after the other; empty where there is none.
-    image_features: one [image tokens, …] for each image, in place of its pixels, where they are known; else None.
+    Attributes:
+        input_ids: token ids [B, T], int64.
+        attention_mask: 1 at tokens, 0 at padding, [B, T] int64.
+        is_image: 1 at image tokens, [B, T] int64.
+        images: the model's inputs for all images, concatenated along the first axis; empty without images.
+        image_features: one tensor [image tokens, ...] for each image, if the features are known; they then replace the
+            pixels in `images`.
     """
 
     input_ids: Tensor
@@ -28,23 +36,39 @@ class Tokens:
 
     @classmethod
     def pad(cls, texts: Sequence[Tensor], is_image: Sequence[Tensor], images: Sequence[Pixels] = ()) -> "Tokens":
-        """Put texts and their images together."""
+        """Pad texts to one length and concatenate their images.
+
+        Args:
+            texts: token ids of each text, [T_b] int64.
+            is_image: 1 at the image tokens of each text, [T_b] int64.
+            images: the images in the order in which they stand in the texts.
+
+        Returns:
+            The padded texts, [B, T], with their images.
+        """
         lengths = torch.tensor([len(text) for text in texts])
-        # Padding repeats each text's last token: masked anyway, and never by accident the image token.
+        # Padding repeats each text's last token: it is masked, and it must not be the image token by accident.
         positions = torch.arange(int(lengths.max()))
         padded = [text[positions.clamp(max=len(text) - 1)] for text in texts]
         names = images[0].inputs if images else ()
-        known = bool(images) and images[0].features is not None  # of one tokenizer all are, or none is
+        features = tuple(image.features for image in images if image.features is not None)
         return cls(
-            input_ids=torch.stack(padded),
+            input_ids=torch.stack(padded),  # [B, T]
             attention_mask=(positions < lengths[:, None]).long(),
             is_image=_pad(is_image),
             images={name: torch.cat([image.inputs[name] for image in images]) for name in names},
-            image_features=tuple(image.features for image in images) if known else None,
+            image_features=features or None,  # one tokenizer gives features for all images or for none
         )
 
-    def to(self, device) -> "Tokens":
-        """The same on `device`."""
+    def to(self, device: torch.device | str) -> "Tokens":
+        """Copy the tensors to a device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same tokens on `device`.
+        """
         moved = _moved(self, device)
         moved["images"] = {name: x.to(device, non_blocking=True) for name, x in self.images.items()}
         if self.image_features is not None:
@@ -54,16 +78,19 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Chains of a batch.
+    """Hold a batch of chains.
 
-    tokens: the chains [B, T]; or, where they share prompts, what follows these.
-    prompts [Q, T] and prompt_of [B]: the prompts, and each chain's; None where nothing is shared.
-    step_ends [B, S] int64: position in `tokens` of a step's last token (0 where there is no step); step_mask [B, S]
-    bool: the step exists.
-    targets [B, S] float32 (0 where there is none) and target_mask [B, S] bool: the step has a label.
-    labels [B] float32: 1 / 0 for a right / wrong final answer, NaN if unknown.
-    num_labeled_steps: how many steps have a label, in all processes' shares of a micro-batch together. chains: where
-    all of it comes from.
+    Attributes:
+        tokens: the chains, [B, T]; where chains share prompts, only the text after the prompt.
+        prompts: the distinct prompts, [Q, T]; None where nothing is shared.
+        prompt_of: each chain's index into `prompts`, [B] int64; None where nothing is shared.
+        step_ends: position in `tokens` of each step's last token, [B, S] int64; 0 where there is no step.
+        step_mask: [B, S] bool, True where a step exists.
+        targets: Monte Carlo accuracies, [B, S] float32; 0 where there is none.
+        target_mask: [B, S] bool, True where a step has a target.
+        labels: 1 for a correct final answer, 0 for an incorrect one, NaN if unknown, [B] float32.
+        num_labeled_steps: steps with a target in the whole micro-batch, over all processes.
+        chains: the chains behind the rows.
     """
 
     tokens: Tokens
@@ -77,43 +104,54 @@ class Batch:
     num_labeled_steps: int
     chains: tuple[Chain, ...]
 
-    def to(self, device) -> "Batch":
-        """The same batch on `device`."""
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy the tensors to a device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same batch on `device`.
+        """
         prompts = None if self.prompts is None else self.prompts.to(device)
         return replace(self, tokens=self.tokens.to(device), prompts=prompts, **_moved(self, device))
 
 
 def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Batch:
-    """Put encoded chains, with and without images, into one batch.
+    """Collate encoded chains, with and without images, into one batch.
 
-    share_prompts: the model can go on from a prompt that it has read once, so where a quarter of the prompts or more
-    are repeated, they are put aside.
+    Args:
+        encoded: the chains, at least one.
+        share_prompts: the model can continue several chains from one pass over their prompt. Prompts are then separated
+            if at least a quarter of them are repetitions.
+
+    Returns:
+        The batch, on the CPU.
     """
     chains = [item.chain for item in encoded]
-    number: dict = {}  # prompt -> its place among the different ones
-    prompt_of = [number.setdefault(_prompt_key(item), len(number)) for item in encoded]
+    index_of: dict[Hashable, int] = {}  # distinct prompt -> its index
+    prompt_of = [index_of.setdefault(_prompt_key(item), len(index_of)) for item in encoded]
     prompts = None
-    if share_prompts and 4 * len(number) <= 3 * len(encoded):
-        first = [encoded[prompt_of.index(place)] for place in range(len(number))]
+    if share_prompts and 4 * len(index_of) <= 3 * len(encoded):
+        first = [encoded[prompt_of.index(index)] for index in range(len(index_of))]
         prompts = Tokens.pad(
             [item.input_ids[: item.prompt_length] for item in first],
             [item.is_image[: item.prompt_length] for item in first],
             [item.pixels for item in first if item.pixels is not None],
         )
-    # Where the text begins that this chain has for itself.
-    begins = [0 if prompts is None else item.prompt_length for item in encoded]
+    starts = [0 if prompts is None else item.prompt_length for item in encoded]  # of each chain's own text
     tokens = Tokens.pad(
-        [item.input_ids[begin:] for item, begin in zip(encoded, begins, strict=True)],
-        [item.is_image[begin:] for item, begin in zip(encoded, begins, strict=True)],
+        [item.input_ids[start:] for item, start in zip(encoded, starts, strict=True)],
+        [item.is_image[start:] for item, start in zip(encoded, starts, strict=True)],
         [item.pixels for item in encoded if item.pixels is not None] if prompts is None else (),
     )
-    step_counts = torch.tensor([len(chain.steps) for chain in chains])
+    step_counts = torch.tensor([len(chain.steps) for chain in chains])  # [B]
     targets = _pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
     return Batch(
         tokens=tokens,
         prompts=prompts,
         prompt_of=None if prompts is None else torch.tensor(prompt_of),
-        step_ends=_pad([item.step_ends - begin for item, begin in zip(encoded, begins, strict=True)]),  # [B, S]
+        step_ends=_pad([item.step_ends - start for item, start in zip(encoded, starts, strict=True)]),  # [B, S]
         step_mask=torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
         targets=targets.nan_to_num(nan=0.0),
         target_mask=~targets.isnan(),
@@ -123,18 +161,25 @@ def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Bat
     )
 
 
-def by_length(encoded: Sequence[EncodedChain]) -> list[EncodedChain]:
-    """Chains of like length next to each other, for little padding; those of one prompt stay together."""
-    longest: dict = {}
+def sort_by_length(encoded: Sequence[EncodedChain]) -> list[EncodedChain]:
+    """Sort chains so that neighbors have similar lengths and need little padding.
+
+    Args:
+        encoded: the chains.
+
+    Returns:
+        The chains by the longest chain of their prompt; chains of one prompt stay together.
+    """
+    longest: dict[Hashable, int] = {}
     for item in encoded:
         key = item.chain.prompt
         longest[key] = max(longest.get(key, 0), len(item.input_ids))
-    place = {key: number for number, key in enumerate(longest)}
-    return sorted(encoded, key=lambda item: (longest[item.chain.prompt], place[item.chain.prompt]))
+    order = {key: number for number, key in enumerate(longest)}
+    return sorted(encoded, key=lambda item: (longest[item.chain.prompt], order[item.chain.prompt]))
 
 
-def _prompt_key(item: EncodedChain) -> tuple:
-    """What two chains of one prompt have in common. A chain whose image is no file shares it by identity."""
+def _prompt_key(item: EncodedChain) -> Hashable:
+    """Return what chains of one prompt have in common. An image that is no file is identified by its object."""
     return (item.chain.prompt, id(item.pixels) if item.chain.image is None else None)
 
 
@@ -142,7 +187,7 @@ def _pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
-def _moved(holder, device) -> dict[str, Tensor]:
-    """The tensors among a dataclass's fields, on `device`."""
+def _moved(holder: Tokens | Batch, device: torch.device | str) -> dict[str, Any]:
+    """Copy the tensors among a dataclass's fields to a device."""
     tensors = {field.name: getattr(holder, field.name) for field in fields(holder)}
     return {name: v.to(device, non_blocking=True) for name, v in tensors.items() if isinstance(v, Tensor)}

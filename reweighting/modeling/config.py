@@ -1,59 +1,65 @@
-"""How a reward model is built and what of it is trained: the settings that `prm_config.json` remembers.
+"""Settings of a reward model, as `prm_config.json` keeps them.
 
-    train         trained                                       saved
-    backbone      every weight that is not frozen (float32)     the whole backbone
-    lora, dora    adapters on the language model                the adapters; the base is loaded from where it was
-    head          nothing of the backbone                       the score head; the base is loaded from where it was
+    train         trained                                     saved
+    full          every weight that is not frozen (float32)   the whole backbone
+    lora, dora    adapters on the language model              the adapters; the base is loaded from its own place
+    head          nothing of the backbone                     the score head; the base is loaded from its own place
 
-LoRA is arXiv 2106.09685, DoRA arXiv 2402.09353. The score head is trained in each of them, unless it is `token`.
+LoRA is arXiv 2106.09685, DoRA arXiv 2402.09353. The score head is always trained, except with `score_head="token"`.
 """
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from reweighting.errors import UserError
+from reweighting.modeling.aggregation import AggregationName
+
+TrainMode = Literal["full", "lora", "dora", "head"]
+ScoreHead = Literal["linear", "token", "linear_from_token"]
 
 CONFIG_FILE = "prm_config.json"
-TrainMode = Literal["full", "lora", "dora", "head"]
-TRAIN_MODES = get_args(TrainMode)
-ADAPTERS = ("lora", "dora")
+TRAIN_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
+ADAPTERS: tuple[TrainMode, ...] = ("lora", "dora")
+SCORE_HEADS: tuple[ScoreHead, ...] = get_args(ScoreHead)
 DEFAULT_RANK, DEFAULT_ALPHA = 16, 32.0
-ScoreHead = Literal["linear", "token", "linear_from_token"]
-SCORE_HEADS = get_args(ScoreHead)
-ANSWER_TOKENS = ("+", "-")  # as VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542) have them
+ANSWER_TOKENS = ("+", "-")  # as in VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542)
+RENAMED_KEYS = {"base_4bit": "load_in_4bit", "right_token": "correct_token", "wrong_token": "incorrect_token"}
+RENAMED_MODES = {"backbone": "full"}  # of `train`
 
 
 @dataclass(frozen=True)
 class PRMConfig:
-    """What `prm_config.json` holds, beyond the backbone's own config.
+    """Describe how a reward model is built and what of it is trained.
 
-    backbone:       hub name or folder the training started from; what is not saved is loaded from there.
-    train:          what is trained, one of TRAIN_MODES.
-    aggregation:    how `rank` turns step logits into one number, a name of `aggregation.AGGREGATIONS`.
-    lora_rank:      of the adapters; 0 without adapters.
-    lora_alpha:     the adapters' scale is lora_alpha / lora_rank; None without adapters.
-    freeze_vision:  the vision tower is not trained; it never is but with `backbone`.
-    freeze_projector: nor is the projector between tower and language model. None: as the tower.
-    load_in_4bit:      the language model's linear layers are in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
-    dtype:          of a frozen base; what is trained is always float32.
-    score_head:     one of SCORE_HEADS, see `score_head.py`; correct_token and incorrect_token: the answers that it
-                    starts from, None with `linear`.
-    max_length:     tokens of the longest chain; None: what the backbone takes.
-    max_image_side: larger images are shrunk to this many pixels; None: never.
+    Attributes:
+        backbone: hub name or folder that training started from; whatever is not saved is loaded from there.
+        train: what is trained besides the score head.
+        aggregation: how `rank` turns step logits into one number, a name in `aggregation.AGGREGATIONS`.
+        lora_rank: rank of the adapters; 0 without adapters.
+        lora_alpha: the adapters are scaled by lora_alpha / lora_rank; None without adapters.
+        freeze_vision: keep the vision tower as it is; only `train="full"` can train it.
+        freeze_projector: keep the projector between tower and language model as it is; None: like the tower.
+        load_in_4bit: hold the language model's linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
+        dtype: of a frozen base; whatever is trained is always float32.
+        score_head: see `score_head.py`.
+        correct_token: answer whose logit `score_head` starts from; None with `linear`.
+        incorrect_token: answer whose logit is subtracted from it; None with `linear`.
+        max_length: longest chain in tokens; None: what the backbone takes.
+        max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
     """
 
     backbone: str
-    train: str = "full"
-    aggregation: str = "mean_logit"
+    train: TrainMode = "full"
+    aggregation: AggregationName = "mean_logit"
     lora_rank: int = 0
     lora_alpha: float | None = None
     freeze_vision: bool = False
     freeze_projector: bool | None = None
     load_in_4bit: bool = False
     dtype: str = "float32"
-    score_head: str = "linear"
+    score_head: ScoreHead = "linear"
     correct_token: str | None = None
     incorrect_token: str | None = None
     max_length: int | None = None
@@ -61,31 +67,45 @@ class PRMConfig:
 
     @property
     def adapted(self) -> bool:
-        """Whether the language model has adapters."""
+        """Tell whether the language model has adapters."""
         return self.train in ADAPTERS
 
     @property
     def trains_vision(self) -> bool:
-        """Whether the vision tower is trained."""
+        """Tell whether the vision tower is trained."""
         return self.train == "full" and not self.freeze_vision
 
     @property
     def trains_projector(self) -> bool:
-        """Whether the projector between vision tower and language model is trained."""
+        """Tell whether the projector between vision tower and language model is trained."""
         return self.trains_vision if self.freeze_projector is None else not self.freeze_projector
 
     def save(self, folder: Path) -> None:
-        """Write it into `folder`."""
+        """Write `prm_config.json`.
+
+        Args:
+            folder: an existing folder.
+        """
         (folder / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "PRMConfig":
-        """What `save` wrote, by this version or another: unknown keys are left out. Raises UserError."""
+        """Read `prm_config.json`, as this version, an earlier or a later one wrote it.
+
+        Args:
+            folder: of a saved reward model.
+
+        Returns:
+            The settings. Keys of a later version are left out, names of an earlier one are translated.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise UserError(f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = _translated(json.loads(path.read_text(encoding="utf-8")))
             known = {field.name for field in fields(cls)}
             config = cls(**with_defaults({key: value for key, value in values.items() if key in known}))
             check_settings(config)
@@ -94,9 +114,24 @@ class PRMConfig:
             raise UserError(f"{path} is damaged: {error}") from error
 
 
-def with_defaults(settings: dict) -> dict:
-    """The settings with those filled in that follow from others: a rank alone means LoRA, adapters without a rank or
-    a scale get them, and a head that reads answers gets their tokens."""
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """Rename the keys and values that earlier versions wrote."""
+    values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    if "train" in values:
+        values["train"] = RENAMED_MODES.get(values["train"], values["train"])
+    return values
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the settings that follow from others.
+
+    Args:
+        settings: some attributes of a `PRMConfig`, or a command's flags.
+
+    Returns:
+        The settings, where `train` without a value is `lora` if there is a rank and `full` otherwise, adapters have a
+        rank and a scale, and a head that reads answers has their tokens.
+    """
     settings = dict(settings)
     if settings.get("train") is None:
         settings["train"] = "lora" if settings.get("lora_rank") else "full"
@@ -109,9 +144,17 @@ def with_defaults(settings: dict) -> dict:
     return settings
 
 
-def check_settings(settings) -> None:
-    """Raise UserError for settings that contradict each other; `settings` has the attributes of a PRMConfig."""
-    for name, allowed in (("train", TRAIN_MODES), ("score_head", SCORE_HEADS)):
+def check_settings(settings: Any) -> None:
+    """Check that settings do not contradict each other.
+
+    Args:
+        settings: a `PRMConfig`, or a command's flags, which have the same attributes.
+
+    Raises:
+        UserError: they do.
+    """
+    choices: tuple[tuple[str, tuple[str, ...]], ...] = (("train", TRAIN_MODES), ("score_head", SCORE_HEADS))
+    for name, allowed in choices:
         if getattr(settings, name) not in allowed:
             raise UserError(f"--{name}: found {getattr(settings, name)}, allowed: {', '.join(allowed)}")
     train, score_head = settings.train, settings.score_head
@@ -122,8 +165,8 @@ def check_settings(settings) -> None:
     if settings.load_in_4bit and train == "full":
         raise UserError("--load_in_4bit: 4-bit weights cannot be trained: use --train lora, dora or head")
     if score_head == "token" and train == "head":
-        raise UserError("--score_head token reads the score off what the backbone says, so that with --train head "
-                        "nothing is trained: use --score_head linear_from_token")  # fmt: skip
+        raise UserError("--score_head token has no trained weights of its own, so that with --train head nothing is "
+                        "trained: use --score_head linear_from_token")  # fmt: skip
     for name in ("correct_token", "incorrect_token"):
         if score_head == "linear" and getattr(settings, name) is not None:
             raise UserError(f"--{name} does nothing with --score_head linear: use token or linear_from_token")

@@ -1,13 +1,13 @@
 """The score head: from the backbone's last hidden state h [D] at a step's last token to the step's logit.
 
-    linear              w · h + b from a small random start
-    token               (W[right] - W[wrong]) · h, with W the generating model's output embedding: how much sooner it
-                        would go on with the one answer than with the other (VisualPRM, arXiv 2503.10291, and
-                        DreamPRM-1.5, arXiv 2509.05542, score so)
-    linear_from_token   w · h + b from that difference and 0
+    linear              w · h + b, randomly initialized
+    token               (W[correct] - W[incorrect]) · h, where W is the output embedding of the generating model: the
+                        logit difference of the two answers (as in VisualPRM, arXiv 2503.10291, and DreamPRM-1.5,
+                        arXiv 2509.05542)
+    linear_from_token   w · h + b, initialized to that difference and 0
 
-Each is one nn.Linear(D, 1). That of `token` stays what it was: the backbone learns to answer, and where its input
-embedding is tied to W, training the one leaves the head alone, so that a score is a function of what is saved.
+Each is one nn.Linear(D, 1). The head of `token` is frozen, and it is a copy: where the input embedding is tied to W,
+training the embedding leaves the head as it is, so that scores depend only on what is saved.
 """
 
 import json
@@ -17,16 +17,24 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from reweighting.errors import UserError
 from reweighting.modeling.config import PRMConfig
 
-OUTPUT_EMBEDDING = "lm_head.weight"  # its name in a checkpoint, behind any prefix
+OUTPUT_EMBEDDING = "lm_head.weight"  # its name in a checkpoint, after any prefix
 
 
 def random_head(hidden_size: int) -> nn.Linear:
-    """A linear head that starts close to a score of one half; drawn from torch's global generator."""
+    """Make a linear head whose first scores are close to one half, drawn from torch's global generator.
+
+    Args:
+        hidden_size: D, the width of the backbone's hidden states.
+
+    Returns:
+        A linear layer from [..., D] to [..., 1].
+    """
     head = nn.Linear(hidden_size, 1)
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
@@ -34,29 +42,38 @@ def random_head(hidden_size: int) -> nn.Linear:
 
 
 @torch.no_grad()
-def start_from_tokens(head: nn.Linear, config: PRMConfig, backbone: nn.Module, tokenizer) -> None:
+def initialize_from_tokens(
+    head: nn.Linear, config: PRMConfig, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Set a head to the logit difference of the configured answers.
 
-    backbone: the loaded model without LM head, before adapters. Raises UserError if an answer is not one token, or the
-    backbone has no output embedding.
+    Args:
+        head: the head to change in place, from D to 1.
+        config: names the answers (`correct_token`, `incorrect_token`) and the backbone's checkpoint.
+        backbone: the loaded model without LM head, before adapters are added.
+        tokenizer: the backbone's.
+
+    Raises:
+        UserError: an answer is not exactly one token, or the backbone has no output embedding.
     """
     ids = [_token_id(tokenizer, name, getattr(config, name)) for name in ("correct_token", "incorrect_token")]
     if ids[0] == ids[1]:
         raise UserError(f"--correct_token and --incorrect_token are the same: {config.correct_token!r}")
-    right, wrong = _output_rows(config.backbone, backbone, ids).float()
-    head.weight.copy_((right - wrong)[None])
+    correct, incorrect = _output_rows(config.backbone, backbone, ids).float()
+    head.weight.copy_((correct - incorrect)[None])
     head.bias.zero_()
 
 
-def _token_id(tokenizer, name: str, text: str) -> int:
+def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
+    """Return the id of an answer. Raises UserError if it is not exactly one token."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise UserError(f"--{name} {text!r}: this tokenizer makes {len(ids)} tokens of it; an answer must be one token")
+        raise UserError(f"--{name} {text!r}: this tokenizer splits it into {len(ids)} tokens, an answer must be one")
     return ids[0]
 
 
-def _output_rows(name: str, backbone: nn.Module, ids: Sequence[int]) -> Tensor:
-    """Rows [len(ids), D] of the output embedding. Only they are read: the whole may take gigabytes."""
+def _output_rows(name: str, backbone: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """Read rows [len(ids), D] of the output embedding, and only these: the whole may take gigabytes."""
     place = _find_tensor(name, OUTPUT_EMBEDDING)
     if place is not None:
         with safe_open(place[0], framework="pt") as file:
@@ -71,7 +88,7 @@ def _output_rows(name: str, backbone: nn.Module, ids: Sequence[int]) -> Tensor:
 
 
 def _find_tensor(name: str, ending: str) -> tuple[str, str] | None:
-    """File and name of the tensor whose name has this ending, in a model's safetensors files; None if there is none."""
+    """Find the tensor whose name has this ending in a model's safetensors files: (file, tensor name), or None."""
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is not None:
         for key, file in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():

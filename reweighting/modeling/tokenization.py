@@ -1,52 +1,67 @@
-"""From chains to what the model reads: tokens and pixels, then padded batches.
+"""Tokenize chains: from questions, steps and images to token ids and pixels.
 
-Each step is tokenised on its own: its tokens never depend on what follows, and one pass over a chain equals one pass
-for each prefix. So chains of one question may also share the pass over their prompt, the image and the question.
+Each step is tokenized on its own, so that its tokens never depend on the text after it, and one pass over a chain
+equals one pass for each prefix. For the same reason chains of one question can share the pass over image and question.
 
-Notation:
-    B  chains in a batch             T  tokens of the longest text
-    S  steps of the longest chain    Q  prompts in a batch, where chains share them
+Notation: T tokens of a chain, S steps of a chain.
 """
 
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from reweighting.data.chains import Chain
 from reweighting.data.images import open_image, shrunk_size
 from reweighting.errors import UserError
 from reweighting.modeling.families import family_of
 
-REMEMBERED_SIZES = 2**16  # of images: rows with one image mostly stand together
-QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: they stand in no chat template
+CACHED_SIZES = 2**16  # of images; rows with the same image are usually neighbors
+QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: no chat template contains them
+
+Placeholder = tuple[str, int]  # see `Family.placeholder`
+ChainTokens = tuple[Tensor, Tensor, Tensor, int]  # input_ids, is_image, step_ends, prompt_length of an EncodedChain
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """A processed image: the model's `inputs` for it; or, once the model's vision tower has seen it, its `features`
-    [image tokens, …] and those inputs that are wanted beside them. `placeholder`: what stands for it in the prompt, as
-    `Family.placeholder` says it."""
+    """Hold a processed image.
 
-    placeholder: tuple[str, int]
+    Attributes:
+        placeholder: what stands for the image in the prompt, from `Family.placeholder`.
+        inputs: the model's inputs for the image; with `features`, only those that the model needs besides these.
+        features: output of the vision tower and the projector, [image tokens, ...], if it is known.
+    """
+
+    placeholder: Placeholder
     inputs: dict[str, Tensor]
     features: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes."""
+        """Count the bytes of the tensors."""
         tensors = list(self.inputs.values()) if self.features is None else [*self.inputs.values(), self.features]
         return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclass(frozen=True)
 class EncodedChain:
-    """A chain as tokens: `input_ids` [T], `is_image` [T] (1 at image tokens), `step_ends` [S] (position of each step's
-    last token), all int64; the first `prompt_length` tokens are the prompt, the rest are the steps."""
+    """Hold a chain as tokens.
+
+    Attributes:
+        chain: the chain.
+        input_ids: token ids, [T] int64.
+        is_image: 1 at image tokens, [T] int64.
+        step_ends: position of each step's last token, [S] int64.
+        prompt_length: tokens of the prompt, which comes first; the rest are the steps.
+        pixels: the image, or None.
+    """
 
     chain: Chain
     input_ids: Tensor
@@ -57,80 +72,160 @@ class EncodedChain:
 
 
 class ChainTokenizer:
-    """Chains -> tokens and pixels, as the backbone's family wants them.
+    """Turn chains into tokens and pixels, in the form that the backbone's family takes.
 
     Args:
-        tokenizer, image_processor: of the backbone, from AutoTokenizer and AutoImageProcessor.
+        tokenizer: the backbone's.
+        image_processor: the backbone's, a transformers image processor.
         config: the backbone's; gives the family and the default of `max_length`.
-        max_length: tokens the model takes; a longer chain is a UserError, nothing is ever cut.
+        max_length: longest chain in tokens; a longer one is a UserError, nothing is ever truncated.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
-        cache_bytes: memory for processed images and tokens, for later epochs; the last image is always remembered.
+        cache_bytes: memory for processed images and tokens, for later epochs; the last image is always kept.
 
-    family: what differs between kinds of models. see: what makes an image's features of its Pixels, where the vision
-    tower never changes; they are then remembered in place of the pixels. None where the model sees them anew each time.
+    Attributes:
+        family: what differs between kinds of models.
+        encode_image: computes an image's features from its pixels, if the vision tower never changes; the features are
+            then cached in place of the pixels. None: the model computes them in each pass.
+
+    Raises:
+        UserError: tokenizer or chat template cannot be used with images and questions.
     """
 
-    def __init__(self, tokenizer, image_processor, config, *, max_length=None, max_image_side=None, cache_bytes=2**30):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Any,
+        config: PreTrainedConfig,
+        *,
+        max_length: int | None = None,
+        max_image_side: int | None = None,
+        cache_bytes: int = 2**30,
+    ):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.family = family = family_of(config)(config, tokenizer, image_processor)
-        self.max_length = max_length or config.get_text_config().max_position_embeddings
+        self.max_length: int = max_length or config.get_text_config().max_position_embeddings
         self.max_image_side = max_image_side
         if family.image_token is None or family.image_token_id in self._tokenize([family.image_token])[0]:
             raise UserError(f"this tokenizer cannot read {family.image_token!r} in a question as plain text.")
         self.around_image, self.around_text = self._template(True), self._template(False)
-        self._prompts: dict[str, tuple[list[int], list[int]]] = {}  # what stands for an image -> tokens around it
-        self._cache: dict = {}  # image path -> Pixels; (question, steps, placeholder) -> token tensors
+        self._prompts: dict[str, tuple[list[int], list[int]]] = {}  # a placeholder's text -> tokens around the question
+        self._images: dict[str, Pixels] = {}
+        self._tokens: dict[tuple[str, tuple[str, ...], Placeholder | None], ChainTokens] = {}
         self._cache_bytes_left = cache_bytes
         self._last_image: dict[str, Pixels] = {}
-        self._placeholders: dict[Path, tuple[str, int]] = {}
+        self._placeholders: dict[Path, Placeholder] = {}
         self.encode_image: Callable[[Pixels], Tensor] | None = None
 
-    def with_image_encoder(self, see: Callable[[Pixels], Tensor]) -> "ChainTokenizer":
-        """The same tokenizer for a vision tower that does not change meanwhile, remembering the last image only."""
+    def with_image_encoder(self, encode_image: Callable[[Pixels], Tensor] | None) -> "ChainTokenizer":
+        """Copy the tokenizer for a time in which the vision tower does not change.
+
+        Args:
+            encode_image: see the attribute.
+
+        Returns:
+            A copy that caches the last image only.
+        """
         other = copy(self)
-        other._cache, other._cache_bytes_left, other._last_image, other.encode_image = {}, 0, {}, see
+        other._images, other._tokens, other._last_image, other._cache_bytes_left = {}, {}, {}, 0
+        other.encode_image = encode_image
         return other
 
     def with_features(self, pixels: Pixels) -> Pixels:
-        """The image as the model wants it: its features where `see` makes them."""
+        """Replace pixels by features, if this tokenizer computes them.
+
+        Args:
+            pixels: a processed image.
+
+        Returns:
+            The image in the form that `encode` should give to the model.
+        """
         if self.encode_image is None or pixels.features is not None:
             return pixels
         kept = {name: pixels.inputs[name] for name in self.family.kept_inputs}
         return Pixels(pixels.placeholder, kept, self.encode_image(pixels))
 
     def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
-        """Tokens of a chain: the chat template's user turn, then the steps, one a line, piece by piece.
+        """Tokenize a chain: the chat template's user turn, then the steps, one a line, each on its own.
 
-        `pixels` stands in for `chain.image` where the image is no file. Raises UserError (naming the rows)
-        if the image cannot be read or the chain is longer than `max_length` tokens.
+        Args:
+            chain: the chain.
+            pixels: replaces `chain.image` if the image is not a file.
+
+        Returns:
+            The tokens and the image.
+
+        Raises:
+            UserError: the image cannot be read, or the chain is longer than `max_length`; names the rows.
         """
         try:
             if pixels is None and chain.image is not None:
                 pixels = self.read_image(chain.image)
-            tokens = self._tokens(chain, pixels and pixels.placeholder)
+            tokens = self._cached_tokens(chain, pixels and pixels.placeholder)
         except UserError as error:
             raise type(error)(f"{chain.source_location}: {error}") from error
         return EncodedChain(chain, *tokens, pixels)
 
     def check(self, chain: Chain) -> None:
-        """Raise the UserError of `encode` for a chain that is too long, or an image of an impossible shape.
+        """Check that `encode` will not fail for a chain.
 
-        Reads no more of the image than its size, and tokenises no text so short that it must fit, so that a million
-        rows can be checked before training.
+        Reads only the image's size, and does not tokenize texts that are short enough to fit in any case, so that a
+        million rows can be checked before training.
+
+        Args:
+            chain: the chain; its image file has been checked already.
+
+        Raises:
+            UserError: the chain is too long, or the image has an impossible shape; names the rows.
         """
         try:
-            placeholder = chain.image and self._placeholder(chain.image)
-            before, after, times = self._prompt(placeholder)
+            placeholder = None if chain.image is None else self._placeholder(chain.image)
+            before, after, times = self._prompt_tokens(placeholder)
             image = (times - 1) * before.count(self.family.image_token_id)
-            # A token stands for a byte of text at least; a tokenizer may put one more before each piece.
+            # A token stands for at least one byte of text; a tokenizer may add one token before each piece.
             text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
             if len(before) + image + len(after) + text > self.max_length:
-                self._tokens(chain, placeholder)
+                self._cached_tokens(chain, placeholder)
         except UserError as error:
             raise UserError(f"{chain.source_location}: {error}") from error
 
-    def _placeholder(self, image: Path) -> tuple[str, int]:
-        """What stands for an image file in the prompt, upright or lying on its side."""
+    def read_image(self, image: Path | str | Image.Image) -> Pixels:
+        """Open and process an image; files are cached.
+
+        Args:
+            image: a file, or an image in memory.
+
+        Returns:
+            The processed image.
+
+        Raises:
+            UserError: it cannot be read, or the family cannot read its shape.
+        """
+        key = None if isinstance(image, Image.Image) else str(image)
+        if key is not None and (cached := self._images.get(key) or self._last_image.get(key)):
+            return cached
+        try:
+            opened = open_image(image, self.max_image_side)
+            pixels = Pixels(self.family.placeholder(opened.height, opened.width), self.family.process(opened))
+        except ValueError as error:  # for example an image 200 times as wide as it is high
+            raise UserError(f"cannot use the image {image}: {error}") from error
+        pixels = self.with_features(pixels)
+        if key is not None:
+            if self._has_room(pixels.nbytes):
+                self._images[key] = pixels
+            self._last_image = {key: pixels}
+        return pixels
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write tokenizer and image processor in Hugging Face's layout.
+
+        Args:
+            folder: where to.
+        """
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def _placeholder(self, image: Path) -> Placeholder:
+        """Return what stands for an image file in the prompt. Reads only the file's header."""
         if image not in self._placeholders:
             try:
                 with Image.open(image) as opened:
@@ -138,91 +233,74 @@ class ChainTokenizer:
                 placeholder = self.family.placeholder(height, width)
             except Exception as error:  # as in `open_image`
                 raise UserError(f"cannot use the image {image}: {error}") from error
-            if len(self._placeholders) >= REMEMBERED_SIZES:
+            if len(self._placeholders) >= CACHED_SIZES:
                 self._placeholders.clear()
             self._placeholders[image] = placeholder
         return self._placeholders[image]
 
-    def _tokens(self, chain: Chain, placeholder: tuple[str, int] | None) -> tuple[Tensor, Tensor, Tensor, int]:
-        """What `_join` gives, remembered."""
-        key = (chain.question, chain.steps, placeholder)
-        tokens = self._cache.get(key)
-        if tokens is None:
-            tokens = self._join(*key)
-            self._remember(key, tokens, sum(tensor.nbytes for tensor in tokens[:-1]))
-        return tokens
-
-    def read_image(self, image: Path | str | Image.Image) -> Pixels:
-        """Open and process one image. Files are remembered. Raises UserError if it cannot be read."""
-        key = None if isinstance(image, Image.Image) else str(image)
-        if known := self._cache.get(key) or self._last_image.get(key):
-            return known
-        try:
-            opened = open_image(image, self.max_image_side)
-            pixels = Pixels(self.family.placeholder(opened.height, opened.width), self.family.process(opened))
-        except ValueError as error:  # for one, an image 200 times as wide as it is high
-            raise UserError(f"cannot use the image {image}: {error}") from error
-        pixels = self.with_features(pixels)
-        if key is not None:
-            self._remember(key, pixels, pixels.nbytes)
-            self._last_image = {key: pixels}
-        return pixels
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write tokenizer and image processor into `folder`, in Hugging Face's layout."""
-        self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
-
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of users' texts: `<|image_pad|>` in a question is eleven characters, not a special token."""
+        """Tokenize users' texts: `<|image_pad|>` in a question is eleven characters, not a special token."""
         encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return encoding["input_ids"]
 
-    def _prompt(self, placeholder: tuple[str, int] | None) -> tuple[list[int], list[int], int]:
-        """Tokens before and after the question, with this in the image's place (None: without an image), and how many
-        each image token among them stands for."""
+    def _prompt_tokens(self, placeholder: Placeholder | None) -> tuple[list[int], list[int], int]:
+        """Return the tokens before and after the question, and how many tokens each image token there stands for."""
         text, times = placeholder or ("", 1)
         if text not in self._prompts:
-            # The template's own pieces and the placeholder are the only text in which special tokens count as such.
+            # Special tokens count as such only in the template's own text and in the placeholder.
             pieces = self.around_text if placeholder is None else self.around_image
-            pieces = [piece.replace(self.family.template_token, text) for piece in pieces]
-            encode = self.tokenizer.encode
-            before, after = (encode(piece, add_special_tokens=False, split_special_tokens=False) for piece in pieces)
+            before, after = (
+                self.tokenizer.encode(
+                    piece.replace(self.family.template_token, text),
+                    add_special_tokens=False,
+                    split_special_tokens=False,
+                )
+                for piece in pieces
+            )
             self._prompts[text] = before, after
         return *self._prompts[text], times
 
-    def _join(
-        self, question: str, steps: Sequence[str], placeholder: tuple[str, int] | None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """input_ids, is_image, step_ends and prompt_length of EncodedChain. Raises UserError if they are too many."""
-        before, after, times = self._prompt(placeholder)
+    def _cached_tokens(self, chain: Chain, placeholder: Placeholder | None) -> ChainTokens:
+        """Return what `_chain_tokens` gives, from the cache if it is there."""
+        key = (chain.question, chain.steps, placeholder)
+        tokens = self._tokens.get(key)
+        if tokens is None:
+            tokens = self._chain_tokens(*key)
+            if self._has_room(sum(tensor.nbytes for tensor in tokens[:3])):
+                self._tokens[key] = tokens
+        return tokens
+
+    def _chain_tokens(self, question: str, steps: Sequence[str], placeholder: Placeholder | None) -> ChainTokens:
+        """Concatenate prompt and steps. Raises UserError if the result is longer than `max_length`."""
+        before, after, times = self._prompt_tokens(placeholder)
         image = self.family.image_token_id
         before = [token for token in before for _ in range(times if token == image else 1)]
-        # The newline goes before a step, so that a score is read at the last word of the step itself.
+        # The newline comes before a step, so that a score is read at the last word of the step itself.
         pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
         question_ids, *steps_ids = self._tokenize([question, *pieces])
-        ids, step_ends = before + question_ids + after, []
+        ids, step_ends = [*before, *question_ids, *after], []
         prompt_length = len(ids)
         for step_ids in steps_ids:
-            ids = ids + step_ids
+            ids.extend(step_ids)
             step_ends.append(len(ids) - 1)
         if len(ids) > self.max_length:
             raise UserError(
                 f"{len(ids)} tokens, but the model takes {self.max_length} ({before.count(image)} of them are the "
                 "image's: a smaller max_image_side saves some). Shorten the text or leave the row out."
             )
-        input_ids = torch.tensor(ids)
+        input_ids = torch.tensor(ids)  # [T]
         return input_ids, (input_ids == image).long(), torch.tensor(step_ends), prompt_length
 
-    def _remember(self, key, value, size: int) -> None:
-        # When full, keep what is there: epochs visit everything once, so throwing out the oldest would
-        # throw out each thing just before its next use.
-        if size <= self._cache_bytes_left:
-            self._cache_bytes_left -= size
-            self._cache[key] = value
+    def _has_room(self, size: int) -> bool:
+        """Reserve bytes of the cache. A full cache keeps what it has: epochs visit everything once, so evicting the
+        oldest entry would evict each one just before its next use."""
+        if size > self._cache_bytes_left:
+            return False
+        self._cache_bytes_left -= size
+        return True
 
     def _template(self, with_image: bool) -> tuple[str, str]:
-        """The prompt before and after the question, from the chat template or, without one, in a plain form."""
+        """Return the prompt before and after the question, from the chat template or, without one, in a plain form."""
         token = self.family.template_token
         image = (self.family.plain_image or token) if with_image else ""
         text = f"User: {image}{QUESTION_SLOT}\nAssistant: "

@@ -7,7 +7,7 @@ from reweighting.config.training import TrainingConfig
 from reweighting.data.samplers import ChainSampler, QuestionSampler, WindowSampler, small_batches
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
-from reweighting.modeling.collate import Batch, by_length
+from reweighting.modeling.collate import Batch, sort_by_length
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.build import micro_batches_per_step
 from reweighting.training.run_data import RunData
@@ -54,7 +54,7 @@ class BatchSource:
     def meta(self, model: ProcessRewardModel, update: int) -> list[Batch]:
         """This process's share of the answers of an update of the weights, as batches of like length."""
         drawn, encode = self.meta_sampler.draw(update), model.chain_tokenizer.encode
-        encoded = by_length([encode(self.data.meta[index]) for index in collectives.local_slice(drawn)])
+        encoded = sort_by_length([encode(self.data.meta[index]) for index in collectives.local_slice(drawn)])
         return [model.collate(part) for part in small_batches(encoded, len(drawn), self.batch_size)]
 
 

@@ -37,17 +37,17 @@ class Validation:
     def score_share(self) -> list:
         """The scores of this process's share of the rows; of a model that is cut into parts, which scores them all at
         once, of all rows. Raises UnreadableImage if one cannot be read and the others can wait for it."""
-        rows = collectives.local_slice(self.rows) if self.model.is_whole else self.rows
+        rows = collectives.local_slice(self.rows) if self.model.holds_full_parameters else self.rows
         try:
             with autocast(self.device, self.precision):
                 return score_candidates(self.model, rows, self.batch_size, self.name)
         except UnreadableImage as error:
-            if not self.model.is_whole:  # the others wait inside the model: this process cannot try again
+            if not self.model.holds_full_parameters:  # the others wait inside the model: this process cannot try again
                 raise UserError(str(error)) from error
             raise
 
     def accuracy(self, scored: list) -> float:
         """The share of rows whose best-scored candidate is right, from what `score_share` gave in each process."""
-        if self.model.is_whole:
+        if self.model.holds_full_parameters:
             scored = [row for share in collectives.all_gather_object(scored) for row in share]
         return best_of_n_accuracy(scored, self.right, max(map(len, self.right)))

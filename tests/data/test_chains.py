@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from reweighting.data.chains import Chain, candidate_chains, meta_chains, split_response, split_steps, training_chains
 from reweighting.data.images import open_image
 from reweighting.errors import UserError
-from reweighting.modeling.collate import by_length, collate
+from reweighting.modeling.collate import collate, sort_by_length
 from reweighting.modeling.tokenization import ChainTokenizer
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
@@ -373,7 +373,7 @@ def test_chains_of_one_prompt_stay_together_when_sorted_by_length():
     tokenizer = chain_tokenizer()
     texts = [("A", "x" * 9), ("B", "x"), ("A", "x"), ("C", "x" * 5), ("B", "x" * 6)]
     encoded = [tokenizer.encode(Chain(question, (text,))) for question, text in texts]
-    assert [item.chain.question for item in by_length(encoded)] == ["C", "B", "B", "A", "A"]
+    assert [item.chain.question for item in sort_by_length(encoded)] == ["C", "B", "B", "A", "A"]
 
 
 @pytest.mark.parametrize("size", [(300, 200), (57, 1000), (20, 30), (4000, 20), (112, 112)])

@@ -99,8 +99,8 @@ def test_a_backbone_without_an_output_embedding():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"correct_token": "Yes"}, "--correct_token 'Yes': this tokenizer makes 3 tokens of it"),
-        ({"incorrect_token": ""}, "--incorrect_token '': this tokenizer makes 0 tokens"),
+        ({"correct_token": "Yes"}, "--correct_token 'Yes': this tokenizer splits it into 3 tokens"),
+        ({"incorrect_token": ""}, "--incorrect_token '': this tokenizer splits it into 0 tokens"),
         ({"correct_token": "-"}, "are the same: '-'"),
     ],
 )

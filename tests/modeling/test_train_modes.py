@@ -230,7 +230,7 @@ def test_attention_backends_agree_and_eager_has_every_derivative(chains):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train": "all"}, "--train: found all, allowed: backbone, lora, dora, head"),
+        ({"train": "all"}, "--train: found all, allowed: full, lora, dora, head"),
         ({"score_head": "mlp"}, "--score_head: found mlp"),
         ({"train": "head", "lora_rank": 2}, "--lora_rank does nothing with --train head"),
         ({"train": "head", "freeze_projector": False}, "leave out --no_freeze_projector"),
@@ -280,7 +280,7 @@ def test_a_projector_that_is_missing_or_of_another_base(tmp_path):
         tensors.pop(merger()[0], None)
         if damage:
             save_file(tensors | {damage: torch.zeros(1)}, path)
-            message = "a file of the saved reward model is damaged: .*is not of this base"
+            message = "a file of the saved reward model is damaged: .*does not fit the base"
         else:
             path.unlink()
             message = "projector.safetensors is missing"
@@ -297,8 +297,15 @@ def test_a_projector_that_is_missing_or_of_another_base(tmp_path):
         ),
         ({"lora_rank": 0, "freeze_vision": True, "later": 1}, {"train": "full", "freeze_vision": True}),
         ({"train": "dora", "lora_rank": 4}, {"train": "dora", "lora_rank": 4, "lora_alpha": 32}),
+        ({"train": "backbone", "freeze_vision": True}, {"train": "full", "freeze_vision": True}),
+        (
+            {"train": "head", "base_4bit": True, "score_head": "linear_from_token", "right_token": "Y",
+             "wrong_token": "N"},
+            {"train": "head", "load_in_4bit": True, "score_head": "linear_from_token", "correct_token": "Y",
+             "incorrect_token": "N"},
+        ),
     ],
-)
+)  # fmt: skip
 def test_configs_of_earlier_and_later_versions(tmp_path, old, new):
     (tmp_path / "prm_config.json").write_text(json.dumps({"backbone": "b", **old}))
     config = PRMConfig.read(tmp_path)

@@ -107,7 +107,7 @@ def forget_images(monkeypatch, vanish) -> None:
     def build_engine(*args):
         engine = original(*args)
         tokenizer = engine.lower.module.chain_tokenizer
-        tokenizer._cache, tokenizer._cache_bytes_left, tokenizer._last_image = {}, 0, {}
+        tokenizer._images, tokenizer._tokens, tokenizer._last_image, tokenizer._cache_bytes_left = {}, {}, {}, 0
         vanish(tokenizer)
         return engine
 

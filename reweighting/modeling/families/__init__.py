@@ -1,9 +1,11 @@
-"""Families of vision-language models: a small adapter each for what truly differs between them.
+"""Families of vision-language models: one small class each for what differs between them.
 
-A family is chosen by the backbone's `config.model_type`. To add one: write a subclass of `base.Family` in a module of
-its own here, put it into `FAMILIES`, give `tests/tiny_families.py` a builder of a small random model of it, and add
-its row to the matrix in the README; `tests/modeling/test_families.py` then asks of it what it asks of all.
+The backbone's `config.model_type` selects the family. To add one: write a subclass of `base.Family` in a new module
+here, add it to `FAMILIES`, add a builder of a small random model to `tests/tiny_families.py`, and add its row to the
+table of models in the documentation; the tests in `tests/modeling/test_families.py` then run for it too.
 """
+
+from transformers import PreTrainedConfig
 
 from reweighting.errors import UserError
 from reweighting.modeling.families.base import Family, parameters_of
@@ -22,11 +24,21 @@ FAMILIES: dict[str, type[Family]] = {
 __all__ = ["FAMILIES", "Family", "family_of", "parameters_of"]
 
 
-def family_of(config) -> type[Family]:
-    """The family of a backbone with this config. Raises UserError if there is none."""
+def family_of(config: PreTrainedConfig) -> type[Family]:
+    """Find the family of a backbone.
+
+    Args:
+        config: the backbone's.
+
+    Returns:
+        The family's class.
+
+    Raises:
+        UserError: no family here knows this kind of model.
+    """
     if config.model_type not in FAMILIES:
         raise UserError(
-            f"a {config.model_type} model is of no family that is known here ({', '.join(FAMILIES)}); "
-            "reweighting/families/__init__.py says how to add one."
+            f"{config.model_type} models are not supported (supported: {', '.join(FAMILIES)}); "
+            "reweighting/modeling/families/__init__.py explains how to add a family."
         )
     return FAMILIES[config.model_type]

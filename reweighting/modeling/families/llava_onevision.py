@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: the image whole, then in tiles of a grid that suits its shape, each row ended by a newline."""
+"""LLaVA-OneVision: the whole image, then tiles of a grid that fits its shape, with a newline token after each row."""
 
 import math
 
@@ -11,7 +11,7 @@ from reweighting.modeling.families.base import Family
 
 
 class LlavaOnevision(Family):
-    """The tiles' tokens are cut back to the image's shape, so their number depends on its size."""
+    """Define LLaVA-OneVision. The tiles' tokens are cropped to the image's shape: their number depends on its size."""
 
     model_types = ("llava_onevision",)
     vision_modules = ("vision_tower",)
@@ -19,7 +19,7 @@ class LlavaOnevision(Family):
     image_inputs = ("pixel_values", "image_sizes")
 
     def placeholder(self, height: int, width: int) -> tuple[str, int]:
-        """As the model's own `pack_image_features` counts."""
+        """See `Family.placeholder`; counts like the model's own `pack_image_features`."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         rows, columns = get_anyres_image_grid_shape(
@@ -34,5 +34,6 @@ class LlavaOnevision(Family):
         return self.image_token, side**2 + rows * (columns + 1)
 
     def process(self, image: Image.Image) -> dict[str, Tensor]:
+        """See `Family.process`."""
         inputs = super().process(image)
         return {**inputs, "pixel_values": inputs["pixel_values"][0]}  # [tiles, 3, height, width]

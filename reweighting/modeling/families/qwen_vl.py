@@ -1,16 +1,18 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: an image of any size is a grid of patches, merged 2 x 2 into tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from reweighting.modeling.families.base import Family
 
 
 class QwenVL(Family):
-    """Positions have three axes (M-RoPE), and an image's depend on its grid."""
+    """Define Qwen2-VL and Qwen2.5-VL. Positions have three axes (M-RoPE); an image's depend on its grid of patches."""
 
     model_types = ("qwen2_vl", "qwen2_5_vl")
     vision_modules = ("visual",)
@@ -21,27 +23,30 @@ class QwenVL(Family):
     token_types = "mm_token_type_ids"
 
     def placeholder(self, height: int, width: int) -> tuple[str, int]:
+        """See `Family.placeholder`."""
         patches = self.image_processor.get_number_of_image_patches(height, width)
         return self.image_token, patches // self.image_processor.merge_size**2
 
-    def position_ids(self, backbone: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
-        """[3, B, T]: time, height and width, which differ where there is an image."""
+    def position_ids(self, backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+        """See `Family.position_ids`; [3, B, T] are time, height and width, which differ inside an image."""
         names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
         return backbone.get_rope_index(**{n: inputs[n] for n in names})[0] if "image_grid_thw" in inputs else None
 
 
 class Qwen3VL(QwenVL):
-    """Its first decoder layers also get what the middle of the vision tower says (deepstack): an image's features are
-    those of the last layer and of these, side by side."""
+    """Define Qwen3-VL. Its first decoder layers also take features from inside the vision tower (deepstack): an image's
+    features are those of the last layer and of these layers, side by side."""
 
     model_types = ("qwen3_vl",)
     projector_modules = ("visual.merger", "visual.deepstack_merger_list")
 
-    def encode_image(self, backbone: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    def encode_image(self, backbone: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+        """See `Family.encode_image`; returns [image tokens, D * (1 + deepstack layers)]."""
         found = backbone.get_image_features(**inputs, return_dict=True)
         return torch.cat([torch.cat(layer) for layer in (found.pooler_output, *found.deepstack_features)], dim=-1)
 
     def pack_features(self, features: Sequence[Tensor]) -> BaseModelOutputWithDeepstackFeatures:
+        """See `Family.pack_features`."""
         width = self.config.get_text_config().hidden_size
         last, *deepstack = zip(*(image.split(width, dim=-1) for image in features), strict=True)
         return BaseModelOutputWithDeepstackFeatures(pooler_output=last, deepstack_features=deepstack)
