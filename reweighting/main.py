@@ -31,7 +31,7 @@ from reweighting.bilevel.domain_weights import DomainWeights
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import TrainingConfig, parse_training_config
 from reweighting.devices import choose_device, choose_precision
-from reweighting.distributed.collectives import process_group
+from reweighting.distributed.collectives import check_same_on_all_ranks, process_group
 from reweighting.training import build, preflight
 from reweighting.training.batches import BatchSource
 from reweighting.training.dry_run import dry_run
@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
         data = read_run_data(config)  # every row is checked before a model is loaded
         with lock_output_dir(config.data.weights_path) as folder:
             settings = run_settings(config)
+            check_same_on_all_ranks(settings)
             if config.run.dry_run:
                 return dry_run(config, settings, data, folder, build_engine)
             checkpoint, state = find_checkpoint(config, settings, folder) or (None, None)
@@ -79,6 +80,7 @@ def build_engine(
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     preflight.check_possible(config, data, device, precision)
+    fixed_weights = build.read_fixed_weights(config.lower, data.domains)  # [K]; None where they are learned
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
@@ -99,7 +101,7 @@ def build_engine(
         layout,
         learning_rate=build.learning_rate_schedule(config.lower),
         clip=config.lower.max_grad_norm,
-        fixed_weights=build.read_fixed_weights(config.lower, data.domains),  # None where they are learned
+        fixed_weights=fixed_weights,
     )
     upper = None
     if config.learns_weights:

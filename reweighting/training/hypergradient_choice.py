@@ -32,9 +32,25 @@ def resolve_hypergradient(
     device: torch.device,
     precision: str,
     settings: dict | None = None,
-) -> str:
-    """The way that a run takes, said with the reason; every process calls it. settings: of the run so far. Raises
-    UserError if the way cannot be had."""
+) -> str | None:
+    """Resolve --hypergradient, and print the choice with its reason; every process calls it.
+
+    Args:
+        config: the settings.
+        data: what the run reads.
+        model: the reward model.
+        device: where this process computes.
+        precision: "fp32" or "bf16".
+        settings: those of the checkpoint that the run resumes from; None at a start.
+
+    Returns:
+        The method's name; None where no weights are learned.
+
+    Raises:
+        UserError: if the method cannot be used with the flags in so many processes.
+    """
+    if not config.learns_weights:
+        return None
     so_far = None if settings is None else resumed_method(settings)
     if config.upper.hypergradient == "auto" and so_far is not None:  # the window so far is of that kind
         way, reason = so_far, "as when the run was started"
