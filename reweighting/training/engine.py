@@ -1,11 +1,11 @@
-"""The Betty engine of this project: its loop, and what a run writes while it goes.
+"""The training loop, on Betty's engine, and what a run writes while it goes.
 
-One iteration is one optimizer step of the lower level; every `unroll_steps` iterations make a window, at whose end
-Betty steps the upper level and a line of history is written. Between two steps the run is whole: there it can be saved,
-stopped and continued, inside a window too.
+One iteration is one optimizer step of the lower level. Every `unroll_steps` iterations make a window; at its end Betty
+steps the upper level, and a line of history is written. Between two steps the run is complete: it can be saved, stopped
+and resumed there, inside a window too.
 
-Several processes make each step together and agree before it on whether its files could be read, and after it on
-whether to stop; only the main one writes.
+Several processes make each step together. Before a step they agree on whether its files could be read, after it on
+whether to stop; rank 0 writes.
 """
 
 import json
@@ -15,13 +15,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from betty.configs import EngineConfig
 from betty.engine import Engine
 from betty.logging import get_logger
-from tqdm import tqdm
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from reweighting.bilevel.domain_weights import collapsed
 from reweighting.bilevel.nonfinite import NonFinite
@@ -29,26 +29,35 @@ from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.distributed import collectives
 from reweighting.errors import UnreadableImage, UserError
 from reweighting.files import atomic_write_text
+from reweighting.progress import Progress
 from reweighting.training.checkpoints import HISTORY_FILE, remove_old, save_checkpoint
 from reweighting.training.random_states import own_random_states, random_states
 from reweighting.training.signals import STDERR, Stopped, StopSignals
 from reweighting.training.validation import Validation
 
-get_logger().setLevel(logging.WARNING)  # Betty tells of its set-up in twenty lines
+get_logger().setLevel(logging.WARNING)  # Betty logs twenty lines of set-up
 
 T = TypeVar("T")
-READ_ATTEMPTS = 4  # of a file that cannot be read: shared storage has moments of absence
-FIRST_PAUSE = 0.5  # seconds before the second attempt, doubled each time
+READ_ATTEMPTS = 4  # to read a file: shared storage may be away for a moment
+FIRST_PAUSE = 0.5  # seconds before the second attempt; doubles each time
 
 
 class ReweightingEngine(Engine):
-    """Runs the two levels and leaves `history.jsonl`, `checkpoints/` and `diagnostics/` in `folder`.
+    """Run the two levels, and write `history.jsonl`, `checkpoints/` and `diagnostics/` into the output folder.
 
-    lower, upper: the problems; upper None for plain fine-tuning. domains: their names, in the order of the weights.
-    device: where the modules are. iterations: optimizer steps in all; save_every: between two checkpoints; keep: how
-    many of them stay, besides the best. max_skipped_steps: steps that may be left out because they are not finite.
-    settings: what goes into each checkpoint beside the state. validation: by what the best checkpoint is chosen; None
-    to choose it by the meta loss. persistent: whether `folder` stays when the run has ended, so that it can go on.
+    Args:
+        lower: the lower problem.
+        upper: the upper problem; None for plain fine-tuning.
+        domains: the K domain names, in the order of the weights.
+        device: where the modules are.
+        folder: the output folder.
+        iterations: optimizer steps in all.
+        save_every: optimizer steps between two checkpoints.
+        settings: the run's settings, which every checkpoint remembers.
+        keep: newest checkpoints to keep, besides the best one.
+        max_skipped_steps: steps that may be skipped because they are not finite.
+        validation: the measure by which the best checkpoint is chosen; None chooses it by the meta loss.
+        persistent: whether the folder outlives the run, so that the run can be resumed; a dry run's does not.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class ReweightingEngine(Engine):
         folder: Path,
         iterations: int,
         save_every: int,
-        settings: dict,
+        settings: dict[str, Any],
         *,
         keep: int = 2,
         max_skipped_steps: int = 0,
@@ -69,26 +78,22 @@ class ReweightingEngine(Engine):
     ):
         self._device = device
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
-        self.keep, self.max_skipped_steps, self.validation, self.persistent = (
-            keep,
-            max_skipped_steps,
-            validation,
-            persistent,
-        )
-        # With the rows it was measured on: scores on other rows are not compared with it.
+        self.keep, self.max_skipped_steps = keep, max_skipped_steps
+        self.validation, self.persistent = validation, persistent
+        # Names the rows it was measured on: scores on other rows are not compared with it.
         self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validation else "minus the meta loss"
         self.seconds = 0.0
         self.saved = 0  # step of the last checkpoint
-        self.scored = 0  # step of the last one that was not asked for by a signal or a fault
-        self.skipped = 0  # steps that were left out
+        self.scored = 0  # step of the last checkpoint that was due, not forced by a signal or a fault
+        self.skipped = 0  # steps that were skipped
         self.meta_losses: list[float] = []  # since the last checkpoint with a score
-        self.warned: set[str] = set()
+        self.warned: set[str] = set()  # domains whose collapse was reported
         problems = [lower] if upper is None else [upper, lower]
         edges = {} if upper is None else {"u2l": {upper: [lower]}, "l2u": {lower: [upper]}}
         super().__init__(problems, EngineConfig(train_iters=iterations), {"u2l": {}, "l2u": {}} | edges)
 
-    def configure_systems(self) -> dict:
-        """This process on the given device. What the processes tell each other is not left to Betty."""
+    def configure_systems(self) -> dict[str, Any]:
+        """Use this process and the given device; our collectives, not Betty's, talk to the other processes."""
         self.device = self._device
         self._world_size, self._rank, self._local_rank = 1, collectives.rank(), 0
         return {"strategy": "default", "backend": None, "world_size": 1, "rank": self._rank, "local_rank": 0}
@@ -105,40 +110,43 @@ class ReweightingEngine(Engine):
 
     @torch.no_grad()
     def weights(self) -> dict[str, float]:
-        """The weights that the lower level trains with now: {domain: weight}, mean 1."""
+        """Return the weights that the lower level trains with now: {domain: weight}, mean 1."""
         return dict(zip(self.domains, self.lower.domain_weights().tolist(), strict=True))
 
     def train_step(self) -> None:
-        """One optimizer step: as many micro-steps of the lower problem as it accumulates gradients over."""
+        """Make one optimizer step: as many micro-steps of the lower problem as it accumulates gradients over."""
         for _ in range(self.lower.gas):
             self.lower.step(global_step=self.global_step)
 
     def run(self, stop: StopSignals | None = None) -> None:
         """Train from the current step to the last.
 
-        Raises Stopped after a signal, and UserError if a file can no longer be read or more than `max_skipped_steps`
-        steps are not finite: a persistent run is saved first. Raises UserError too if a weight is not finite, or a
-        checkpoint cannot be written.
+        Args:
+            stop: where a signal is noted that asks the run to end.
+
+        Raises:
+            Stopped: after a signal; the run is saved.
+            UserError: if a file can no longer be read or more than `max_skipped_steps` steps are not finite (the run
+                is saved first), if a weight is not finite, or if a checkpoint cannot be written.
         """
         self.train()
         history = self.folder / HISTORY_FILE
         if not collectives.is_rank0():
-            history = os.devnull
+            history = Path(os.devnull)
         elif not self.global_step:
             atomic_write_text(history, "")
         started = time.monotonic() - self.seconds
-        bar = tqdm(total=self.train_iters, initial=self.global_step, unit="step", dynamic_ncols=True, file=STDERR,
-                   disable=not collectives.is_rank0())  # fmt: skip
-        with open(history, "a", buffering=1, encoding="utf-8") as self.history, bar:
+        self.progress = Progress(self.train_iters, self.global_step, disable=not collectives.is_rank0(), file=STDERR)
+        with open(history, "a", buffering=1, encoding="utf-8") as self.history, self.progress:
             while self.global_step < self.train_iters:
                 self._prepare_step()
                 self.global_step += 1
                 self.train_step()
-                bar.update()
+                self.progress.update()
                 self.seconds = time.monotonic() - started
                 if self._at_window_end():
-                    self._end_window(bar)
-                self._leave_out_nonfinite()
+                    self._end_window()
+                self._report_nonfinite()
                 due = self.global_step // self.save_every > self.scored // self.save_every and self._at_window_end()
                 if due or self.global_step == self.train_iters:
                     self.save(scored=True)
@@ -150,70 +158,74 @@ class ReweightingEngine(Engine):
         return self.global_step % self.lower.config.unroll_steps == 0 or self.global_step == self.train_iters
 
     def _prepare_step(self) -> None:
-        """Draw the batches of the next step."""
+        """Fetch the batches of the next step, so that unreadable files are found before the step begins."""
 
         def prepare() -> None:
             self.lower.prepare(self.lower.gas)
             if self.reweights and self.lower.ends_window(self.global_step + 1):
                 self.upper.prepare(1)
 
-        self._try_reading(prepare)
+        self._read_with_retries(prepare)
 
-    def _try_reading(self, read: Callable[[], T]) -> T:
-        """What `read` gives. An image that cannot be read now is tried again, then named; every process calls it, and
-        each hears of the others'."""
-        for attempt in range(READ_ATTEMPTS):
-            try:
-                result, trouble = read(), None
-                break
-            except UnreadableImage as error:
-                trouble = str(error)
-            if attempt < READ_ATTEMPTS - 1:
-                time.sleep(FIRST_PAUSE * 2**attempt)
-        if collectives.all_reduce_max(trouble is not None):
-            troubles = filter(None, collectives.all_gather_object(trouble))
-            self._end_with(f"{'; '.join(dict.fromkeys(troubles))}; tried {READ_ATTEMPTS} times")
-        return result
+    def _read_with_retries(self, read: Callable[[], T]) -> T:
+        """Return what `read` gives; every process calls it. An unreadable image is retried, then ends all of them."""
+        retrying = Retrying(
+            retry=retry_if_exception_type(UnreadableImage),
+            stop=stop_after_attempt(READ_ATTEMPTS),
+            wait=wait_exponential(FIRST_PAUSE),
+            reraise=True,
+        )
+        error = result = None
+        try:
+            result = retrying(read)
+        except UnreadableImage as unreadable:
+            error = str(unreadable)
+        if collectives.all_reduce_max(error is not None):
+            errors = filter(None, collectives.all_gather_object(error))
+            self._end_with(f"{'; '.join(dict.fromkeys(errors))}; tried {READ_ATTEMPTS} times")
+        return result  # type: ignore[return-value]  # `read` has succeeded here
 
-    def _leave_out_nonfinite(self) -> None:
-        """Tell of a step that was left out, and end the run if that has happened too often."""
+    def _report_nonfinite(self) -> None:
+        """Report a step that was skipped, and end the run if there were too many."""
         for problem in self.problems:
             fault, problem.nonfinite = problem.nonfinite, None
             if fault is None:
                 continue
             fault = NonFinite.merge(collectives.all_gather_object(fault))
             self.skipped += 1
-            more = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
+            details = {"learning_rate": self.lower.learning_rate(self.global_step - 1), "weights": self.weights()}
             path = self.folder / fault.file_name(self.global_step)
             if collectives.is_rank0() and self.persistent:
-                fault.write(path, self.global_step, more)
+                fault.write(path, self.global_step, details)
             see = f"; see {path}" if self.persistent else ""
-            tqdm.write(f"warning: step {self.global_step} is left out: {fault}{see}", file=STDERR)
+            self.progress.write(f"warning: step {self.global_step} is skipped: {fault}{see}")
             if self.skipped > self.max_skipped_steps:
                 self._end_with(
-                    f"step {self.global_step}: {fault}. The step was left out and no parameter touched{see}. Mend "
+                    f"step {self.global_step}: {fault}. The step was skipped and no parameter changed{see}. Fix "
                     "these rows, lower --lr, set --max_grad_norm or use --precision fp32; or raise --max_skipped_steps "
                     f"(now {self.max_skipped_steps})"
                 )
 
-    def _end_with(self, trouble: str) -> NoReturn:
-        """Save what there is, if it stays, and raise UserError."""
+    def _end_with(self, message: str) -> NoReturn:
+        """Save a checkpoint if the run can be resumed, and raise UserError."""
         if not self.persistent:
-            raise UserError(f"{trouble}. Of a dry run nothing is kept")
+            raise UserError(f"{message}. A dry run keeps nothing")
         if self.global_step > self.saved:
             self.save()
-        saved = (
-            f"The run is saved at step {self.saved}: --resume goes on from there" if self.saved else "No step was made"
-        )
-        raise UserError(f"{trouble}. {saved}")
+        saved = f"The run is saved at step {self.saved}: --resume continues from there" if self.saved else "No step was made"
+        raise UserError(f"{message}. {saved}")
 
     def save(self, scored: bool = False) -> None:
-        """Write a checkpoint of this moment, unless there is one; `scored`: with the score it may be kept for."""
+        """Write a checkpoint of this moment, unless there is one; every process calls it.
+
+        Args:
+            scored: whether to measure the score by which the best checkpoint is kept.
+        """
         if self.global_step == self.saved:
             return
         score = None
         if scored and self.validation is not None:
-            score = self.validation.accuracy(self._try_reading(self.validation.score_share))
+            score = self.validation.accuracy(self._read_with_retries(self.validation.score_share))
         elif scored and self.meta_losses:
             score, self.meta_losses = -sum(self.meta_losses) / len(self.meta_losses), []
         self.saved = self.global_step
@@ -230,38 +242,40 @@ class ReweightingEngine(Engine):
                 None if score is None else (self.score_name, score),
             )
             remove_old(self.folder / "checkpoints", self.keep, self.score_name)
-        collectives.barrier()  # none goes on, or ends the run, before the checkpoint is whole
+        collectives.barrier()  # nobody continues, or ends, before the checkpoint is complete
 
     def model_saver(self) -> Callable[[Path], None]:
-        """What writes the reward model into a folder, in the main process; every process calls this."""
+        """Return what writes the reward model into a folder, on rank 0; every process calls this."""
         weights = self.lower.layout.full_state_dict()
         return lambda folder: self.lower.module.save_pretrained(folder, weights)
 
-    def _end_window(self, bar: tqdm) -> None:
-        """Write a line of history and show where the run is."""
-        line = {"step": self.global_step, "train_loss": self.lower.mean_loss()}
-        shown = {"train": _short(line["train_loss"])}
+    def _end_window(self) -> None:
+        """Write a line of history, show the losses and weights, and report domains that collapse."""
         weights = self.weights()
+        line: dict[str, Any] = {"step": self.global_step, "train_loss": self.lower.mean_loss()}
+        shown = {"train": _short(line["train_loss"])}
         if self.reweights and not self.lower.warming_up:
             line["meta_loss"] = self.upper.mean_loss()
             if line["meta_loss"] is not None and self.validation is None:
                 self.meta_losses.append(line["meta_loss"])
             if not all(map(math.isfinite, weights.values())):
-                raise UserError(f"a domain weight is no number at step {self.global_step}: lower --meta_lr")
+                raise UserError(f"a domain weight is not finite at step {self.global_step}: lower --meta_lr")
             for domain, words in collapsed(weights).items():
                 if domain not in self.warned:
                     self.warned.add(domain)
-                    tqdm.write(f"warning: at step {self.global_step} {words}", file=STDERR)
-            least, most = min(weights, key=weights.get), max(weights, key=weights.get)
+                    self.progress.write(f"warning: at step {self.global_step} {words}")
+            lowest, highest = min(weights, key=weights.__getitem__), max(weights, key=weights.__getitem__)
             shown |= {"meta": _short(line["meta_loss"])}
-            shown |= {"low": f"{least} {weights[least]:.2f}", "high": f"{most} {weights[most]:.2f}"}
+            shown |= {"low": f"{lowest} {weights[lowest]:.2f}", "high": f"{highest} {weights[highest]:.2f}"}
         line |= {"weights": weights, "rows_seen": self.lower.rows_seen, "seconds": round(self.seconds, 3)}
         self.history.write(json.dumps(line) + "\n")
-        bar.set_postfix(shown)
+        self.progress.show(**shown)
 
-    def state_dict(self) -> dict:
-        """Everything that the rest of the run depends on, between two steps: whole in the main process, for any number
-        of them to go on from. Every process calls it."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on, between two steps; every process calls it.
+
+        Complete on rank 0, and independent of the number of processes.
+        """
         states = collectives.all_gather_object(random_states())
         return {
             "step": self.global_step,
@@ -277,16 +291,22 @@ class ReweightingEngine(Engine):
             "problems": {problem.name: problem.state_dict() for problem in self.problems},
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. Raises UserError if it does not fit this model or these settings."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave.
+
+        Raises:
+            UserError: if it does not fit this model or these settings.
+        """
         try:
             if state["domains"] != self.domains:
                 raise ValueError(f"its domains are {', '.join(state['domains'])}")
             for problem in self.problems:
                 problem.load_state_dict(state["problems"][problem.name])
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise UserError(f"the checkpoint does not fit the settings or the data of this run ({error}): the domains, "
-                            "what is trained and the optimizer cannot be changed on the way") from error  # fmt: skip
+            raise UserError(
+                f"the checkpoint does not fit the settings or the data of this run ({error}): the domains, what is "
+                "trained and the optimizer cannot change within a run"
+            ) from error
         self.global_step = self.saved = state["step"]
         self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])
