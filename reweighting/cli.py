@@ -5,10 +5,10 @@ python reweighting/main.py --train_json_file data/train.json --meta_json_file da
 """
 
 import argparse
-import runpy
 import sys
 
 from reweighting import __version__
+from reweighting.entrypoint import run_command
 
 # name -> (module in `reweighting`, what it does). A new command is a module and a line here.
 COMMANDS = {
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names, with the arguments behind it, as if its script had been started.
+    """Run the command that the first argument names, with the arguments behind it.
 
     Raises:
         SystemExit: with the command's exit code; 2 for a name that is no command.
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     command = parser.parse_args(sys.argv[1:2]).command
     sys.argv = [f"dreamprm {command}", *sys.argv[2:]]
-    runpy.run_module(f"reweighting.{COMMANDS[command][0]}", run_name="__main__")
+    run_command(f"reweighting.{COMMANDS[command][0]}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,11 @@ class Progress:
     def _write_line(self) -> None:
         self._last_line = time.monotonic()
         rate = (self.count - self.initial) / max(self._last_line - self._started, 1e-9)
-        left = f", {(self.total - self.count) / rate / 60:.1f} minutes left" if 0 < rate and self.count < self.total else ""
+        left = (
+            f", {(self.total - self.count) / rate / 60:.1f} minutes left"
+            if 0 < rate and self.count < self.total
+            else ""
+        )
         values = "".join(f", {name} {value}" for name, value in self._values.items())
         self.file.write(f"{self.unit} {self.count} of {self.total}, {rate:.2f} a second{left}{values}\n")
         self.file.flush()

@@ -212,7 +212,11 @@ class ReweightingEngine(Engine):
             raise UserError(f"{message}. A dry run keeps nothing")
         if self.global_step > self.saved:
             self.save()
-        saved = f"The run is saved at step {self.saved}: --resume continues from there" if self.saved else "No step was made"
+        saved = (
+            f"The run is saved at step {self.saved}: --resume continues from there"
+            if self.saved
+            else "No step was made"
+        )
         raise UserError(f"{message}. {saved}")
 
     def save(self, scored: bool = False) -> None:
