@@ -79,7 +79,7 @@ def build_engine(
     torch.manual_seed(config.run.seed)
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
-    preflight.check_possible(config, data, device, precision)
+    preflight.check_possible(config, device, precision)
     fixed_weights = build.read_fixed_weights(config.lower, data.domains)  # [K]; None where they are learned
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)

@@ -1,4 +1,4 @@
-"""What a run reads step by step: which chains make the batches of both levels, and each process's share of them."""
+"""The batches of both levels: which chains each step reads, and which part of them each process gets."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -35,30 +35,30 @@ class BatchSource:
             else ChainSampler(indices, config.lower.batch_size, config.run.seed, 1, domain)
             for domain, indices in enumerate(members)
         ]
-        _check_shares("batch_size", config.lower.batch_size, samplers)
+        _check_sizes("batch_size", config.lower.batch_size, samplers)
         self.micro_batches_per_step = micro_batches_per_step(config, len(data.domains))
         slots = config.upper.unroll_steps * self.micro_batches_per_step
         self.sampler = WindowSampler(samplers, slots, config.run.seed)
         if data.meta:
             everything = range(len(data.meta))
             self.meta_sampler = QuestionSampler(data.meta, everything, config.upper.meta_batch_size, config.run.seed, 3)
-            _check_shares("meta_batch_size", config.upper.meta_batch_size, [self.meta_sampler])
+            _check_sizes("meta_batch_size", config.upper.meta_batch_size, [self.meta_sampler])
 
     def train(self, model: ProcessRewardModel, micro_step: int) -> tuple[int, Batch]:
-        """The domain of a micro-step of the lower level, and this process's share of its batch."""
+        """Return the domain of a lower-level micro-step (from 0), and this process's part of its batch."""
         domain, indices = self.sampler.draw(micro_step)
         train, encode = self.data.train, model.chain_tokenizer.encode
         batch = model.collate([encode(train[index]) for index in collectives.local_slice(indices)])
         return domain, replace(batch, num_labeled_steps=sum(train[index].num_labeled_steps for index in indices))
 
     def meta(self, model: ProcessRewardModel, update: int) -> list[Batch]:
-        """This process's share of the answers of an update of the weights, as batches of like length."""
+        """Return this process's part of the answers for an update (from 0), as batches of similar length."""
         drawn, encode = self.meta_sampler.draw(update), model.chain_tokenizer.encode
         encoded = sort_by_length([encode(self.data.meta[index]) for index in collectives.local_slice(drawn)])
         return [model.collate(part) for part in small_batches(encoded, len(drawn), self.batch_size)]
 
 
-def _check_shares(name: str, size: int, samplers: Iterable[ChainSampler | QuestionSampler]) -> None:
+def _check_sizes(name: str, size: int, samplers: Iterable[ChainSampler | QuestionSampler]) -> None:
     world = collectives.world_size()
     least = min(sampler.min_batch_size for sampler in samplers)
     if least < world:

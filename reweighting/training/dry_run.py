@@ -1,4 +1,4 @@
-"""`--dry_run`: everything that a run does, once, and what the whole of it would take here."""
+"""`--dry_run`: do everything that a run does once, and print what the whole run would take."""
 
 import resource
 import shutil
@@ -31,18 +31,26 @@ def dry_run(
     folder: Path,
     build_engine: Callable[..., ReweightingEngine],
 ) -> None:
-    """Print the memory that the run should take, train one window, save a checkpoint, read it again, and print speed,
-    memory, disk and hours of the whole run.
+    """Train one window, save and read a checkpoint, and print time, memory and disk of the whole run.
 
-    Everything is written into a folder of its own inside `folder` and removed again. Raises UserError as a run does,
-    and if what is read is not what was written.
+    Everything is written into a temporary folder inside `folder` and removed again.
+
+    Args:
+        config: the settings of the whole run.
+        settings: what its checkpoints remember.
+        data: what it reads.
+        folder: its output folder.
+        build_engine: makes the engine of a run, see `main.py`.
+
+    Raises:
+        UserError: as a run does, and if a checkpoint is not read as it was written.
     """
     steps = config.upper.unroll_steps  # one window: every level steps
     short = config.with_changes(iteration_num=steps, warmup_iterations=0)
     device = choose_device(config.run.device)
-    check_possible(config, data, device, settings["precision"])
+    check_possible(config, device, settings["precision"])
     expected = estimate_memory(config, data, device, settings["precision"])
-    print(f"expected memory on {device}, with a micro-batch of the longest chains (no weight is loaded yet):")
+    print(f"expected memory on {device}, with a micro-batch of the longest chains (no weights are loaded yet):")
     print(table(expected))
     before = psutil.Process().memory_info().rss
     with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
@@ -58,18 +66,18 @@ def dry_run(
             return
         place, saved = load_latest(trial / "checkpoints")
         if not same(saved, state):
-            raise UserError(f"{folder}: what was read from a checkpoint is not what was written: is the disk sound?")
+            raise UserError(f"{folder}: a checkpoint was not read as it was written: check the disk")
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    # Inside a window a checkpoint holds its gradients too; this one was saved at its end.
+    # A checkpoint inside a window also holds the window's gradients; this one was saved at its end.
     lower = engine.lower
     if isinstance(lower.window, UnrolledHypergradient):
         size += 4 * steps * lower.gas * sum(tensor.numel() for tensor in state["problems"]["lower"]["module"].values())
-    # The newest ones, the best one, the one being written, and the reward model at the end, which is part of one.
+    # The newest checkpoints, the best one, the one being written, and the final reward model.
     disk = size * (config.run.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free
     saves = -(-config.lower.iteration_num // config.run.save_every_iterations)
     hours = (loading + config.lower.iteration_num * seconds + saves * saving) / 3600
-    print(f"\ndry run: {steps} steps were made, a checkpoint was saved and read again; a whole run would take about")
+    print(f"\ndry run: made {steps} steps, saved a checkpoint and read it again; the whole run would take about")
     print(f"  time    {hours:.2f} hours for {config.lower.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip
     print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
@@ -79,7 +87,7 @@ def dry_run(
 
 
 def same(one, other) -> bool:
-    """Whether two nested containers of tensors, numbers and text are equal, to the bit."""
+    """Compare two nested containers of tensors, numbers and text bitwise."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, dict):
@@ -90,7 +98,7 @@ def same(one, other) -> bool:
 
 
 def _peak_memory(device: torch.device, before: int) -> str:
-    """The most memory used so far, in words. before: bytes of main memory that were in use without a model."""
+    """Describe the peak memory so far; `before`: bytes of main memory in use before a model was loaded."""
     # Kilobytes on Linux, bytes on macOS.
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     text = f"{resident / 1e9:.2f} GB of main memory"

@@ -16,12 +16,11 @@ from reweighting.training.run_data import RunData
 from reweighting.training.validation import Validation
 
 
-def check_possible(config: TrainingConfig, data: RunData, device: torch.device, precision: str) -> None:
+def check_possible(config: TrainingConfig, device: torch.device, precision: str) -> None:
     """Check the flags against the device and the number of processes, before a weight is read.
 
     Args:
         config: the settings.
-        data: what the run reads.
         device: where this process computes.
         precision: "fp32" or "bf16".
 
@@ -31,13 +30,6 @@ def check_possible(config: TrainingConfig, data: RunData, device: torch.device, 
     check_attention(config.model.attention, device, precision)
     if config.learns_weights:
         check_method(config, config.upper.hypergradient)
-        clips_alone = config.lower.max_grad_norm and micro_batches_per_step(config, len(data.domains)) == 1
-        if clips_alone:
-            print(
-                "warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: use "
-                "--gradiant_accumulation 2 or more with --max_grad_norm",
-                file=sys.stderr,
-            )
     if config.run.shard:
         _check_shard(config)
 
@@ -68,12 +60,19 @@ def check_chains(model: ProcessRewardModel, data: RunData, validation: Validatio
 def print_summary(
     config: TrainingConfig, data: RunData, model: ProcessRewardModel, device: torch.device, precision: str
 ) -> None:
-    """Print what is trained on what, in one line."""
+    """Print what is trained on what, in one line, and warn of steps that teach nothing."""
+    accumulation = micro_batches_per_step(config, len(data.domains))
+    if config.learns_weights and config.lower.max_grad_norm and accumulation == 1:
+        print(
+            "warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: use "
+            "--gradiant_accumulation 2 or more with --max_grad_norm",
+            file=sys.stderr,
+        )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     processes = collectives.world_size()
     print(
         f"{data.rows} rows in {len(data.train)} chains from {len(data.domains)} domains, {len(data.meta)} meta chains; "
         f"{trainable:,} trainable parameters on {device} ({precision}); "
-        f"{micro_batches_per_step(config, len(data.domains))} x {config.lower.batch_size} chains a step"
+        f"{accumulation} x {config.lower.batch_size} chains a step"
         + (f", shared by {processes} processes" if processes > 1 else "")
     )

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the reward model, the weights as JSON, a table and figures."""
+"""What a run leaves: the reward model, the weights as JSON, a table of them, and figures."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,16 @@ from reweighting.training.checkpoints import best_checkpoint
 from reweighting.training.engine import ReweightingEngine
 
 
-def weights_table(weights: dict[str, float]) -> str:
-    """The weights as lines of text, largest first."""
-    names = {domain: shown_name(domain) for domain in weights}
-    width = max(map(len, names.values()))
-    rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
-
-
 def save_results(engine: ReweightingEngine, folder: Path) -> None:
-    """Write `prm/`, `domain_weights.json` and `figures/` into the folder and print the sorted weights: the main process
-    does, and every one calls it."""
+    """Write `prm/`, `domain_weights.json` and `figures/`, and print the weights; every process calls it, rank 0 writes.
+
+    Args:
+        engine: the engine of the finished run.
+        folder: the output folder.
+
+    Raises:
+        UserError: if something cannot be written.
+    """
     save_model = engine.model_saver()
     if not collectives.is_rank0():
         return
@@ -36,3 +35,11 @@ def save_results(engine: ReweightingEngine, folder: Path) -> None:
     if best is not None:
         print(f"\nbest checkpoint by {engine.score_name} ({best[1]:.4f}): {best[0]}")
     print(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}")
+
+
+def weights_table(weights: dict[str, float]) -> str:
+    """Format the weights as lines of text with bars, largest first."""
+    names = {domain: shown_name(domain) for domain in weights}
+    width = max(map(len, names.values()))
+    rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)

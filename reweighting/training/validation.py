@@ -1,6 +1,7 @@
 """Best-of-N accuracy on the candidates of `--validation_json_file`, by which the best checkpoint is chosen."""
 
 import torch
+from torch import Tensor
 
 from reweighting.data.chains import Chain, candidate_chains
 from reweighting.data.schema import CandidateRow
@@ -12,42 +13,57 @@ from reweighting.modeling.reward_model import ProcessRewardModel
 
 
 class Validation:
-    """Scores candidates with the model as it is, all processes together.
+    """Score candidates with the model as it is, all processes together.
 
-    rows: the candidates, from the file `name`; right: whether each is. batch_size: answers scored at a time.
+    Args:
+        model: the reward model in training.
+        rows: the candidates.
+        correct: for each row, whether each of its candidates is correct.
+        source: the rows' file, for messages.
+        batch_size: candidates scored at a time.
+        device: where the model computes.
+        precision: "fp32" or "bf16".
     """
 
     def __init__(
         self,
         model: ProcessRewardModel,
         rows: list[CandidateRow],
-        right: list[list[bool]],
-        name: str,
+        correct: list[list[bool]],
+        source: str,
         batch_size: int,
         device: torch.device,
         precision: str,
     ):
-        self.model, self.rows, self.right, self.name, self.batch_size = model, rows, right, name, batch_size
+        self.model, self.rows, self.correct, self.source, self.batch_size = model, rows, correct, source, batch_size
         self.device, self.precision = device, precision
 
     def chains(self) -> list[Chain]:
-        """All that will be scored."""
-        return [chain for row in self.rows for chain in candidate_chains(row, self.name)]
+        """Return all chains that will be scored."""
+        return [chain for row in self.rows for chain in candidate_chains(row, self.source)]
 
-    def score_share(self) -> list:
-        """The scores of this process's share of the rows; of a model that is cut into parts, which scores them all at
-        once, of all rows. Raises UnreadableImage if one cannot be read and the others can wait for it."""
+    def score_share(self) -> list[tuple[Tensor, Tensor]]:
+        """Score this process's part of the rows; a sharded model scores all rows on all processes.
+
+        Raises:
+            UnreadableImage: if an image cannot be read now, and this process may try again.
+            UserError: if it may not, since the others wait inside a sharded model.
+        """
         rows = collectives.local_slice(self.rows) if self.model.holds_full_parameters else self.rows
         try:
             with autocast(self.device, self.precision):
-                return score_candidates(self.model, rows, self.batch_size, self.name)
+                return score_candidates(self.model, rows, self.batch_size, self.source)
         except UnreadableImage as error:
-            if not self.model.holds_full_parameters:  # the others wait inside the model: this process cannot try again
+            if not self.model.holds_full_parameters:
                 raise UserError(str(error)) from error
             raise
 
-    def accuracy(self, scored: list) -> float:
-        """The share of rows whose best-scored candidate is right, from what `score_share` gave in each process."""
+    def accuracy(self, scored: list[tuple[Tensor, Tensor]]) -> float:
+        """Return the share of rows whose best-scored candidate is correct.
+
+        Args:
+            scored: what `score_share` gave on this process.
+        """
         if self.model.holds_full_parameters:
-            scored = [row for share in collectives.all_gather_object(scored) for row in share]
-        return best_of_n_accuracy(scored, self.right, max(map(len, self.right)))
+            scored = [row for part in collectives.all_gather_object(scored) for row in part]
+        return best_of_n_accuracy(scored, self.correct, max(map(len, self.correct)))
