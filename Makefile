@@ -27,7 +27,7 @@ coverage: .venv/ready
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
 docs: .venv/ready
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: .venv/ready
 	$(BIN)/python data/make_demo.py

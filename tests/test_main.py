@@ -1,7 +1,6 @@
 """The real command on a small demo world: what it leaves behind, repeats, resumes and refuses."""
 
 import json
-import re
 
 import pytest
 from PIL import Image
@@ -55,15 +54,6 @@ def test_what_a_run_leaves_behind(finished, demo):
     assert len(scores) == 5 and all(0 < score < 1 for score in scores)
 
 
-def test_the_readmes_python_example_runs(finished, demo, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", readme, re.S).group(1)
-    monkeypatch.chdir(ROOT)
-    names: dict = {}
-    exec(code.replace("weights/prm", str(finished[0] / "prm")), names)
-    assert len(names["scores"]) == 2 and sorted(names["order"]) == [0, 1]
-
-
 def test_the_same_seed_gives_the_same_run_and_another_does_not(finished, demo, tmp_path):
     folder, _, _ = finished
     main(flags(demo, tmp_path / "again"))
@@ -106,7 +96,8 @@ def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
     published = parse_training_config(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
                                  "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
     assert published.model.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.run.precision == "bf16"
-    assert published.lower.weight_decay == 1e-3 and published.lower.lr == 1e-6 and published.lower.batch_size == 1
+    assert published.lower.weight_decay == 0 and published.upper.meta_weight_decay == 1e-3
+    assert published.lower.lr == 1e-6 and published.lower.batch_size == 1
     for path in (ROOT / "recipes").iterdir():
         parse_training_config(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
     recipe = tmp_path / "recipe.json"
