@@ -51,7 +51,7 @@ USELESS = (
     Useless(
         ("freeze_vision",),
         lambda c: c.model.train != "full" and not c.model.freeze_vision,
-        "but with --train full: the vision tower stays as it is",
+        "without --train full: the vision tower stays frozen",
     ),
     Useless(
         ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient", "warmup_iterations"),
@@ -105,7 +105,8 @@ def _check_useless(config: TrainingConfig, flags: dict, given: set[str]) -> None
     for rule in USELESS:
         for name in rule.flags if rule.when(config) else ():
             if name in given or (rule.from_recipes and flags[name] != defaults[name]):
-                raise UserError(f"--{name} does nothing {rule.because}")
+                negated = "no_" if defaults[name] is True and flags[name] is False else ""
+                raise UserError(f"--{negated}{name} does nothing {rule.because}")
 
 
 def _check_upper_level(config: TrainingConfig) -> None:

@@ -173,7 +173,7 @@ def test_bettys_own_hypergradients_can_be_chosen(tmp_path, hypergradient):
 def test_weights_that_are_no_numbers_end_the_run(tmp_path):
     engine = Fixture().engine(tmp_path)
     engine.upper.optimizer.param_groups[0]["lr"] = math.inf
-    with pytest.raises(UserError, match="a domain weight is no number at step 2: lower --meta_lr"):
+    with pytest.raises(UserError, match="a domain weight is not finite at step 2: lower --meta_lr"):
         engine.run()
 
 

@@ -62,7 +62,7 @@ def test_so_many_are_tolerated_and_no_more(tiny, tmp_path, monkeypatch, problem,
     with monkeypatch.context() as patch:
         poison(patch, problem, method, times=1)
         main(tiny(tmp_path / "one", "--max_skipped_steps", "1"))
-    assert "is left out" in capsys.readouterr().err
+    assert "is skipped" in capsys.readouterr().err
     assert [line["step"] for line in history(tmp_path / "one")] == [5, 10]
     assert all(torch.tensor(list(weights(tmp_path / "one").values())).isfinite())
     more = ("--iteration_num", "15", "--max_skipped_steps", "1")
@@ -201,7 +201,7 @@ def test_two_runs_may_not_write_one_folder(tiny, tmp_path):
 
 def test_a_dry_run_that_meets_a_nan_promises_nothing(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(PRMFineTuning, "domain_loss", lambda self, batch: self.module(batch).sum() * float("nan"))
-    with pytest.raises(UserError, match=r"step 1: the training loss .*touched\. Mend .*\. Of a dry run nothing "):
+    with pytest.raises(UserError, match=r"step 1: the training loss .*changed\. Fix .*\. A dry run keeps nothing"):
         main(tiny(tmp_path, "--dry_run"))
     assert "see" not in capsys.readouterr().err  # a file that is removed again
     assert not {"checkpoints", "diagnostics"} & {path.name for path in tmp_path.iterdir()}
