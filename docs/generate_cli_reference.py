@@ -38,10 +38,17 @@ def reference() -> str:
             parts.append("`--recipe FILE`, or `--config FILE`, reads flags from a JSON or YAML file; flags on the "
                          "command line win.\n")  # fmt: skip
         for group in groups:
-            heading = group.__doc__.splitlines()[0].rstrip(".")
             rows = "\n".join(map(flag_row, dataclasses.fields(group)))
-            parts.append(f"### {heading}\n\n| flag | default | meaning |\n| --- | --- | --- |\n{rows}\n")
+            parts.append(f"### {heading(group)}\n\n| flag | default | meaning |\n| --- | --- | --- |\n{rows}\n")
     return "\n".join(parts)
+
+
+def heading(group: type) -> str:
+    """Return a group's heading: its docstring's first line, without the scripts that share it."""
+    line = (group.__doc__ or "").splitlines()[0].rstrip(".")
+    if line.endswith(".py"):
+        line = line.rpartition(":")[0] or "This command"
+    return line
 
 
 def flag_row(field: dataclasses.Field) -> str:

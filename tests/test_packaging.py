@@ -1,5 +1,6 @@
 """What `pip install` gives: the wheel's contents, the command `dreamprm`, and using a PRM without Betty."""
 
+import ast
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from reweighting.entrypoint import INSTALL_BETTY
 from tests.runs import flags
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {module for module, _ in COMMANDS.values()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -140,3 +142,20 @@ def test_dependencies_allow_the_pinned_versions():
 def test_the_makefile_and_the_error_install_the_same_betty():
     version = re.search(r"^BETTY = (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M).group(1)
     assert INSTALL_BETTY.endswith(f" {version}")
+
+
+def test_only_scripts_touch_the_path_and_only_when_they_are_started():
+    """A module that is imported leaves sys.path alone; a script puts the root in place of its own folder."""
+    for file in sorted((ROOT / "reweighting").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        started = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.If) and "__name__ == '__main__'" in ast.unparse(node.test)
+        ]
+        inside = "\n".join(ast.unparse(statement) for node in started for statement in node.body)
+        count = ast.unparse(tree).count("sys.path")
+        if file.parent.name == "reweighting" and file.stem in SCRIPTS:
+            assert count == inside.count("sys.path[0] = ") == 1, file
+        else:
+            assert count == 0, file
