@@ -10,6 +10,7 @@ Nothing here touches matplotlib's global state; the same input gives the same by
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ def draw_weights_over_time(history: list[dict], path: Path) -> None:
     ends = np.array([(last[name] - low) / (high - low) for name in names])
     places = spread_out(ends, 1.25 * SMALL / (axes.get_window_extent().height / figure.dpi * 72))
     bend = 1.04 + 0.12 * np.abs(places - ends).max()
-    where = {"transform": axes.transAxes, "clip_on": False}
+    where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
     for name, colour, end, place in zip(names, colours, ends, places, strict=True):
         axes.plot((1, 1.012, bend, bend + 0.01), (end, end, place, place), color=colour, linewidth=0.8, **where)
         axes.text(bend + 0.016, place, f"{_shown(name)}  {last[name]:.2f}", fontsize=SMALL, va="center", **where)
@@ -90,7 +91,7 @@ def draw_losses(history: list[dict], path: Path) -> None:
     """The losses of both levels, or of the lower one alone: a smoothed line over the faint raw one."""
     panels = [("train_loss", "training loss", BLUE), ("meta_loss", "meta loss", VERMILION)]
     panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
-    figure, *places = _figure(2.6 + 3.4 * len(panels), 3.3, len(panels))
+    figure, places = _panels(2.6 + 3.4 * len(panels), 3.3, len(panels))
     for axes, (name, title, colour) in zip(places, panels, strict=True):
         known = [line for line in history if line.get(name) is not None]  # none in warm-up, or for a step left out
         steps, values = [line["step"] for line in known], [line[name] for line in known]
@@ -189,36 +190,43 @@ def _label_points(figure: Figure, axes: Axes, labels: list[str], x, y, bars) -> 
     """Write each label beside its point, where it covers least of the points, the bars and the other labels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    unit, inside = figure.dpi / 72, axes.get_window_extent().extents  # boxes are (left, bottom, right, top) in pixels
+    unit = figure.dpi / 72
+    inside = np.array(axes.get_window_extent().extents)  # boxes are (left, bottom, right, top) in pixels
     points, tops, bottoms = (axes.transData.transform(np.stack((x, y + sign * bars), 1)) for sign in (0, 1, -1))
     taken = [np.r_[point - 4 * unit, point + 4 * unit] for point in points]
     taken += [np.r_[low - unit, high + unit] for low, high in zip(bottoms, tops, strict=True)]
     one = axes.transData.transform((0, 1))[1]  # the line at weight 1
     taken += [np.array([inside[0], one - unit, inside[2], one + unit])]
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
-    style = {"textcoords": "offset points", "fontsize": SMALL, "color": INK, "va": "center", "in_layout": False}
+    style: dict[str, Any] = {
+        "textcoords": "offset points",
+        "fontsize": SMALL,
+        "color": INK,
+        "va": "center",
+        "in_layout": False,
+    }
     for i, (label, point) in enumerate(zip(labels, points, strict=True)):
         others = np.delete(taken, (i, len(points) + i), axis=0)  # a label's leader may cross its own point and bar
         text = axes.annotate(label, (x[i], y[i]), (0, 0), **style)
         size = np.array(text.get_window_extent(renderer).size)
-        best = (np.inf,)
+        lowest = np.inf
+        box = leader = end = np.empty(0)
         for reach in (7, 12, 18, 26, 36):  # points between the point and the nearest edge of its label
             for side in sides:
                 centre = point + np.multiply(side, reach * unit + size / 2 * (1, side[0] == 0))
-                box = np.r_[centre - size / 2, centre + size / 2]
-                end = np.clip(point, box[:2], box[2:])
-                spots = point + np.linspace(0.2, 0.95, 8)[:, None] * (end - point)
-                leader = np.hstack((spots - 2 * unit, spots + 2 * unit)) if reach > 7 else np.empty((0, 4))
-                cost = 2 * reach + 3 * (size.prod() - _shared_area(box, inside))
-                cost += _shared_area(box, np.array(taken)) + _shared_area(leader, others)
-                if cost < best[0]:
-                    best = (cost, box, leader, end)
-        _, box, leader, end = best
+                there = np.r_[centre - size / 2, centre + size / 2]
+                tip = np.clip(point, there[:2], there[2:])
+                spots = point + np.linspace(0.2, 0.95, 8)[:, None] * (tip - point)
+                line = np.hstack((spots - 2 * unit, spots + 2 * unit)) if reach > 7 else np.empty((0, 4))
+                cost = 2 * reach + 3 * (size.prod() - _shared_area(there, inside))
+                cost += _shared_area(there, np.array(taken)) + _shared_area(line, others)
+                if cost < lowest:
+                    lowest, box, leader, end = cost, there, line, tip
         text.set_position(((box[0] - point[0]) / unit, ((box[1] + box[3]) / 2 - point[1]) / unit))
         taken += [box, *leader]
         if len(leader):
-            line = axes.transData.inverted().transform([point, end]).T
-            axes.plot(*line, color=GREY, linewidth=0.7, zorder=1.5, scalex=False, scaley=False)
+            ends = axes.transData.inverted().transform([point, end]).T
+            axes.plot(*ends, color=GREY, linewidth=0.7, zorder=1.5, scalex=False, scaley=False)
 
 
 def _shared_area(a: np.ndarray, b: np.ndarray) -> float:
@@ -239,15 +247,21 @@ def _shown(name: str) -> str:
     return shown_name(name).replace("$", r"\$")
 
 
-def _figure(width: float, height: float, panels: int = 1) -> list[Figure | Axes]:
+def _panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
     """A figure of this size in inches, and its axes side by side."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    places = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in places:
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
         axes.tick_params(labelsize=SMALL, color=GREY, labelcolor=INK)
-    return [figure, *places]
+    return figure, panels
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches, and its axes."""
+    figure, (axes,) = _panels(width, height, 1)
+    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -256,5 +270,7 @@ def _save(figure: Figure, path: Path) -> None:
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     picture = picture.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    picture.putpalette([255 if value == 254 else value for value in picture.getpalette()])  # its white is not quite
+    picture.putpalette(
+        [255 if value == 254 else value for value in picture.getpalette() or ()]
+    )  # its white is not quite
     picture.save(path, optimize=True)
