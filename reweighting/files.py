@@ -1,10 +1,14 @@
-"""Files that are complete or absent, and digests of their contents."""
+"""Files that are complete or absent, digests of their contents, and what may be read as a file."""
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -15,7 +19,7 @@ def digest(*files: Path) -> str:
     """A digest of the files' bytes, in this order."""
     together = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
+        with open(regular_file(path), "rb") as file:
             together.update(hashlib.file_digest(file, "sha256").digest())
     return together.hexdigest()
 
@@ -67,3 +71,36 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")  # where the shell's pipes have their names
+KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_copies: dict[tuple[int, int], IO[bytes]] = {}  # of pipes, by device and inode; they are removed when the process ends
+
+
+def regular_file(path: Path) -> Path:
+    """Return the file that the content of `path` can be read from, any number of times.
+
+    That is `path` itself, or for a pipe of the shell, such as `<(zcat rows.json.gz)`, a temporary copy of what came
+    through it: a pipe can be read only once, and the run reads its rows, their digest and its settings.
+
+    Raises:
+        UserError: it is a device, a socket or a FIFO in a folder, which may never end.
+        OSError: there is no such file, or it is a folder.
+    """
+    status = os.stat(path)
+    kind = stat.S_IFMT(status.st_mode)
+    if kind == stat.S_IFREG:
+        return path
+    if kind == stat.S_IFDIR:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if kind != stat.S_IFIFO or not os.path.abspath(path).startswith(PIPES):
+        raise UserError(f"{path}: this is {KINDS.get(kind, 'something else')}, not a regular file. Name a file, or a "
+                        "pipe of the shell such as <(zcat rows.json.gz).")  # fmt: skip
+    place = status.st_dev, status.st_ino
+    if place not in _copies:
+        copy = _copies[place] = tempfile.NamedTemporaryFile(prefix="pipe_")
+        with open(path, "rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+        copy.flush()
+    return Path(_copies[place].name)

@@ -1,46 +1,78 @@
-"""Final answers: what a response states, and whether it is the right one."""
+r"""Final answers: what a response states, and whether it is correct.
+
+    final_answer("Step 1: ...\nFinal answer: \\boxed{60}")  # "60"
+    candidate_correctness(row)                               # [True, False, None]
+
+An answer that cannot be read or compared is unknown, never incorrect.
+"""
 
 import re
-from decimal import Context, Decimal
 
+from reweighting.data.answer_values import MAX_LENGTH, answers_match, in_braces, is_blank, is_number, normal_answer
 from reweighting.data.schema import CandidateRow
 
-# 13, -1.50, .5, 1,300 (but not 1,3: a pair, or a decimal comma), 2e6
-NUMBER = re.compile(r"[+-]?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)(e[+-]?\d{1,4})?")
-
-
-FINAL_ANSWER = re.compile(r"final answer\W*?:[ \t*]*(.*)", re.I)
+# Where an answer begins: `the answer is`, `Final answer:`, `**Answer:**`, `\boxed{`, and `####` on the last line.
+STATEMENT = re.compile(
+    r"\\boxed\s{0,9}(?P<box>\{)"
+    r"|\banswer\b[\s*_`]{0,9}(?:(?P<colon>(?:is\b[\s*_`]{0,9})?[:：])|is\b)[\s*_`:]{0,99}"
+    r"|^[ \t]*(?P<hashes>####)(?![ \t]*step\b)[ \t]*(?=[^\n]*\s*\Z)"
+    r"|^[ \t#*_>]{0,99}(?P<heading>(?:final[ \t]+)?answer)[ \t*_]{0,9}\n[\s*_`]{0,99}",
+    re.IGNORECASE | re.MULTILINE,
+)
+SENTENCE_END = re.compile(r"(?<=\S)[.!?](?=\s|$)|,?\s(?:because|since|which|so)\b", re.IGNORECASE)
 
 
 def final_answer(response: str) -> str | None:
-    """What stands behind the last `Final answer:`, to the end of its line; None if there is none."""
-    found = FINAL_ANSWER.findall(response)
-    return found[-1] if found else None
+    r"""Return the answer that a response states last, or None if it states none.
 
-
-def normal_answer(answer: str | None) -> str | None:
-    """One form for answers that mean the same: `13`, ` 13.0 ` and `**13**`, `1,300` and `1300`, `Red.` and `red`."""
-    if answer is None:
-        return None
-    text = " ".join(answer.lstrip(" \t\n*$`").rstrip(" \t\n*$`.").casefold().split())
-    if not NUMBER.fullmatch(text):
-        return text or None
-    number = Decimal(text.replace(",", ""))
-    digits = Context(prec=len(text) + 1)  # none is rounded away
-    return format(number.normalize(digits), "E") if number else "0"
+    Read are `Final answer: 7`, `the final answer is: $7$`, `Answer: 7`, `the answer is 7.`, `**Final answer:**` with
+    the answer on the next line, `\boxed{7}` anywhere, and `#### 7` on the last line.
+    """
+    for found in reversed(list(STATEMENT.finditer(response))):
+        if found["box"]:
+            answer = in_braces(response, found.end())
+        else:
+            line = response[found.end() :].partition("\n")[0] if found.end() < len(response) else ""
+            answer = line if found["hashes"] else _told(line, whole_line=bool(found["colon"] or found["heading"]))
+        if answer is not None and not is_blank(answer):
+            return answer.strip()
+    return None
 
 
 def stated_answers(row: CandidateRow) -> list[str | None]:
-    """Each candidate's answer in its normal form: its `answers`, else what the responses state; None where none is."""
-    given = row.answers if row.answers is not None else map(final_answer, row.candidates)
-    return [normal_answer(answer) for answer in given]
+    """Return each candidate's answer in its normal form, None where it states none.
+
+    The row's `answers` count if it has them, else what the responses state.
+    """
+    return [normal_answer(answer) for answer in _given_answers(row)]
 
 
-def candidate_correctness(row: CandidateRow) -> list[bool] | None:
-    """Whether each candidate is right: its `true_false`, else by `ground_truth`; None if the row has neither."""
+def candidate_correctness(row: CandidateRow) -> list[bool | None] | None:
+    """Return whether each candidate is correct: by the row's `true_false`, else by its `ground_truth`.
+
+    Returns:
+        One entry for each candidate, None where that cannot be decided; None if the row has neither field.
+    """
     if row.true_false is not None:
-        return row.true_false
+        return list(row.true_false)
     if row.ground_truth is None:
         return None
-    truth = normal_answer(str(row.ground_truth))
-    return [answer is not None and answer == truth for answer in stated_answers(row)]
+    truth = str(row.ground_truth)
+    truth = final_answer(truth) or truth  # some data sets keep the whole solution there
+    return [answers_match(answer, truth) for answer in _given_answers(row)]
+
+
+def _given_answers(row: CandidateRow) -> list[str | None]:
+    """The row's `answers`, or what its candidates state, as they are written."""
+    return list(row.answers) if row.answers is not None else [final_answer(text) for text in row.candidates]
+
+
+def _told(line: str, whole_line: bool) -> str:
+    """The answer at the beginning of a line of prose: its first sentence where that alone is one."""
+    if len(line) > MAX_LENGTH:
+        return line
+    end = SENTENCE_END.search(line)
+    sentence = line[: end.start()] if end else line
+    if whole_line and not (is_number(sentence) and not is_number(line)):
+        return line
+    return sentence

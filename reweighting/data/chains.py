@@ -11,48 +11,106 @@ import math
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from reweighting.errors import UserError
 
 # "Step 3" at the beginning of a line, under any decoration: `### Step 3:`, `**Step 3**`, `> - step 3.`
-STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*(?:[#-][ \t]*)?\d+(?![0-9a-z])", re.I | re.M)
+STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*(?:[#-][ \t]*)?(\d+)(?![0-9a-z])", re.I | re.M)
+MAX_STEPS = 10_000  # of a response: one with more is no reasoning, and would be tokenised before it is refused
 
 
 def split_steps(text: str) -> tuple[str, list[str]]:
-    """Cut a text at its `Step N` markers: (what stands before the first, the steps with their markers).
+    """Cut a text at its `Step N` markers.
 
-    Only a marker that begins a line counts. All pieces are stripped; "Final answer: ..." stays in the last
-    step. Without a marker the whole text is the question and there are no steps.
+    Only a marker that begins a line counts. "Final answer: ..." stays in the last step.
+
+    Returns:
+        What stands before the first marker, and the steps with their markers, all stripped. Without a marker the whole
+        text is the first, and there are no steps.
     """
-    starts = [match.start() for match in STEP_MARKER.finditer(text)]
-    if not starts:
-        return text.strip(), []
+    return _cut(text, list(STEP_MARKER.finditer(text)))
+
+
+def _cut(text: str, markers: Sequence[re.Match]) -> tuple[str, list[str]]:
+    """What stands before the first of these markers, and the steps that begin at them."""
+    starts = [marker.start() for marker in markers]
     bounds = [*starts, len(text)]
-    return text[: starts[0]].strip(), [text[a:b].strip() for a, b in zip(bounds, bounds[1:], strict=False)]
+    steps = [text[start:end].strip() for start, end in zip(starts, bounds[1:], strict=True)]
+    return text[: bounds[0]].strip(), steps
 
 
 def split_response(text: str) -> list[str]:
-    """The steps of a response, at least one: text before the first marker joins the first step, and a
-    response without a marker is one step."""
+    """Cut a response into its steps, at least one.
+
+    Text before the first marker joins the first step, and a response without a marker is one step.
+    """
     opening, steps = split_steps(text)
     if not steps:
         return [opening]
     return [f"{opening}\n{steps[0]}" if opening else steps[0], *steps[1:]]
 
 
+def split_answer(text: str) -> tuple[str, list[str]]:
+    """Cut a text that holds a question and then its answer: the answer is the last run of steps that starts at 1.
+
+    Steps before it belong to the question: many prompts list the steps that an answer shall have. Where no step is
+    number 1, the answer begins at the first marker.
+
+    Returns:
+        The question and the steps, stripped; no steps if there is no marker.
+    """
+    markers = list(STEP_MARKER.finditer(text))
+    first = max((place for place, marker in enumerate(markers) if _number(marker) == 1), default=0)
+    return _cut(text, markers[first:])
+
+
+def split_prompt(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]:
+    """Separate a question from the first steps of its answer, where a prompt holds those too.
+
+    It does so if the prompt ends in steps 1 to k and each response begins with step k + 1. In any other case the
+    prompt is the question, whatever stands in it: many list the steps that an answer shall have.
+
+    Returns:
+        The question and the first steps, stripped; mostly no steps.
+    """
+    markers = list(STEP_MARKER.finditer(prompt))
+    starts = [place for place, marker in enumerate(markers) if _number(marker) == 1]
+    if starts:
+        run = markers[starts[-1] :]
+        consecutive = [_number(marker) for marker in run] == list(range(1, len(run) + 1))
+        if consecutive and all(_continues(response, len(run) + 1) for response in responses):
+            return _cut(prompt, run)
+    return prompt.strip(), []
+
+
+def _continues(response: str, number: int) -> bool:
+    """Whether a response begins with the step of this number."""
+    marker = STEP_MARKER.search(response)
+    return marker is not None and _number(marker) == number and not response[: marker.start()].strip()
+
+
+def _number(marker: re.Match) -> int:
+    """The number in a marker; -1 for one that counts no steps."""
+    return int(marker[1]) if len(marker[1]) < 10 else -1
+
+
 @dataclass(frozen=True)
 class Chain:
     """A question, its image, and the steps of one response with what is known about them.
 
-    targets: one per step, Monte Carlo accuracy in [0, 1], NaN where no row labels the step; empty if none.
-    label:   1.0 / 0.0 if the final answer is right / wrong (meta chains), else NaN.
-    domain:  index into the list of domains, -1 if none.
-    rows:    indices of the rows behind the chain; for a training chain the j-th is the one that labels the
-             j-th labeled step.
-    source:  the file the rows came from, for error messages.
+    Attributes:
+        question, image: what is asked.
+        steps: the texts of the steps, [S].
+        targets: Monte Carlo accuracies in [0, 1], [S], NaN where no row labels the step; empty if none is labeled.
+        label: 1.0 / 0.0 if the final answer is correct / incorrect (meta chains), else NaN.
+        domain: index into the list of domains, -1 if none.
+        rows: indices of the rows behind the chain; for a training chain the j-th is the one that labels the j-th
+            labeled step.
+        source: the file the rows came from, for error messages.
+        continued: how many of the first steps stood in the rows' `input`, which the response continues.
     """
 
     question: str
@@ -63,6 +121,7 @@ class Chain:
     domain: int = -1
     rows: tuple[int, ...] = ()
     source: str = ""
+    continued: int = 0
 
     @property
     def prompt(self) -> tuple[str, Path | None]:
@@ -84,90 +143,203 @@ class Chain:
 def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list[str]]:
     """Merge training rows into chains, each row labelling exactly one step of exactly one chain.
 
-    A row's text is `input` followed by `add`; its `accuracy` belongs to its last step. Rows of the same
-    (dataset, question, image) whose steps extend each other become one chain. Where they branch, the shared
-    rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the
-    next branch or alone, because the loss is a mean over rows. Returns (chains in file order of their first
-    row, domain names sorted). `source` is the file name that later messages use. Takes time linear in the
-    rows, and keeps none of them.
+    A row's `accuracy` belongs to the last step of its `add`; `split_prompt` says what of its `input` is the question.
+    Rows of the same (dataset, question, image) whose steps extend each other become one chain. Where they branch, the
+    shared rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the next
+    branch or alone, because the loss is a mean over rows. Takes time linear in the rows' steps, and keeps no row.
+
+    Args:
+        rows: TrainingRow objects.
+        source: the name of their file, for later messages.
+
+    Returns:
+        The chains in the order of their first rows, and the domains' names, sorted.
+
+    Raises:
+        UserError: a row has more than `MAX_STEPS` steps.
     """
-    texts, indices, accuracies = [], array("q"), array("d")  # of each row; the rows themselves are let go
-    unextended: dict[tuple, list[int]] = defaultdict(list)  # text -> its rows that no row extends yet, last one first
-    known: dict[str, str] = {}  # equal texts are kept once
-    asked, question, first_steps = None, "", []
+    tree = _StepTree()
+    nodes, indices, accuracies = array("q"), array("q"), array("d")  # of each row; the rows themselves are let go
+    unextended: dict[int, list[int]] = defaultdict(list)  # node -> its rows that no row extends yet, last one first
+    continued: dict[int, int] = {}  # node -> its steps that stood in `input`, where there are any
     for number, row in enumerate(rows):
-        if row.input != asked:  # rows of one question mostly stand together
-            asked, (question, first_steps) = row.input, split_steps(row.input)
-        steps = tuple(known.setdefault(step, step) for step in (*first_steps, *split_response(row.add)))
-        dataset, question = known.setdefault(row.dataset, row.dataset), known.setdefault(question, question)
-        texts.append((dataset, question, row.image, steps))
+        question, begun = split_prompt(row.input, [row.add])
+        steps = _checked([*begun, *split_response(row.add)], row, source)
+        node = tree.insert((row.dataset, question, row.image), steps)
+        if begun:
+            continued[node] = len(begun)
+        nodes.append(node)
         indices.append(row.index)
         accuracies.append(row.accuracy)
-        unextended[texts[-1]].append(number)
+        unextended[node].append(number)
+    tree.complete()
     for numbers in unextended.values():
         numbers.reverse()
-    domains = sorted({dataset for dataset, *_ in texts})
+    domains = sorted({dataset for dataset, _, _ in tree.prompts.values()})
     domain_of = {name: index for index, name in enumerate(domains)}
 
     next_of: dict[int, int] = {}  # row -> the row that extends it
     extends: set[int] = set()  # rows that continue another row's chain
-    for number, (*place, steps) in enumerate(texts):
-        prefixes = ((*place, steps[:n]) for n in range(len(steps) - 1, 0, -1))
-        parent = next((p for p in prefixes if unextended.get(p)), None)
-        if parent is not None:
-            next_of[unextended[parent].pop()] = number
-            extends.add(number)
+    for number, node in enumerate(nodes):
+        while (node := tree.parents[node]) >= 0:
+            if unextended.get(node):
+                next_of[unextended[node].pop()] = number
+                extends.add(number)
+                break
 
     ordered = []
-    for number in range(len(texts)):
+    for number in range(len(nodes)):
         if number in extends:
             continue
         members = [number]
         while members[-1] in next_of:
             members.append(next_of[members[-1]])
-        dataset, question, image, steps = texts[members[-1]]
+        (dataset, question, image), steps = tree.path(nodes[members[-1]])
         targets = [math.nan] * len(steps)
         for member in members:
-            targets[len(texts[member][3]) - 1] = accuracies[member]
+            targets[tree.depths[nodes[member]] - 1] = accuracies[member]
         places = tuple(indices[member] for member in members)
-        chain = Chain(question, steps, image, tuple(targets), math.nan, domain_of[dataset], places, source)
+        begun = max(continued.get(nodes[member], 0) for member in members)
+        domain = domain_of[dataset]
+        chain = Chain(question, steps, image, tuple(targets), math.nan, domain, places, source, begun)
         ordered.append((min(members), chain))
     ordered.sort(key=lambda pair: pair[0])
     return [chain for _, chain in ordered], domains
 
 
-def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
-    """Meta rows (question and response in one text) as chains with a `label`, and how many had no step.
+class _StepTree:
+    """Step sequences as paths from their prompt, so that equal beginnings are one path and compared by number.
 
-    A row without a `Step N` marker cannot be told apart into question and response: it is left out and
-    counted, for the caller to warn about. Raises UserError if what remains is empty or all of one class,
-    since the meta loss would then only push every score one way.
+    Each prompt and each step is a node: a row's node stands for its prompt and all its steps.
+    """
+
+    def __init__(self):
+        self.prompts: dict[int, tuple] = {}  # node -> prompt
+        self._children: dict[tuple, int] = {}  # prompt, or (node, step) -> node
+        # Of each node: the node before it (-1 before a prompt), its step ("" for a prompt), how many steps lead to it.
+        self.parents, self.depths = array("q"), array("q")
+        self._steps: list[str] = []
+
+    def insert(self, prompt: tuple, steps: Iterable[str]) -> int:
+        """The node of these steps behind this prompt."""
+        node = self._child(prompt, -1, "")
+        self.prompts.setdefault(node, prompt)
+        for step in steps:
+            node = self._child((node, step), node, step)
+        return node
+
+    def complete(self) -> None:
+        """Let go what only `insert` needs, most of the memory, before the chains take theirs."""
+        self._children.clear()
+
+    def path(self, node: int) -> tuple[tuple, tuple[str, ...]]:
+        """The prompt and the steps of a node."""
+        steps = []
+        while self.parents[node] >= 0:
+            steps.append(self._steps[node])
+            node = self.parents[node]
+        return self.prompts[node], tuple(reversed(steps))
+
+    def _child(self, key: tuple, parent: int, step: str) -> int:
+        node = self._children.setdefault(key, len(self._steps))
+        if node == len(self._steps):
+            self.parents.append(parent)
+            self.depths.append(0 if parent < 0 else self.depths[parent] + 1)
+            self._steps.append(step)
+        return node
+
+
+def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
+    """Turn meta rows, each a question and a response in one text, into chains with a `label`.
+
+    A row without a `Step N` marker has no known end of its question: it is left out and counted, for the caller to
+    warn about.
+
+    Args:
+        rows: MetaRow objects.
+        source: the name of their file, for messages.
+
+    Returns:
+        The chains, and how many rows had no step.
+
+    Raises:
+        UserError: the rest is empty or all of one class, so that the meta loss would only push every score one way;
+            or a row has more than `MAX_STEPS` steps.
     """
     rows = list(rows)
     chains, stepless = [], []
     for row in rows:
-        question, steps = split_steps(row.input)
+        question, steps = split_answer(row.input)
         if steps:
-            label = float(row.true_false)
-            chains.append(Chain(question, tuple(steps), row.image, (), label, -1, (row.index,), source))
+            steps = _checked(steps, row, source)
+            chains.append(Chain(question, steps, row.image, (), float(row.true_false), -1, (row.index,), source))
         else:
             stepless.append(bool(row.true_false))
-    right = sum(chain.label == 1.0 for chain in chains)
-    if right in (0, len(chains)):
-        rest = f"the other {len(chains)} are all {'true' if right else 'false'}" if chains else "none is left"
+    correct = sum(chain.label == 1.0 for chain in chains)
+    if correct in (0, len(chains)):
+        rest = f"the other {len(chains)} are all {'true' if correct else 'false'}" if chains else "none is left"
         raise UserError(
             f"{source or 'the meta rows'}: of {len(rows)} rows, {len(stepless)} have no `Step N` marker "
             f"({sum(stepless)} true, {len(stepless) - sum(stepless)} false) and cannot be used; {rest}. "
-            "The upper level needs right and wrong responses: `input` must hold the question and then the "
+            "The upper level needs correct and incorrect responses: `input` must hold the question and then the "
             "response, each step beginning a line with `Step 1:`, `Step 2:`, ..."
         )
     return chains, len(stepless)
 
 
 def candidate_chains(row, source: str = "") -> list[Chain]:
-    """One chain per candidate of a best-of-N row, in the row's order."""
-    question, begun = split_steps(row.input)  # a prompt may hold the first steps already
+    """Turn a best-of-N row into one chain per candidate, in the row's order.
+
+    Raises:
+        UserError: a candidate has more than `MAX_STEPS` steps.
+    """
+    question, begun = split_prompt(row.input, row.candidates)
     return [
-        Chain(question, (*begun, *split_response(text)), row.image, rows=(row.index,), source=source)
+        Chain(
+            question,
+            _checked([*begun, *split_response(text)], row, source),
+            row.image,
+            rows=(row.index,),
+            source=source,
+            continued=len(begun),
+        )
         for text in row.candidates
     ]
+
+
+def _checked(steps: Sequence[str], row, source: str) -> tuple[str, ...]:
+    """The steps of a row's response. Raises UserError if they are too many."""
+    if len(steps) > MAX_STEPS:
+        place = f"{source}: " if source else ""
+        raise UserError(f"{place}row {row.index}: {len(steps)} steps, allowed: at most {MAX_STEPS}. Leave it out.")
+    return tuple(steps)
+
+
+def step_warnings(chains: Iterable[Chain], source: str) -> list[str]:
+    """Describe what is odd about how the chains of a file are cut into steps, with counts.
+
+    Args:
+        chains: of the file `source`, as one of the functions above makes them.
+
+    Returns:
+        One line for each: answers of a single step, numbering that is not 1 to n, and answers whose first steps stand
+        in `input`. An answer of which only the first step is given, as training rows have it, is not odd.
+    """
+    answers = single = misnumbered = continued = 0
+    for chain in chains:
+        answers += 1
+        numbers = [_number(marker) for marker in map(STEP_MARKER.search, chain.steps) if marker]
+        single += len(chain.steps) == 1 and not (numbers and chain.targets)
+        misnumbered += bool(numbers) and numbers != list(range(1, len(chain.steps) + 1))
+        continued += chain.continued > 0
+    lines = []
+    if single:
+        lines.append(f"{source}: {single} of {answers} answers are a single step, so their steps are not judged one by "
+                     "one. Begin each step on a line of its own with `Step 1:`, `Step 2:`, ...")  # fmt: skip
+    if misnumbered:
+        lines.append(f"{source}: the steps of {misnumbered} of {answers} answers are not numbered 1, 2, 3, ...: look "
+                     "whether some of their `Step N` lines are no steps")  # fmt: skip
+    if continued:
+        lines.append(f"{source}: {continued} of {answers} answers continue the numbering of the steps at the end of "
+                     "their `input`, which count as steps of theirs")  # fmt: skip
+    return lines

@@ -3,57 +3,87 @@
     for raw in iterate_rows(Path("data/test.json")): ...
 
 A file named `.jsonl` holds an object a line, one named `.parquet` is a table with a column for each field, any other
-holds a JSON list of objects. Nothing is checked here but that the file can be read.
+holds a JSON list of objects. JSON may be compressed with gzip. Nothing is checked here but that the file can be read.
 """
 
+import gzip
+import io
 import json
 import re
 import reprlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
 from reweighting.errors import UserError
+from reweighting.files import regular_file
+from reweighting.terminal import printable
 
 CHUNK = 2**20  # characters
 TABLE_ROWS = 1024  # of a Parquet file at a time
 HALF_A_TOKEN = 16  # characters: what a cut may leave of a literal or of a pair of \u escapes
+SHOWN_CHARACTERS = 60  # of a value in a message
 SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
+GZIP = b"\x1f\x8b"
+PARQUET = b"PAR1"
+# What else a file may begin with, and what to do about it.
+OTHER_KINDS = {
+    PARQUET: "a Parquet file. Give it a name that ends in .parquet",
+    b"PK\x03\x04": "a zip archive. Unpack it",
+    b"\xfd7zXZ\x00": "compressed with xz. Unpack it, or compress it with gzip",
+    b"BZh": "compressed with bzip2. Unpack it, or compress it with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Unpack it, or compress it with gzip",
+}
 
 
-def iterate_rows(path: Path) -> Iterator[Any]:
-    """The file's rows, not yet checked; at least one. Raises UserError where the file is not what it should be."""
+def iterate_rows(path: Path, columns: Collection[str] | None = None) -> Iterator[Any]:
+    """Read a file's rows one after the other, not yet checked.
+
+    Args:
+        path: the file, or a pipe such as `<(zcat rows.json.gz)`, which is read once however often this is called.
+        columns: the columns of a table that are read; the others are None in every row. None: all of them.
+
+    Yields:
+        What stands at each row's place, an object or not; at least one.
+
+    Raises:
+        UserError: the file cannot be read, is not of its kind, or has no rows.
+    """
+    name = printable(f"{path!s:.200}", one_line=True)
     count = 0
     try:
-        for row in READERS.get(path.suffix.lower(), _elements)(path):
+        file = regular_file(path)
+        for row in _table(file, columns) if path.suffix.lower() == ".parquet" else _json_rows(path, file):
             count += 1
             yield row
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Check the path.") from None
+        raise UserError(f"{name}: no such file. Check the path.") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: this is a folder. Name the JSON file in it.") from None
+        raise UserError(f"{name}: this is a folder. Name the JSON file in it.") from None
     except UnicodeDecodeError:
-        line = _first_bad_line(path)
-        raise UserError(f"{path}: not UTF-8 (line {line}). Save it as UTF-8, say with iconv.") from None
+        line = _first_bad_line(file)
+        raise UserError(f"{name}: not UTF-8 (line {line}). Save it as UTF-8, for example with iconv.") from None
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply. A row is an object of plain values.") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        raise UserError(f"{name}: nested too deeply. A row is an object of plain values.") from None
+    # EOFError and zlib.error: a damaged gzip file. ValueError: a NUL character in the path, or no Parquet file.
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{str(path)!r:.200}: cannot be read ({reason}). Check the path.") from None
+        raise UserError(f"{name}: cannot be read ({reason!s:.200}). Check the path and the file.") from None
     if not count:
-        raise UserError(f"{path}: no rows in it. Check that writing it was not cut off.")
+        raise UserError(f"{name}: no rows in it. Check that writing it was not cut off.")
 
 
 _short = reprlib.Repr()
-_short.maxstring = _short.maxlong = _short.maxother = 60
+_short.maxstring = _short.maxlong = _short.maxother = SHOWN_CHARACTERS
 
 
-def shown(value: Any) -> str:
-    """The value's repr on one line, at most 60 characters, however deep or long the value is."""
+def short_repr(value: Any) -> str:
+    """Return the value's repr on one line, at most 60 characters, however deep or long the value is."""
     text = _short.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
 class _Window:
@@ -99,18 +129,28 @@ class _Window:
                 raise _too_many_digits(self.path) from error
 
     def not_json(self, error: json.JSONDecodeError) -> UserError:
-        """The error, which tells a place in `text`, with its place in the file."""
+        """The error, which names a place in `text`, with its place in the file."""
         column = error.colno + (self.column - 1 if error.lineno == 1 else 0)
         return _not_json(self.path, error.msg, self.line + error.lineno - 1, column)
 
 
-def _elements(path: Path) -> Iterator[Any]:
+def _json_rows(path: Path, file: Path) -> Iterator[Any]:
+    """The rows of a JSON file. path: its name, for messages; file: where its content is."""
+    with _open_bytes(file) as stream:
+        start = stream.peek(8)  # type: ignore[attr-defined]
+        for magic, what in OTHER_KINDS.items():
+            if start.startswith(magic):
+                raise UserError(f"{path}: this is {what}.")
+        # newline="\n": lines end nowhere else, and no character is changed.
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
+        by_lines = path.suffixes[-2:] == [".jsonl", ".gz"] or path.suffix.lower() == ".jsonl"
+        # A pipe has no name that could tell.
+        by_lines = by_lines or (file != path and start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{")
+        yield from _lines(path, text) if by_lines else _elements(_Window(path, text))
+
+
+def _elements(window: _Window) -> Iterator[Any]:
     """The members of the list that a JSON file holds."""
-    with _open(path) as file:
-        yield from _members(_Window(path, file))
-
-
-def _members(window: _Window) -> Iterator[Any]:
     path = window.path
     first = window.next_character()
     if not first:
@@ -120,7 +160,7 @@ def _members(window: _Window) -> Iterator[Any]:
         if window.next_character():
             raise window.not_json(json.JSONDecodeError("Extra data", window.text, window.at))
         raise UserError(
-            f"{path}: found {shown(value)}, allowed: a list of objects, [{{...}}, {{...}}]. "
+            f"{path}: found {short_repr(value)}, allowed: a list of objects, [{{...}}, {{...}}]. "
             "Put the rows in square brackets, or one per line in a file named .jsonl."
         )
     window.at += 1
@@ -138,39 +178,41 @@ def _members(window: _Window) -> Iterator[Any]:
         raise window.not_json(json.JSONDecodeError("Extra data", window.text, window.at))
 
 
-def _lines(path: Path) -> Iterator[Any]:
+def _lines(path: Path, text: TextIOBase) -> Iterator[Any]:
     """The value on each line that is not blank."""
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise _not_json(path, error.msg, number, error.colno) from None
-                except ValueError as error:
-                    raise _too_many_digits(path) from error
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _not_json(path, error.msg, number, error.colno) from None
+            except ValueError as error:
+                raise _too_many_digits(path) from error
 
 
-def _table(path: Path) -> Iterator[Any]:
-    """The rows of a Parquet file, as {column: value}."""
+def _table(file: Path, columns: Collection[str] | None) -> Iterator[dict]:
+    """The rows of a Parquet file, as {column: value}. Columns that are not wanted are not read, whatever is in them."""
     import pyarrow.parquet  # half a second that no other file needs to wait for
 
-    with open(path, "rb") as file, pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(TABLE_ROWS):
-            yield from batch.to_pylist()
+    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+        names = table.schema_arrow.names
+        wanted = [name for name in names if columns is None or name in columns]
+        blank = dict.fromkeys(names)
+        for batch in table.iter_batches(TABLE_ROWS, columns=wanted):
+            for row in batch.to_pylist():
+                yield blank | row
 
 
-def _open(path: Path) -> TextIOBase:
-    # newline="\n": lines end nowhere else, and no character is changed.
-    return open(path, encoding="utf-8-sig", newline="\n")
-
-
-READERS = {".jsonl": _lines, ".parquet": _table}
+def _open_bytes(file: Path) -> io.BufferedReader | gzip.GzipFile:
+    """The file's bytes, unpacked if they are compressed with gzip."""
+    with open(file, "rb") as start:
+        packed = start.read(2) == GZIP
+    return gzip.open(file, "rb") if packed else open(file, "rb")
 
 
 def _not_json(path: Path, what: str, line: int, column: int) -> UserError:
-    remedy = "Mend that place; `python -m json.tool FILE` checks a file."
-    if what == "Extra data" and path.suffix.lower() != ".jsonl":
+    remedy = "Fix that place; `python -m json.tool FILE` checks a file."
+    if what == "Extra data" and ".jsonl" not in path.suffixes:
         remedy = "If every line holds one object, name the file .jsonl."
     return UserError(f"{path}: not JSON: {what} at line {line} column {column}. {remedy}")
 
@@ -180,12 +222,15 @@ def _too_many_digits(path: Path) -> UserError:
     return UserError(f"{path}: a number with too many digits to be read. Shorten or remove it.")
 
 
-def _first_bad_line(path: Path) -> int:
+def _first_bad_line(file: Path) -> int:
     """The number of the first line that is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return number
+    with _open_bytes(file) as stream:
+        return next(number for number, line in enumerate(stream, 1) if not _is_utf8(line))
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,10 +1,12 @@
 """The rows of the three kinds of files: fields, types and what is allowed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+ACCURACY_ROUNDING = 0.01  # how far `accuracy` may be from score / times: two decimals are common
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
@@ -39,7 +41,10 @@ class Row(BaseModel):
 
 
 class TrainingRow(Row):
-    """One reasoning step with its Monte Carlo accuracy, in [0, 1]."""
+    """One reasoning step with its Monte Carlo accuracy, in [0, 1].
+
+    `score` of `times` continuations were correct; `accuracy` is their quotient, and may be left out beside them.
+    """
 
     add: Text
     dataset: Text
@@ -50,22 +55,50 @@ class TrainingRow(Row):
     score: OptionalCount = None
     times: OptionalCount = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _accuracy_from_counts(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("accuracy") is None:
+            quotient = _quotient(fields.get("score"), fields.get("times"))
+            if quotient is not None:
+                return fields | {"accuracy": quotient}
+        return fields
+
+    @field_validator("times")
+    @classmethod
+    def _agrees_with_accuracy(cls, times: float | None, info: ValidationInfo) -> float | None:
+        score, accuracy = info.data.get("score"), info.data.get("accuracy")  # absent with an error of their own
+        quotient = _quotient(score, times)
+        if quotient is not None and accuracy is not None and abs(quotient - accuracy) > ACCURACY_ROUNDING:
+            found = f"found {times:g} beside a score of {score:g}, whose quotient is {quotient:.3g}"
+            raise PydanticCustomError("accuracy", f"{found}, and an accuracy of {accuracy:.3g}, allowed: equal ones")
+        return times
+
+
+def _quotient(score: Any, times: Any) -> float | None:
+    """The accuracy that counts mean, if they are counts and not of nothing."""
+    numbers = all(isinstance(count, int | float) and not isinstance(count, bool) for count in (score, times))
+    try:
+        return score / times if numbers else None
+    except (ZeroDivisionError, OverflowError):
+        return None
+
 
 class EvaluationRow(TrainingRow):
-    """A training row that may say whether its last step is right, which its accuracy only suggests."""
+    """A training row that may also say whether its last step is correct, which its accuracy only suggests."""
 
     correct: bool | None = Field(None, description="true, false or null")
 
 
 class MetaRow(Row):
-    """One whole response and whether its final answer is right."""
+    """One whole response and whether its final answer is correct."""
 
     true_false: bool = Field(description="true or false")
     id: OptionalId = None
 
 
 class CandidateRow(Row):
-    """One question with the responses to choose from; `answers` and `true_false` go by response."""
+    """One question with the responses to choose from; `answers` and `true_false` have one entry for each response."""
 
     id: int | Text = Field(description="a whole number, or text that is not blank")
     candidates: list[Text] = Field(min_length=1, description="a list of texts, at least one, none blank")

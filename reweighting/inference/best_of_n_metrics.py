@@ -21,8 +21,9 @@ def measure(pairs: Iterable[tuple[CandidateRow, dict]], aggregation: str) -> dic
     means: dict[int, Bootstrap] = {}
     for row, choice in pairs:
         right = candidate_correctness(row)
-        if right is None:
+        if right is None or not any(entry is not None for entry in right):
             continue
+        right = [entry is True for entry in right]
         answers = stated_answers(row)
         z, mask = logits_of(choice["scores"])
         n = 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reweighting.data.chains import Chain, split_steps, training_chains
+from reweighting.data.chains import Chain, split_prompt, training_chains
 from reweighting.data.schema import EvaluationRow
 from reweighting.errors import UserError
 from reweighting.inference.metrics import (
@@ -41,7 +41,7 @@ def split(rows: Sequence[EvaluationRow]) -> tuple[list[EvaluationRow], list[Eval
     """A third of the questions, and the others. It depends on domain, question and image only, not on the order."""
     parts: tuple[list, list] = [], []
     for row in rows:
-        key = "\n".join((row.dataset, split_steps(row.input)[0], str(row.image_path)))
+        key = "\n".join((row.dataset, split_prompt(row.input, [row.add])[0], str(row.image_path)))
         parts[hashlib.sha256(key.encode()).digest()[0] % 3 > 0].append(row)
     return parts
 

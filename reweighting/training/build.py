@@ -85,7 +85,13 @@ def make_validation(
     if config.data.validation_json_file is None:
         return None
     return Validation(
-        model, data.validation, data.right, config.data.validation_json_file, config.lower.batch_size, device, precision
+        model,
+        data.validation,
+        data.correct,
+        config.data.validation_json_file,
+        config.lower.batch_size,
+        device,
+        precision,
     )
 
 

@@ -1,27 +1,36 @@
-"""What a run reads: its JSON files, checked row by row, as chains."""
+"""What a run reads: its files, checked row by row, as chains."""
 
 import gc
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 from reweighting.config.training import TrainingConfig
-from reweighting.data.answers import candidate_correctness
-from reweighting.data.chains import Chain, meta_chains, training_chains
+from reweighting.data.answers import candidate_correctness, stated_answers
+from reweighting.data.chains import Chain, candidate_chains, meta_chains, step_warnings, training_chains
 from reweighting.data.load_rows import iterate_training_rows, load_candidate_rows, load_meta_rows
+from reweighting.data.row_files import short_repr
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
 
 
 @dataclass(frozen=True)
 class RunData:
-    """train: the training chains; domains: their K names, in the order of the weights. meta: the meta chains, empty
-    where no weights are learned. validation: candidate rows, or none; right: whether each of their candidates is."""
+    """What the files hold.
+
+    Attributes:
+        train: the training chains.
+        domains: their K names, in the order of the weights.
+        meta: the meta chains; none where no weights are learned.
+        validation: candidate rows of which it is known for at least one candidate whether it is correct, or none.
+        correct: for each of those rows whether each candidate is known to be correct.
+    """
 
     train: list[Chain]
     domains: list[str]
     meta: list[Chain]
     validation: list[CandidateRow]
-    right: list[list[bool]]
+    correct: list[list[bool]]
 
     @property
     def rows(self) -> int:
@@ -30,7 +39,11 @@ class RunData:
 
 
 def read_run_data(config: TrainingConfig) -> RunData:
-    """Read the files that the flags name. Raises UserError, naming each wrong row, for what the user can mend."""
+    """Read the files that the flags name, and warn of what is odd about them.
+
+    Raises:
+        UserError: naming each wrong row, or what a file lacks.
+    """
     gc.disable()  # it would go through millions of rows again and again, and find nothing
     try:
         return _read(config)
@@ -39,29 +52,76 @@ def read_run_data(config: TrainingConfig) -> RunData:
 
 
 def _read(config: TrainingConfig) -> RunData:
-    learns = config.learns_weights
-    rows = iterate_training_rows(config.data.train_json_file, config.data.image_root, min_domains=2 if learns else 1)
-    train, domains = training_chains(rows, config.data.train_json_file)
-    meta = []
+    learns, files = config.learns_weights, config.data
+    rows = iterate_training_rows(files.train_json_file, files.image_root, min_domains=2 if learns else 1)
+    train, domains = training_chains(rows, files.train_json_file)
+    _check_batch_size(config.lower.batch_size, train, domains)
+    _warn(*step_warnings(train, files.train_json_file))
+    meta: list[Chain] = []
     if learns:
-        meta_rows = load_meta_rows(config.data.meta_json_file, config.data.image_root)
-        meta, stepless = meta_chains(meta_rows, config.data.meta_json_file)
+        meta_rows = load_meta_rows(files.meta_json_file, files.image_root)
+        meta, stepless = meta_chains(meta_rows, files.meta_json_file)
         if stepless:
-            print(
-                f"warning: {config.data.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker "
-                "and are left out",
-                file=sys.stderr,
+            _warn(
+                f"{files.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and are left out"
             )
-    validation = []
-    if config.data.validation_json_file is not None:
-        validation = load_candidate_rows(config.data.validation_json_file, config.data.image_root)
-    right = []
-    for row in validation:
+        _warn(*step_warnings(meta, files.meta_json_file))
+    validation, correct = [], []
+    if files.validation_json_file is not None:
+        validation, correct = _read_validation(files.validation_json_file, files.image_root)
+    return RunData(train, domains, meta, validation, correct)
+
+
+def _check_batch_size(batch_size: int, train: list[Chain], domains: list[str]) -> None:
+    """Warn of domains with fewer chains than a batch. Raises UserError for a batch of more than all chains."""
+    if batch_size > len(train):
+        raise UserError(f"--batch_size {batch_size}: there are {len(train)} chains, and a batch holds those of one "
+                        "domain: use a smaller one")  # fmt: skip
+    counts = Counter(chain.domain for chain in train)
+    small = [(count, domains[domain]) for domain, count in counts.items() if count < batch_size]
+    if small:
+        count, name = min(small)
+        _warn(f"--batch_size {batch_size}: {len(small)} of {len(domains)} domains have fewer chains, so each of their "
+              f"batches repeats some; the smallest, {short_repr(name)}, has {count}")  # fmt: skip
+
+
+def _read_validation(path: str, image_root: str | None) -> tuple[list[CandidateRow], list[list[bool]]]:
+    """The candidate rows that can tell a good checkpoint, and which of their candidates are known to be correct.
+
+    Raises UserError if a row does not say what is correct, or no row's answers can be read.
+    """
+    rows = load_candidate_rows(path, image_root)
+    _warn(*step_warnings((chain for row in rows for chain in candidate_chains(row, path)), path))
+    candidates = unstated = undecided = 0
+    validation, correct = [], []
+    for row in rows:
         known = candidate_correctness(row)
         if known is None:
-            raise UserError(
-                f"--validation_json_file {config.data.validation_json_file}: row {row.index}: needs true_false or "
-                "ground_truth, to tell correct candidates from incorrect ones"
-            )
-        right.append(known)
-    return RunData(train, domains, meta, validation, right)
+            raise UserError(f"--validation_json_file {path}: row {row.index}: needs true_false or ground_truth, to "
+                            "separate correct candidates from incorrect ones")  # fmt: skip
+        candidates += len(known)
+        answers = stated_answers(row) if None in known else known
+        unstated += answers.count(None)
+        undecided += known.count(None) - answers.count(None)
+        if any(entry is not None for entry in known):
+            validation.append(row)
+            correct.append([entry is True for entry in known])
+    counts = (
+        f"{unstated} of {candidates} candidates state no answer, and for {undecided} it cannot be decided whether "
+        "it equals ground_truth"
+    )
+    if not validation:
+        raise UserError(
+            f"--validation_json_file {path}: no checkpoint can be chosen by it: {counts}. Give `true_false`, or "
+            "`answers` beside `ground_truth`, or let the candidates end in `Final answer: ...`"
+        )
+    if unstated or undecided:
+        left_out = len(rows) - len(validation)
+        _warn(f"--validation_json_file {path}: {counts}; they count as not correct, and {left_out} questions that have "
+              "no other candidates are left out")  # fmt: skip
+    return validation, correct
+
+
+def _warn(*messages: str) -> None:
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """chains.py, images.py, modeling/tokenization.py: cutting text into steps, merging rows, tokens, images, batches."""
 
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
-from reweighting.data.chains import Chain, candidate_chains, meta_chains, split_response, split_steps, training_chains
+from reweighting.data.chains import (
+    MAX_STEPS,
+    Chain,
+    candidate_chains,
+    meta_chains,
+    split_answer,
+    split_response,
+    split_steps,
+    step_warnings,
+    training_chains,
+)
 from reweighting.data.images import open_image
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate, sort_by_length
@@ -83,17 +94,86 @@ def test_rows_that_extend_each_other_are_one_chain():
     assert chains[0].steps == ("Step 1: a", "Step 2: b", "Step 3: c")
     assert chains[0].targets[0] == 0.9 and math.isnan(chains[0].targets[1]) and chains[0].targets[2] == 0.1
     assert [chain.domain for chain in chains] == [1, 0, 1]
-    assert chains[0].place == "train.json: rows 1, 0"
+    assert chains[0].source_location == "train.json: rows 1, 0"
 
 
-def test_steps_in_the_input_count_as_steps():
+PROMPT = "Your task is to answer in steps:\nStep 1: Restate.\nStep 2: Conclude.\n\nQuestion: How many?"
+
+
+def test_steps_in_the_input_count_where_the_response_continues_them():
     rows = [
         training_row(0, "Step 1: a"),
         training_row(1, "Step 2: b", question="How many?\nStep 1: a"),
-        training_row(2, "so it is 3", question="How many?\nStep 1: a\nStep 2: b"),
+        training_row(2, "Step 3: c", question="How many?\nStep 1: a\nStep 2: b"),
     ]
     (chain,), _ = training_chains(rows)
-    assert chain.steps == ("Step 1: a", "Step 2: b", "so it is 3") and chain.rows == (0, 1, 2)
+    assert chain.steps == ("Step 1: a", "Step 2: b", "Step 3: c") and chain.rows == (0, 1, 2)
+    assert (chain.question, chain.continued) == ("How many?", 2)
+    (warning,) = step_warnings([chain], "train.json")
+    assert warning.startswith("train.json: 1 of 1 answers continue the numbering of the steps at the end of their")
+
+
+@pytest.mark.parametrize(
+    "question, add",
+    [
+        ("Apply to 5.\nStep 1: Add 1.\nStep 2: Double.", "Step 1: 5+1=6."),  # the question lists steps
+        (PROMPT, "Step 1: two\nStep 2: three"),
+        (PROMPT, "two"),
+        ("How many?\nStep 1: a", "so it is 3"),  # no number to continue with
+        ("How many?\nStep 1: a", "First: Step 3\nStep 2: b"),  # does not begin with it
+        ("How many?\nStep 2: a", "Step 3: b"),  # no run from 1
+        ("How many?\nStep 1: a\nStep 3: b", "Step 4: c"),
+    ],
+)
+def test_any_other_input_is_the_question_whatever_stands_in_it(question, add):
+    (chain,), _ = training_chains([training_row(0, add, question=question)])
+    assert (chain.question, list(chain.steps), chain.continued) == (question, split_response(add), 0)
+    row = SimpleNamespace(index=0, input=question, image=None, candidates=[add, add])
+    assert all((c.question, list(c.steps)) == (question, split_response(add)) for c in candidate_chains(row))
+
+
+def test_a_prompt_that_lists_steps_is_part_of_a_meta_question():
+    def row(index, question, true_false):
+        answer = "\n\n".join(f"Step {n}: {n}" for n in range(1, 4))
+        return meta_row(index, f"{PROMPT} {question}\n\n{answer}\nFinal answer: 3", true_false)
+
+    chains, _ = meta_chains([row(0, "A?", True), row(1, "B?", False)])
+    assert [chain.question for chain in chains] == [f"{PROMPT} A?", f"{PROMPT} B?"]
+    assert all(chain.steps == ("Step 1: 1", "Step 2: 2", "Step 3: 3\nFinal answer: 3") for chain in chains)
+
+
+@pytest.mark.parametrize("text, steps", [("Q\nStep 2: a\nStep 3: b", 2), ("Q\nStep 1: a\nStep 3: b", 2), ("Q", 0),
+                                         ("Q\nStep 1: x\nStep 1: a", 1), (f"Q\nStep {'9' * 5000}: a", 1)])  # fmt: skip
+def test_the_answer_in_a_text_is_the_last_run_from_1(text, steps):
+    assert len(split_answer(text)[1]) == steps
+
+
+def test_warnings_count_single_steps_and_odd_numbering():
+    def warnings(*answers, targets=()):
+        return step_warnings([Chain("Q", steps, targets=targets) for steps in answers], "f.json")
+
+    assert warnings(("Step 1: a", "Step 2: b"), ("Now.\nStep 1: a", "**Step 2** b")) == []
+    assert warnings(("a",), ("Step 1: a", "Step 2: b"))[0].startswith("f.json: 1 of 2 answers are a single step")
+    assert warnings(("Step 1: a",))[0].startswith("f.json: 1 of 1 answers are a single step")
+    assert warnings(("Step 1: a",), targets=(0.5,)) == []  # the first of more steps
+    assert warnings(("a",), targets=(0.5,))[0].startswith("f.json: 1 of 1 answers are a single step")
+    for odd in (("Step 2: a", "Step 3: b"), ("Step 1: a", "Step 3: b"), ("Step 1: a", "b")):
+        assert warnings(odd)[0].startswith("f.json: the steps of 1 of 1 answers are not numbered 1, 2, 3")
+
+
+def test_many_steps_take_linear_time_and_too_many_are_refused():
+    add = "\n".join(f"Step {n}: a" for n in range(1, MAX_STEPS + 1))
+    start = time.perf_counter()
+    (chain,), _ = training_chains([training_row(0, add), training_row(1, add[:-20].rpartition("\n")[0])])
+    assert time.perf_counter() - start < 2  # quadratic: 20 s
+    assert chain.num_labeled_steps == 2 and len(chain.steps) == MAX_STEPS
+    add += f"\nStep {MAX_STEPS + 1}: a"
+    with pytest.raises(UserError, match=f"t.json: row 7: {MAX_STEPS + 1} steps, allowed: at most {MAX_STEPS}"):
+        training_chains([training_row(7, add)], "t.json")
+    with pytest.raises(UserError, match="row 7: "):
+        meta_chains([meta_row(7, "Q\n" + add, True)])
+    with pytest.raises(UserError, match="row 7: "):
+        candidate_chains(SimpleNamespace(index=7, input="Q", image=None, candidates=[add]))
 
 
 def test_a_shared_prefix_goes_with_the_first_branch():
@@ -162,11 +242,16 @@ def test_a_meta_set_of_one_class_is_refused_with_numbers():
         meta_chains(rows[1:])
 
 
-def test_candidate_chains_keep_order_and_steps_that_the_prompt_holds():
-    row = SimpleNamespace(index=4, input=" Q\nStep 1: begun ", image=None, candidates=["x", "Step 2: y"])
+def test_candidate_chains_keep_order_and_steps_that_all_candidates_continue():
+    row = SimpleNamespace(index=4, input=" Q\nStep 1: begun ", image=None, candidates=["Step 2: x", "Step 2: y"])
+    assert [(c.question, c.steps, c.continued) for c in candidate_chains(row)] == [
+        ("Q", ("Step 1: begun", "Step 2: x"), 1),
+        ("Q", ("Step 1: begun", "Step 2: y"), 1),
+    ]
+    row.candidates[0] = "Step 1: x"  # candidates of one question are asked the same
     assert [(c.question, c.steps) for c in candidate_chains(row)] == [
-        ("Q", ("Step 1: begun", "x")),
-        ("Q", ("Step 1: begun", "Step 2: y")),
+        ("Q\nStep 1: begun", ("Step 1: x",)),
+        ("Q\nStep 1: begun", ("Step 2: y",)),
     ]
 
 

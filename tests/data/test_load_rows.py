@@ -1,4 +1,4 @@
-"""The three JSON files: what loads, and what each kind of mistake says. Run: pytest tests/test_records.py"""
+"""load_rows.py and schema.py: what loads, and the message of each kind of mistake."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from PIL import Image
 
 from reweighting.data.load_rows import load_candidate_rows, load_meta_rows, load_training_rows
 from reweighting.data.schema import CandidateRow, MetaRow, TrainingRow
+from reweighting.errors import Problems
 from tests.rows import LOADERS, VALID, candidate, message, meta, training, write
 
 
@@ -40,6 +41,19 @@ def test_training_rows_have_fields_image_and_index(folder):
     assert (first.id, first.sid, first.ground_truth, first.score, first.times) == (3, "s", False, 2.0, 4.0)
     assert (second.image, second.index, second.dataset, second.accuracy) == (None, 1, "B", 1.0)
     assert second.id is None
+
+
+def test_accuracy_agrees_with_its_counts_or_comes_from_them(folder):
+    agree = [training(accuracy=0.67, score=2, times=3), training(accuracy=0.66, score=2, times=3, dataset="B")]
+    nothing = [training(score=0, times=0), training(score=None, times=3), training(score=3)]
+    without = [training(score=1, times=4, accuracy=None), training(score=3, times=4)]
+    del without[1]["accuracy"]
+    rows = load_training_rows(write(agree + nothing + without))
+    assert [row.accuracy for row in rows] == [0.67, 0.66, 0.5, 0.5, 0.5, 0.25, 0.75]
+    for counts in ({"score": 5, "times": 4}, {"score": 10**400, "times": 3}, {"score": 1, "times": 0}):
+        row = training(**counts)
+        del row["accuracy"]
+        assert row_problem("training", row).startswith("accuracy: ")
 
 
 def test_meta_and_candidate_rows(folder):
@@ -127,6 +141,11 @@ def test_unreadable_paths(folder):
         ("training", training(accuracy=float("inf")), "accuracy: found inf, allowed: a number from 0 to 1"),
         ("training", training(score=float("inf")), "score: found inf, allowed: a number from 0 up, or null"),
         ("training", training(times=-1), "times: found -1, allowed: a number from 0 up, or null"),
+        (
+            "training",
+            training(accuracy=0.9, score=1, times=4),
+            "times: found 4 beside a score of 1, whose quotient is 0.25, and an accuracy of 0.9, allowed: equal ones",
+        ),
         ("training", training(add=" \n\x1c"), r"add: found ' \n\x1c', allowed: text that is not blank"),
         ("training", training(dataset=3), "dataset: found 3, allowed: text that is not blank"),
         ("training", training(sid=1.5), "sid: found 1.5, allowed: a whole number, non-blank text, or null"),
@@ -189,7 +208,7 @@ def test_every_wrong_field_of_a_row_is_named(folder):
         "add: missing, allowed: text that is not blank",
         "accuracy: found 2, allowed: a number from 0 to 1",
         f"image_path: found 'none.png', which is no file in . or {folder}, "
-        "allowed: an image that Pillow can read, or null",
+        "allowed: an image (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, JPEG2000, AVIF), or null",
     ]
 
 
@@ -224,13 +243,24 @@ def test_misspelt_fields(folder):
     assert len(load_meta_rows(write(rows))) == 2
 
 
-@pytest.mark.parametrize("count", [1, 20, 21, 137])
-def test_at_most_twenty_problems_are_listed(folder, count):
-    rows = [training(accuracy=9)] * count + [training()] * 10
+def test_the_same_problem_in_many_rows_is_one_line(folder):
+    rows = [training(accuracy=9 + n, image_path=f"{n}.png") for n in range(137)] + [training()] * 10
     head, *lines = message(load_training_rows, write(rows)).split("\n")
-    assert head == f"rows.json: {count} problem{'s' * (count > 1)} in {count + 10} rows"
-    assert lines[min(count, 20) - 1].startswith(f"rows.json: row {min(count, 20) - 1}: accuracy: found 9")
-    assert lines[20:] == ([f"... and {count - 20} more"] if count > 20 else [])
+    assert head == "rows.json: 274 problems in 147 rows"
+    assert [line.partition(", allowed")[0] for line in lines] == [
+        "rows.json: row 0: accuracy: found 9",
+        f"rows.json: row 0: image_path: found '0.png', which is no file in . or {folder}",
+    ]
+    assert all(line.endswith("(likewise row 1; row 2; row 3; row 4 and 132 more)") for line in lines)
+
+
+@pytest.mark.parametrize("count", [1, 20, 21, 137])
+def test_at_most_twenty_kinds_of_problems_are_listed(count):
+    found = Problems()
+    for n in range(count):
+        found.add(f"row {n}", f"text {n}")
+    assert len(found.lines()) == min(count, 20) + (count > 20) and found.count == count
+    assert found.lines()[20:] == ([f"... and {count - 20} more"] if count > 20 else [])
 
 
 def test_one_row_is_singular(folder):

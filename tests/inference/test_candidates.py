@@ -1,11 +1,9 @@
-"""candidates.py: scores depend on the candidate alone; answers, votes and outcomes by hand."""
+"""candidates.py: scores depend on the candidate alone; votes and outcomes by hand."""
 
 import pytest
 import torch
 
-from reweighting.data.answers import candidate_correctness, final_answer, normal_answer, stated_answers
 from reweighting.data.load_rows import load_candidate_rows
-from reweighting.data.schema import CandidateRow
 from reweighting.inference.best_of_n_metrics import choice_outcomes
 from reweighting.inference.candidates import score_candidates
 from reweighting.modeling.reward_model import ProcessRewardModel
@@ -58,38 +56,6 @@ def test_a_model_that_gives_no_numbers_is_a_user_error(weights_path, rows):
     torch.nn.init.constant_(model.score_head.bias, float("nan"))
     with pytest.raises(Exception, match="scores that are no numbers"):
         score_candidates(model, rows[:1])
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("Step 1: x\nFinal answer: 13", "13"),
-        ("Final answer: 12\nno: **Final Answer:** 13.0 \nbye", "13"),
-        ("Final answer: $1,300$.", "1300"),
-        ("Final answer: The  Red one.", "the red one"),
-        ("Final answer: 0", "0"),
-        ("Final answer: .50", "0.5"),
-        ("Final answer: -0", "0"),
-        ("Final answer: 1e1000000", "1E1000000"),
-        ("Final answer: 12,345.60", "12345.6"),
-        ("Final answer: 12345678901234567890123456789012.0", "12345678901234567890123456789012"),
-        ("Final answer:", None),
-        ("13", None),
-    ],
-)
-def test_answers(response, answer):
-    assert normal_answer(final_answer(response)) == normal_answer(answer)
-    assert normal_answer("13") != normal_answer("1300") != normal_answer("the red one")
-
-
-def test_what_is_right_comes_from_true_false_or_the_ground_truth():
-    row = CandidateRow(
-        id=1, input="Q", image_path=None, candidates=["Final answer: 4", "none", "Final answer: 5"], ground_truth=4
-    )
-    assert candidate_correctness(row) == [True, False, False]
-    assert candidate_correctness(row.model_copy(update={"true_false": [False, True, True]})) == [False, True, True]
-    assert candidate_correctness(row.model_copy(update={"ground_truth": None})) is None
-    assert stated_answers(row.model_copy(update={"answers": ["a", "", "b"]})) == ["a", None, "b"]
 
 
 def test_outcomes_by_hand():
