@@ -100,7 +100,7 @@ class Bench:
     def reached(self, folder: Path) -> int:
         """The step of the newest checkpoint."""
         places = checkpoints(folder / "checkpoints")
-        return read_manifest(places[-1])["step"] if places else 0
+        return read_manifest(places[-1]).step if places else 0
 
 
 def kills(bench: Bench, count: int, seed: int) -> dict:

@@ -1,5 +1,6 @@
 """The one exception for what the user can fix, and the form of a message about many places."""
 
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -76,3 +77,10 @@ class _Group:
             return f"{first}: {self.text}"
         more = f" and {self.count - len(self.places)} more" if self.count > len(self.places) else ""
         return f"{first}: {self.text} (likewise {'; '.join(others)}{more})"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: Python, numpy, torch and CUDA each have their own error for it."""
+    if isinstance(error, RuntimeError):
+        return re.search("out of memory|not enough memory|can't allocate memory", str(error), re.I) is not None
+    return isinstance(error, MemoryError)

@@ -1,65 +1,198 @@
-"""Files that are complete or absent, digests of their contents, and what may be read as a file."""
+"""Whole files and folders, complete under their name or not there at all; digests, and what may be read as a file.
+
+    atomic_write_text(path, text)
+    with atomic_file(path) as file:             # bytes of any kind: a figure, a page, an archive
+        figure.savefig(file)
+    atomic_write_dir(folder, fill)
+    with temporary_dir(parent, "trial") as trial: ...
+
+What is unfinished lies beside its target as `.tmp-<8 hex digits>-<new or old>-<name>`. A killed process leaves it
+there; `remove_temporaries` clears it away at the next start.
+"""
 
 import errno
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
 from reweighting.errors import UserError
 
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-(?P<age>new|old)-(?P<name>.+)", re.DOTALL)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: if it cannot be opened, or is a folder, a pipe, a socket or a device, which might never end.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
+
+
+def open_append(path: Path) -> TextIO:
+    """Open a text file to append whole lines to; made if it is missing, never reached through a symbolic link."""
+    no_follow = getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "a", buffering=1, encoding="utf-8", opener=lambda p, flags: os.open(p, flags | no_follow, 0o666))
+
 
 def digest(*files: Path) -> str:
-    """A digest of the files' bytes, in this order."""
-    together = hashlib.sha256()
+    """Compute one SHA-256 digest of the files' contents, in the order given.
+
+    Raises:
+        OSError: if one cannot be read.
+        UserError: if one is a device or the like, which might never end.
+    """
+    combined = hashlib.sha256()
     for path in files:
         with open(regular_file(path), "rb") as file:
-            together.update(hashlib.file_digest(file, "sha256").digest())
-    return together.hexdigest()
+            combined.update(hashlib.file_digest(file, "sha256").digest())
+    return combined.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a binary file that takes its name only when all of it is on disk; until then the old one stays.
+
+    The file gets the permissions of the user's umask. A symbolic link at `path` is replaced, not followed.
+
+    Yields:
+        The file to write into. If the block raises, nothing is left of it.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    unfinished = _temporary(path, "new")
+    try:
+        with open(unfinished, "xb") as file:  # x: a new file, never one that another user has put there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of these bytes; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a file so that at any moment either all of the new text is there or the old file still is."""
-    aside = path.with_name(f".{path.name}.writing")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write a UTF-8 file of this text; see `atomic_file`."""
+    atomic_write_bytes(path, text.encode())
 
 
-def atomic_write_dir(place: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `place`, or make it anew, from what `fill` writes into the folder that it is given.
+def atomic_write_dir(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Create or replace a folder, which takes its name only when everything in it is on disk.
 
-    Everything is on disk before the folder gets its name, so that it is complete or absent. What cannot be finished is
-    removed again. Raises UserError if the disk takes no more.
+    Args:
+        folder: the folder; one that is there is replaced as a whole.
+        fill: writes the content into the folder that it is given. All of it then gets the permissions of the user's
+            umask.
+
+    Raises:
+        UserError: if the disk refuses. What was there before is still there.
     """
-    aside, old = (place.with_name(f".{place.name}.{word}") for word in ("writing", "old"))
-    for left in (aside, old):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    unfinished, old = _temporary(folder, "new"), _temporary(folder, "old")
     try:
-        aside.mkdir(parents=True)
-        fill(aside)
-        for path in aside.rglob("*"):
+        unfinished.mkdir(parents=True)
+        fill(unfinished)
+        _apply_umask(unfinished)
+        for path in unfinished.rglob("*"):
             _sync(path)
-        _sync(aside)
+        _sync(unfinished)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         # torch and safetensors report a full disk as errors of their own kinds
         if isinstance(error, OSError | RuntimeError | ValueError | SafetensorError):
-            raise UserError(f"{place} cannot be written: {error}; make room, then go on with --resume") from error
+            raise cannot_write(folder, error) from error
         raise
-    if place.exists():
-        place.rename(old)
-    aside.rename(place)
-    _sync(place.parent)
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_dir(folder: Path) -> None:
+    """Remove a folder, under a temporary name, so that half of it is never taken for the whole."""
+    doomed = _temporary(folder, "new")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+@contextmanager
+def temporary_dir(parent: Path, name: str) -> Iterator[Path]:
+    """Make a folder in `parent` that is removed at the end of the block; `name` tells what it is for.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    folder = _temporary(parent / name, "new")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in a folder.
+
+    A replaced folder whose successor never got its name is the only whole copy: it gets its name back. Only whoever
+    has locked the folder may call this.
+    """
+    left = [(path, match) for path in folder.glob(".tmp-*") if (match := TEMPORARY.fullmatch(path.name))]
+    for path, match in left:
+        target = path.with_name(match["name"])
+        if match["age"] == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """Describe in one line what kept a file or folder from being written."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [repr(error)])[0]
+    code = getattr(error, "errno", None)
+    full = code in FULL_DISK or "No space left" in reason or "file write failed" in reason
+    return UserError(f"{path} cannot be written: {reason:.200}" + ("; free some disk space" if full else ""))
+
+
+def _temporary(path: Path, age: str) -> Path:
+    """Name what is not yet (`new`) or no longer (`old`) `path`."""
+    return path.with_name(f".tmp-{secrets.token_hex(4)}-{age}-{path.name}")
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give the files in a folder that was just made the permissions that the user's umask gave the folder itself."""
+    allowed = stat.S_IMODE(folder.stat().st_mode)
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a file system without permissions
+            if not path.is_symlink():
+                path.chmod(allowed if path.is_dir() else allowed & 0o666)
 
 
 def _sync(path: Path) -> None:

@@ -39,7 +39,7 @@ from reweighting.training.engine import ReweightingEngine
 from reweighting.training.hypergradient_choice import resolve_hypergradient
 from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
 from reweighting.training.results import save_results
-from reweighting.training.resume import find_checkpoint, run_settings
+from reweighting.training.resume import find_checkpoint, run_inputs, run_settings
 from reweighting.training.run_data import RunData, read_run_data
 from reweighting.training.signals import StopSignals
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     config = parse_training_config(argv)
     with process_group(choose_device(config.run.device)):
         data = read_run_data(config)  # every row is checked before a model is loaded
-        with lock_output_dir(config.data.weights_path) as folder:
+        with lock_output_dir(config.data.weights_path, run_inputs(config)) as folder:
             settings = run_settings(config)
             check_same_on_all_ranks(settings)
             if config.run.dry_run:

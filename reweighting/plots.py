@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from reweighting.files import atomic_file
 from reweighting.inference.metrics import spearman
 
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the pale yellow.
@@ -273,4 +274,5 @@ def _save(figure: Figure, path: Path) -> None:
     picture.putpalette(
         [255 if value == 254 else value for value in picture.getpalette() or ()]
     )  # its white is not quite
-    picture.save(path, optimize=True)
+    with atomic_file(path) as file:
+        picture.save(file, "PNG", optimize=True)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import psutil
 import torch
@@ -16,6 +15,7 @@ from reweighting.config.training import TrainingConfig
 from reweighting.devices import choose_device
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
+from reweighting.files import temporary_dir
 from reweighting.training.checkpoints import load_latest
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.hypergradient_choice import estimate_memory
@@ -53,8 +53,7 @@ def dry_run(
     print(f"expected memory on {device}, with a micro-batch of the longest chains (no weights are loaded yet):")
     print(table(expected))
     before = psutil.Process().memory_info().rss
-    with TemporaryDirectory(prefix=".dry-run-", dir=folder) as name:
-        trial = Path(name)
+    with temporary_dir(folder, "dry-run") as trial:
         started = time.monotonic()
         engine = build_engine(short, settings, data, trial)
         loading = time.monotonic() - started

@@ -28,7 +28,7 @@ from reweighting.bilevel.nonfinite import NonFinite
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.distributed import collectives
 from reweighting.errors import UnreadableImage, UserError
-from reweighting.files import atomic_write_text
+from reweighting.files import atomic_write_text, open_append
 from reweighting.progress import Progress
 from reweighting.training.checkpoints import HISTORY_FILE, remove_old, save_checkpoint
 from reweighting.training.random_states import own_random_states, random_states
@@ -137,7 +137,7 @@ class ReweightingEngine(Engine):
             atomic_write_text(history, "")
         started = time.monotonic() - self.seconds
         self.progress = Progress(self.train_iters, self.global_step, disable=not collectives.is_rank0(), file=STDERR)
-        with open(history, "a", buffering=1, encoding="utf-8") as self.history, self.progress:
+        with open_append(history) as self.history, self.progress:
             while self.global_step < self.train_iters:
                 self._prepare_step()
                 self.global_step += 1
@@ -306,7 +306,7 @@ class ReweightingEngine(Engine):
                 raise ValueError(f"its domains are {', '.join(state['domains'])}")
             for problem in self.problems:
                 problem.load_state_dict(state["problems"][problem.name])
-        except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        except (KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the checkpoint does not fit the settings or the data of this run ({error}): the domains, what is "
                 "trained and the optimizer cannot change within a run"
@@ -314,7 +314,7 @@ class ReweightingEngine(Engine):
         self.global_step = self.saved = state["step"]
         self.seconds, self.skipped, self.scored = state["seconds"], state["skipped"], state["scored"]
         self.meta_losses, self.warned = list(state["meta_losses"]), set(state["warned"])
-        own_random_states([state["random"], *state.get("random_of_others", [])])
+        own_random_states([state["random"], *state["random_of_others"]])
 
 
 def _short(loss: float | None) -> str:

@@ -1,8 +1,9 @@
-"""How a run starts or goes on: what a checkpoint must agree with, which one it is, and the folder made ready."""
+"""Which checkpoint a run resumes from, and what must agree with it."""
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from reweighting.config.training import TrainingConfig, flag_defaults
 from reweighting.devices import choose_device, choose_precision
@@ -10,32 +11,50 @@ from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.files import digest
 from reweighting.modeling.config import with_defaults
+from reweighting.terminal import printable
 from reweighting.training.checkpoints import load_latest, load_named, load_state
 
-# Flags: how a run is started.
-STARTING = ("recipe", "resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
+# Flags that say how a run is started, not what it computes.
+STARTING = ("resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
+# Flags that name a file or folder to read.
+INPUTS = ("train_json_file", "meta_json_file", "validation_json_file", "image_root", "reward_model", "domain_weights")
+# Settings that may differ when a run resumes: they change no number that the run computes.
+FREE_SETTINGS = (
+    "weights_path", "device", "reward_model", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
+    "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "max_skipped_steps",
+    "planned_hypergradient",  # what --hypergradient auto chose: a resumed run keeps to it
+)  # fmt: skip
+BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a setting that is a digest
 
 
-def run_settings(config: TrainingConfig) -> dict:
-    """What a checkpoint remembers of a run: the flags that say what is computed, not how it is started; the precision
-    that is meant where none is given; and digests of the JSON files' and a local backbone's bytes, since another file
-    of the same name is another run. Raises UserError if a file cannot be read, or the device is not there."""
-    names = (
-        [config.data.train_json_file, config.data.meta_json_file]
-        if config.learns_weights
-        else [config.data.train_json_file]
-    )
+def run_inputs(config: TrainingConfig) -> dict[str, str | None]:
+    """List what the run reads: {flag: file or folder}, None for a flag that is not given."""
+    flags = config.flags()
+    return {name: flags[name] for name in INPUTS}
+
+
+def run_settings(config: TrainingConfig) -> dict[str, Any]:
+    """Collect what a checkpoint remembers of a run.
+
+    Returns:
+        The flags that say what is computed, the precision that is used where none is given, and digests of the files
+        that the flags name and of a local backbone: another file of the same name makes another run.
+
+    Raises:
+        UserError: if a file cannot be read, or the device is not there.
+    """
+    files = [config.data.train_json_file]
+    if config.data.meta_json_file is not None and config.learns_weights:
+        files.append(config.data.meta_json_file)
     if config.lower.domain_weights is not None:
-        names.append(config.lower.domain_weights)
+        files.append(config.lower.domain_weights)
+    validation, backbone = config.data.validation_json_file, config.model.reward_model
     try:
-        data = digest(*map(Path, names))
-        validation = (
-            None if config.data.validation_json_file is None else digest(Path(config.data.validation_json_file))
-        )
-        backbone = config.model.reward_model
+        data = digest(*map(Path, files))
+        validation = None if validation is None else digest(Path(validation))
         if os.path.isdir(backbone):
-            files = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
-            backbone = digest(*sorted(files))
+            parts = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
+            backbone = digest(*sorted(parts))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     flags = {name: value for name, value in config.flags().items() if name not in STARTING}
@@ -47,66 +66,80 @@ def run_settings(config: TrainingConfig) -> dict:
     }
 
 
-def find_checkpoint(config: TrainingConfig, settings: dict, folder: Path) -> tuple[Path, dict] | None:
-    """The checkpoint that a run goes on from, and its state; None at a start. Moves nothing but what is damaged.
+def find_checkpoint(
+    config: TrainingConfig, settings: dict[str, Any], folder: Path
+) -> tuple[Path, dict[str, Any]] | None:
+    """Find the checkpoint that the run resumes from. Moves nothing but what is damaged.
 
-    settings: from `run_settings`. Raises UserError if the checkpoint is missing, damaged or another run's. Of several
-    processes the main one looks, and all read what it has found.
+    Process 0 searches, and all processes read what it found.
+
+    Args:
+        config: the flags.
+        settings: from `run_settings`.
+        folder: the output folder.
+
+    Returns:
+        The checkpoint and its state; None if the run starts at step 0.
+
+    Raises:
+        UserError: if the checkpoint is missing, damaged or another run's.
     """
     if not collectives.is_rank0():
-        place = collectives.broadcast_object(None)
-        return None if place is None else (place, load_state(place))
+        checkpoint_dir = collectives.broadcast_object(None)
+        return None if checkpoint_dir is None else (checkpoint_dir, load_state(checkpoint_dir))
     found = None
     if config.run.resume_from is not None:
         found = load_named(Path(config.run.resume_from))
     elif config.run.resume:
         found = load_latest(folder / "checkpoints")
         if found is None:
-            print(f"--resume: there is no checkpoint in {folder} yet: starting at step 0")
+            print(f"--resume: there is no checkpoint in {printable(folder)} yet: starting at step 0")
     if found is not None:
         check_same_run(found[1], settings, config.run.allow_changed_settings)
-        print(f"going on from {found[0]}")
+        print(f"resuming from {printable(found[0])}")
     collectives.broadcast_object(None if found is None else found[0])
     return found
 
 
-# Settings that may differ when a run resumes: they change no number that the run computes.
-FREE_SETTINGS = (
-    "weights_path", "device", "reward_model", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
-    "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "max_skipped_steps",
-    "planned_hypergradient",  # where --hypergradient auto took it from: a resumed run takes it over
-)  # fmt: skip
+def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_changes: bool) -> None:
+    """Compare a checkpoint's settings and data with those of this run: continuing would match neither otherwise.
 
+    Files may have moved: the content of the data and of a local backbone counts. Whether weights are learned can never
+    change.
 
-BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a setting that is a digest
+    Args:
+        state: the checkpoint's state.
+        settings: from `run_settings`.
+        allow_changes: print each change instead of refusing.
 
-
-def check_same_run(state: dict, settings: dict, allow_changes: bool) -> None:
-    """Raise UserError if a checkpoint belongs to a run with other settings or data: what follows would be neither's.
-    With `allow_changes`, tell of each change instead.
-
-    Files may have moved: what counts is the content of the training and meta data and of a local backbone. Whether
-    weights are learned cannot be changed at all.
+    Raises:
+        UserError: if they differ, or the checkpoint is beyond the last step.
     """
-    # A flag that there was not yet had the effect of its default.
+    # A flag that did not exist when the run was started had the effect of its default.
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
     learned, learns = (TrainingConfig.from_flags(one).learns_weights for one in (saved, settings))
     if learned != learns:
-        ways = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
-        raise UserError(f"the checkpoint is of a run that {ways[learned]}, and this one {ways[learns]}: that cannot be "
-                        "changed on the way. Start a run of its own, in another --weights_path")  # fmt: skip
+        kinds = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
+        raise UserError(
+            f"the checkpoint is of a run that {kinds[learned]}, and this one {kinds[learns]}: a resumed run cannot "
+            "change that. Start a new run in another --weights_path"
+        )
     if settings["iteration_num"] < step:
         raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
     changes = []
     for name in sorted(state["settings"].keys() | settings.keys()):
         before, now = saved.get(name), settings.get(name)
-        if name == "hypergradient" and now == "auto":  # which goes on in the way of the run so far
+        if name == "hypergradient" and now == "auto":  # resumes with the method of the run so far
             continue
         if before != now and name not in FREE_SETTINGS:
-            changes.append(f"the content of the {BY_CONTENT[name]} is not what it was" if name in BY_CONTENT
-                           else f"{name} was {before} and is {now} now")  # fmt: skip
+            changes.append(f"the content of the {BY_CONTENT[name]} has changed" if name in BY_CONTENT
+                           else f"{name:.60} was {_short(before)} and is {_short(now)} now")  # fmt: skip
     if changes and not allow_changes:
         raise UserError(f"this is not the run of the checkpoint: {'; '.join(changes)}. Give the same settings and data,"
-                        " or --allow_changed_settings if you mean it")  # fmt: skip
+                        " or --allow_changed_settings to resume all the same")  # fmt: skip
     for change in changes:
-        print(f"--allow_changed_settings: since step {step}, {change}", file=sys.stderr)
+        print(f"--allow_changed_settings: since step {step}, {printable(change)}", file=sys.stderr)
+
+
+def _short(value: Any) -> str:
+    return f"{value!s:.100}"

@@ -23,11 +23,13 @@ class _Stderr:
 
 
 STDERR = _Stderr()
-ASKING = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what schedulers send before they take a machine away
+# SIGUSR1 is what schedulers send before they take a machine away, SIGHUP what comes when a terminal or an SSH
+# connection closes.
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 
 
 class Stopped(Exception):
-    """A run ended because a signal asked for it, with everything saved. signum: its number."""
+    """A run ended because a signal asked for it, with everything saved. signum: the signal's number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -35,9 +37,10 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While this context is open, the first signal is only noted in `received`; a second SIGINT stops at once.
+    """While this context is open, the first signal is only noted; a second Ctrl-C interrupts the step.
 
-    received: the signal's number, None as long as there was none.
+    Attributes:
+        received: the first signal's number, None as long as there was none.
     """
 
     def __init__(self):
@@ -45,10 +48,11 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        for name in ASKING:
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self._before[number] = signal.signal(number, self._note)
+        for name in STOP_SIGNALS:
+            number = getattr(signal, name, None)  # Windows has not all of them
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue  # ignored: `nohup` wants the run to outlive the terminal
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_) -> None:

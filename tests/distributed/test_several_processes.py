@@ -119,7 +119,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny, one, tmp_path, mon
             patch.setattr(signals, "StopSignals", told)
             codes = together(world, lambda: command(run)) if world > 1 else [stopped_here(run)]
         assert codes == [143] * world, codes
-        assert read_manifest(checkpoints(tmp_path / "run" / "checkpoints")[-1])["step"] == reached
+        assert read_manifest(checkpoints(tmp_path / "run" / "checkpoints")[-1]).step == reached
     parameters_of(run, tmp_path / "parameters")()
     losses, weights, worst = differences((tmp_path / "run", left(tmp_path / "parameters")[0]), one())
     assert losses < 1e-6 and worst < 1e-6 and weights < 5e-3, (losses, weights, worst)
@@ -177,7 +177,7 @@ def test_an_image_that_one_process_cannot_read_ends_all_with_what_there_is(tiny,
     codes, said = told(2, lambda: command(tiny(tmp_path / "run")), tmp_path / "said")
     assert codes == [2, 2]
     assert said.count("this disk has gone; tried 4 times. The run is saved at step 4: --resume") == 1
-    assert read_manifest(checkpoints(tmp_path / "run" / "checkpoints")[-1])["step"] == 4
+    assert read_manifest(checkpoints(tmp_path / "run" / "checkpoints")[-1]).step == 4
 
 
 @pytest.mark.parametrize("more", [(), ("--shard",)], ids=["whole", "sharded"])
@@ -196,7 +196,7 @@ def test_a_validation_image_that_one_process_cannot_read(tiny, demo, tmp_path, m
     run = tiny(tmp_path / "run", "--validation_json_file", str(demo / "test.json"), *more)
     codes, said = told(2, lambda: command(run), tmp_path / "said")
     assert codes == [2, 2] and said.count("error: ") == 1, said
-    scores = [read_manifest(place).get("score") for place in checkpoints(tmp_path / "run" / "checkpoints")]
+    scores = [read_manifest(place).score for place in checkpoints(tmp_path / "run" / "checkpoints")]
     if more:
         assert "error: process 1 of 2 on " in said and "row 3: this disk has gone" in said and scores == []
     else:

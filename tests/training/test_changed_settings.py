@@ -1,19 +1,14 @@
-"""Going on with other settings than those of the checkpoint: the way to the hypergradient, and learned or fixed
-weights. The others are in `test_resume.py`."""
+"""Resuming with other settings than the checkpoint's: the hypergradient's method, and learned or fixed weights. The
+others are in `test_resume.py`."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
-import torch
 
 from reweighting.errors import UserError
-from reweighting.files import digest
 from reweighting.main import main
-from reweighting.training import hypergradient_choice as hypergradient_plan
-from reweighting.training import signals
-from reweighting.training.checkpoints import checkpoints, load_checkpoint, read_manifest
+from reweighting.training import hypergradient_choice, signals
+from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, flags, weights, without_times
 from tests.tiny import tiny_backbone
@@ -32,29 +27,17 @@ def finished(tiny, tmp_path):
     return tmp_path / "finished"
 
 
-def from_before_auto(folder: Path, way: str) -> None:
-    """Make a run's newest checkpoint one of the time when --hypergradient was always a way by name."""
-    place = checkpoints(folder / "checkpoints")[-1]
-    state = load_checkpoint(place)
-    del state["settings"]["planned_hypergradient"]
-    torch.save(state | {"settings": state["settings"] | {"hypergradient": way}}, place / "state.pt")
-    manifest = read_manifest(place)
-    manifest["files"]["state.pt"] = digest(place / "state.pt")
-    (place / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_a_run_from_before_ways_were_chosen_goes_on_in_its_own(tiny, tmp_path, finished, monkeypatch, capsys):
-    """Inside a window, though another way would be chosen now."""
+def test_auto_keeps_the_method_of_the_run_so_far(tiny, tmp_path, finished, monkeypatch, capsys):
+    """Inside a window, though another method would be chosen now."""
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(signals, "StopSignals", lambda: StopAtStep(3))
         main(tiny(folder))
-    from_before_auto(folder, "unrolled")
-    with pytest.raises(UserError, match="hypergradient was window and is jvp now"):
+    with pytest.raises(UserError, match="hypergradient was auto and is jvp now"):
         main(tiny(folder, "--hypergradient", "jvp", "--resume"))
-    monkeypatch.setattr(hypergradient_plan, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    monkeypatch.setattr(hypergradient_choice, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
     main(tiny(folder, "--resume"))
-    assert "hypergradient: window: as when the run was started" in capsys.readouterr().out
+    assert "hypergradient: unrolled: as when the run was started" in capsys.readouterr().out
     assert without_times(folder) == without_times(finished) and weights(folder) == weights(finished)
     state = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
     assert state["settings"]["planned_hypergradient"] == "unrolled"
@@ -69,7 +52,7 @@ def test_whether_weights_are_learned_cannot_be_changed_on_the_way(tiny, tmp_path
     for folder, more, words in cases:
         for how in (("--resume",), ("--resume_from", str(folder))):
             before = sorted(folder.rglob("*"))
-            with pytest.raises(UserError, match=f"{words}.*: that cannot be changed on the way"):
+            with pytest.raises(UserError, match=f"{words}.*: a resumed run cannot change that"):
                 main(tiny(folder, *more, *how, "--iteration_num", "15", "--allow_changed_settings"))
             assert sorted(folder.rglob("*")) == before
     main(tiny(fixed, *given, "--resume", "--iteration_num", "15", "--allow_changed_settings"))  # other fixed ones

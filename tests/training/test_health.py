@@ -179,7 +179,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
     try:
         with monkeypatch.context() as patch:
             patch.setattr(engine_module, "save_checkpoint", save)
-            with pytest.raises(UserError, match=r"step-00000010 cannot be written: .* are whole: step-00000005$"):
+            with pytest.raises(
+                UserError, match=r"00000010 cannot be written: .*; complete checkpoints: step-00000005$"
+            ):
                 main(tiny(tmp_path / "cut"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -189,14 +191,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tiny, tmp_path, monkeypatc
 
 
 def test_two_runs_may_not_write_one_folder(tiny, tmp_path):
-    with lock_output_dir(str(tmp_path)):
+    with lock_output_dir(str(tmp_path), {}):
         with pytest.raises(UserError, match="another run writes there .process .* on .*, since 20"):
             main(tiny(tmp_path))
-    left = [tmp_path / ".dry-run-x", tmp_path / "checkpoints" / ".step-00000005.writing"]  # by a run that was killed
-    for place in left:
-        place.mkdir(parents=True)
+    left = tmp_path / ".tmp-01234567-new-dry-run"  # by a run that was killed
+    left.mkdir()
     main(tiny(tmp_path))
-    assert weights(tmp_path) and not any(place.exists() for place in left)
+    assert weights(tmp_path) and not left.exists()
 
 
 def test_a_dry_run_that_meets_a_nan_promises_nothing(tiny, tmp_path, monkeypatch, capsys):
@@ -214,7 +215,7 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     assert out.index("expected memory on cpu") < out.index("kept gradients  ") < out.index("dry run: 5 steps")
     assert "GB of it since the data were read; expected: " in out
     assert not {"checkpoints", "history.jsonl", "prm"} & {path.name for path in tmp_path.iterdir()}
-    assert not list(tmp_path.glob(".dry-run*"))
+    assert not list(tmp_path.glob(".tmp-*"))
     with pytest.raises(UserError, match="images/none.png"):
         rows = [{"input": "q", "add": "Step 1: a", "image_path": "images/none.png", "dataset": d, "accuracy": 1}
                 for d in "ab"]  # fmt: skip
