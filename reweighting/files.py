@@ -28,6 +28,9 @@ from safetensors import SafetensorError
 from reweighting.errors import UserError
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-(?P<age>new|old)-(?P<name>.+)", re.DOTALL)
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")  # where the shell's pipes have their names
+KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_copies: dict[tuple[int, int], IO[bytes]] = {}  # of pipes, by device and inode; they are removed when the process ends
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -204,11 +207,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")  # where the shell's pipes have their names
-KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-_copies: dict[tuple[int, int], IO[bytes]] = {}  # of pipes, by device and inode; they are removed when the process ends
 
 
 def regular_file(path: Path) -> Path:
