@@ -2,9 +2,9 @@
 
     python benchmarks/best_of_n_throughput.py --weights_path weights       # a trained model, or any other
 
-The ways take turns on the same questions of the demo's test set, so that whatever else the machine does strikes all
-alike. `best_of_n`: one pass a chain, in batches, a question's candidates sharing its image features. `per prefix`: one
-pass for each step, alone, with everything up to it. `per prefix, batched`: the same passes in batches of the same size.
+The ways take turns on the same questions of the demo's test set, so that other load on the machine slows all alike.
+`best_of_n`: one pass a chain, in batches, a question's candidates sharing its image features. `per prefix`: one pass
+for each step, alone, with everything up to it. `per prefix, batched`: the same passes in batches of the same size.
 Images and text are read anew each time.
 """
 
@@ -31,9 +31,9 @@ def per_prefix(model: ProcessRewardModel, rows: list, batch_size: int) -> torch.
     chains = [chain for row in rows for chain in candidate_chains(row)]
     prefixes = [replace(c, steps=c.steps[: n + 1]) for c in chains for n in range(len(c.steps))]
     if batch_size == 1:  # one at a time, and nothing shared, not even the image's features
-        see, model.chain_tokenizer.encode_image = model.chain_tokenizer.encode_image, None
+        encode_image, model.chain_tokenizer.encode_image = model.chain_tokenizer.encode_image, None
         parts = [model.chain_logits([prefix]) for prefix in prefixes]
-        model.chain_tokenizer.encode_image = see
+        model.chain_tokenizer.encode_image = encode_image
     else:
         parts = [model.chain_logits(prefixes, batch_size)]
     return torch.cat([z.gather(1, mask.sum(1, keepdim=True) - 1).flatten() for z, mask in parts])

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import transformers
+from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,7 +27,7 @@ from reweighting.data.chains import Chain  # noqa: E402
 from reweighting.data.load_rows import load_candidate_rows  # noqa: E402
 from reweighting.inference.best_of_n_metrics import choice_outcomes  # noqa: E402
 from reweighting.inference.candidates import best_of_n_accuracy, score_candidates  # noqa: E402
-from reweighting.inference.metrics import auc, spearman  # noqa: E402
+from reweighting.inference.metrics import auc  # noqa: E402
 from reweighting.modeling.reward_model import ProcessRewardModel  # noqa: E402
 
 
@@ -89,7 +90,7 @@ def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str,
     """How the weights rank the domains: Spearman with quality, and AUC of telling the better half from the worse."""
     names = sorted(quality)
     w, q = [weights[n] for n in names], [quality[n] for n in names]
-    return {"spearman": spearman(w, q), "better_half_auc": auc(w, np.array(q) > np.median(q))}
+    return {"spearman": float(spearmanr(w, q).statistic), "better_half_auc": auc(w, np.array(q) > np.median(q))}
 
 
 def held_out_chains(folder: Path, count: int, seed: int = 987_654) -> tuple[list[Chain], list[int | None]]:

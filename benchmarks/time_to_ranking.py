@@ -20,8 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from common import ROOT, write_results
-
-from reweighting.inference.metrics import spearman
+from scipy.stats import spearmanr
 
 DATA = ROOT / "data"
 ENOUGH, LONGER = 0.8, 12
@@ -43,7 +42,7 @@ class Course:
         if self.engine.upper.count > self.updates:
             self.updates = self.engine.upper.count
             weights = self.engine.lower.upper.module().tolist()
-            self.points.append((time.process_time() - self.started, spearman(weights, self.quality)))
+            self.points.append((time.process_time() - self.started, float(spearmanr(weights, self.quality).statistic)))
 
 
 def ours(seed: int) -> Course:

@@ -44,9 +44,9 @@ SCORE_COLOURS = LinearSegmentedColormap.from_list("score", ["#E8833A", "#F6EBDD"
 PANEL = "#EFF3F6"
 DOMAIN_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION)
 
-# Illustrative: what a good PRM would say. Scores fall at the first wrong step and stay low.
-RIGHT_SCORES = (0.61, 0.89, 0.91, 0.95, 0.98)
-WRONG_SCORES = (0.63, 0.14, 0.15, 0.11, 0.07)
+# Illustrative: scores of a good PRM. They fall at the first incorrect step and stay low.
+CORRECT_SCORES = (0.61, 0.89, 0.91, 0.95, 0.98)
+INCORRECT_SCORES = (0.63, 0.14, 0.15, 0.11, 0.07)
 OTHER_SCORES = (0.58, 0.86, 0.90, 0.21, 0.12)
 
 V_TRACK = 11.2  # inches: where the meta gradient comes down in the bilevel picture
@@ -103,16 +103,16 @@ def tint(colour: str, share: float) -> tuple[float, ...]:
 
 
 def example(kind_name: str, keys: set[str]):
-    """(picture, question, a right response, a wrong one that misreads the picture) of the demo world."""
+    """Return (picture, question, a correct response, an incorrect one that misreads the picture) of the demo world."""
     kind = KINDS[kind_name]
     for seed in range(100_000):
         rng = Random(seed)
         question = random_question(kind, rng)
         if question.operation != "total" or set(question.keys) != keys:
             continue
-        right, wrong = (Policy().respond(question, rng, outcome) for outcome in (True, False))
-        if wrong.first_slip == 1:
-            return draw_picture(kind, question.entries, rng), question, right, wrong
+        correct, incorrect = (Policy().respond(question, rng, outcome) for outcome in (True, False))
+        if incorrect.first_slip == 1:
+            return draw_picture(kind, question.entries, rng), question, correct, incorrect
     raise ValueError(f"no such question about {kind_name}")
 
 
@@ -138,7 +138,7 @@ def _training(sheet: Sheet, top: float) -> None:
     height, upper, lower = 1.2, top - 1.85, top - 3.6  # two rows of boxes and their lower edges
 
     for y, name, words in (
-        (upper, "meta.json", "a few clean whole answers,\nright or wrong"),
+        (upper, "meta.json", "a few clean whole answers,\ncorrect or incorrect"),
         (lower, "train.json", "answers from K domains, each\nstep with its Monte Carlo\naccuracy"),
     ):
         sheet.box(0.4, y, 3.0, height)
@@ -167,7 +167,7 @@ def _training(sheet: Sheet, top: float) -> None:
 
 
 def _best_of_n(sheet: Sheet, top: float) -> None:
-    picture, question, right, wrong = example("price_tags", {"circle", "star"})
+    picture, question, correct, incorrect = example("price_tags", {"circle", "star"})
     sheet.box(0.15, top - 5.15, 11.7, 5.15, fill=PANEL, edge="none")
     sheet.text(0.4, top - 0.34, "Use: the best of N answers", BIG, bold=True)
     left, row, chip = 2.95, 0.29, 6.4  # of the answers: left edge, height of a step, left edge of its score
@@ -181,7 +181,7 @@ def _best_of_n(sheet: Sheet, top: float) -> None:
     lines = [" ".join(words[i : i + 4]) for i in range(0, len(words), 4)]
     sheet.text(0.4, y - 2.58, "\n".join(lines), SMALL, linespacing=1.3, va="top")
 
-    for number, response, scores in ((1, wrong, WRONG_SCORES), (2, right, RIGHT_SCORES)):
+    for number, response, scores in ((1, incorrect, INCORRECT_SCORES), (2, correct, CORRECT_SCORES)):
         sheet.text(left, y, f"Answer {number}", bold=True)
         for i, (step, score) in enumerate(zip(response.steps, scores, strict=True)):
             y -= row
@@ -190,7 +190,7 @@ def _best_of_n(sheet: Sheet, top: float) -> None:
             sheet.text(left + chip + 0.32, y - 0.01, f"{score:.2f}", SMALL, at="center", bold=True)
             if i == response.first_slip:
                 sheet.text(left + chip - 0.15, y - 0.01, "misread", SMALL, "#8A3B00", at="right", style="italic")
-        _verdict(sheet, left + chip + 0.72, y + 2 * row, scores, chosen=response is right)
+        _verdict(sheet, left + chip + 0.72, y + 2 * row, scores, chosen=response is correct)
         y -= 0.42
     sheet.text(left + 0.42, y + 0.11, "⋮", BIG, at="center")
     y -= 0.2
@@ -249,7 +249,7 @@ def _upper_level(sheet: Sheet, base: float) -> None:
     sheet.picture(picture, 4.25, y + 0.17, 1.3)
     for i in range(5):
         sheet.text(5.72, y + 1.34 - 0.26 * i, f"Step {i + 1}: …", SMALL)
-    sheet.text(7.0, y + 0.82, "right:\n$r=1$", SMALL, at="center", linespacing=1.4)
+    sheet.text(7.0, y + 0.82, "correct:\n$r=1$", SMALL, at="center", linespacing=1.4)
     sheet.arrow((7.5, y + height / 2), (7.85, y + height / 2))
     sheet.box(7.9, y, 1.75, height, fill=tint(BLUE, 0.14), edge=BLUE)
     sheet.text(8.78, y + height - 0.27, "PRM", at="center", bold=True)
@@ -322,7 +322,7 @@ def draw_results(shipped: dict, folder: Path) -> None:
     shown = [name for name in ("learned weights", "equal weights", "true qualities") if name in shipped["methods"]]
     curves = {name: curve(shipped["methods"][name], "best_of_") for name in shown}
     any_method = shipped["methods"][shown[0]]  # the others need no model
-    curves |= {"majority vote": curve(any_method, "majority_of_"), "any is right": curve(any_method, "pass@")}
+    curves |= {"majority vote": curve(any_method, "majority_of_"), "any is correct": curve(any_method, "pass@")}
     draw_best_of_n(curves, folder / "best_of_n.png")
 
 

@@ -12,70 +12,83 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
     run_command("reweighting.best_of_n")
 
+import json
 from collections.abc import Iterator
-from itertools import zip_longest
+from dataclasses import asdict
+from itertools import islice, zip_longest
 from pathlib import Path
 
-from reweighting.config.inference import BEST_OF_N, parse_inference_arguments
-from reweighting.data.load_rows import iterate_candidate_rows
+from tqdm import tqdm
+
+from reweighting.config.inference import BestOfNConfig, parse_inference_config
+from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
 from reweighting.data.schema import CandidateRow
-from reweighting.entrypoint import run_command
 from reweighting.errors import UserError
+from reweighting.files import atomic_write_text
+from reweighting.inference.best_of_n_metrics import BestOfNResults, measure, results_table, warnings
+from reweighting.inference.candidate_file import CandidateFile
+from reweighting.inference.candidates import score_candidates
+from reweighting.inference.scorer import Scorer, model_digest
+from reweighting.inference.selections_file import Selections, sidecar
+from reweighting.modeling.aggregation import aggregate
+from reweighting.tables import print_table
+from reweighting.terminal import printable
 
-AFTER_INTERRUPT = "the same command continues from there"
+SUMMARY = "Choose the best of N candidate answers to each question, and report how well that works."
+AFTER_INTERRUPT = "the same command resumes there"
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
-SHOWN = 10  # choices in the table where nobody knows which answers are right
+SHOWN = 10  # choices that are printed where nobody knows which answers are correct
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError for what the user can mend."""
-    args = parse_inference_arguments("best_of_n.py", __doc__, BEST_OF_N, argv)
-    count = sum(1 for _ in iterate_candidate_rows(args.candidates_json_file, args.image_root))
+    """Run the command.
 
-    from reweighting.data.chains import candidate_chains
-    from reweighting.files import digest
-    from reweighting.inference.scorer import Scorer, model_folder
-    from reweighting.inference.selections_file import Selections
+    Args:
+        argv: the flags.
 
-    scorer = Scorer(args)
-    files = sorted(path for path in model_folder(args.weights_path).iterdir() if path.is_file())
+    Raises:
+        UserError: for what the user can fix.
+    """
+    config = parse_inference_config(BestOfNConfig, argv, prog="best_of_n.py", description=SUMMARY)
+    output = Path(config.selections.output)
+    candidates = CandidateFile.read(config.candidates.candidates_json_file, config.scoring.image_root)
+    scorer = Scorer(config.scoring, config.candidates.aggregation_function)
     settings = {
-        "reward model": digest(*files),
-        "input": digest(Path(args.candidates_json_file)),
+        "reward model": model_digest(config.scoring),
+        **candidates.identity(),
         "aggregation_function": scorer.aggregation,
         "precision": scorer.precision,
+        "device": scorer.device.type,
+        "batch_size": config.scoring.batch_size,
     }
-    selections = Selections(Path(args.output), settings)
+    selections = Selections(output, settings)
     if not selections.finished:
-        rows = rest(args, selections)
-        scorer.model.check(chain for row in rows for chain in candidate_chains(row, args.candidates_json_file))
-        score_rest(scorer, args, selections, count)
-    print(f"{count} questions, choices by {scorer.aggregation}: {args.output}")
-    report(args, scorer.aggregation, Path(args.output))
+        score(scorer, candidates, selections, config.scoring.batch_size)
+    choices = pairs(candidates.rows(), iterate_rows(output), output)
+    report(measure(choices, scorer.aggregation, candidates.largest), candidates.questions, scorer.aggregation, output)
 
 
-def score_rest(scorer, args, selections, count: int) -> None:
-    """Score the rows that the selections lack, and write them as they come."""
-    from tqdm import tqdm
+def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, batch_size: int) -> None:
+    """Score the rows that the selections lack, and write them as they come.
 
-    if selections.done:
-        print(f"{args.output}: {selections.done} of {count} questions are there; going on behind them")
-    with tqdm(total=count, initial=selections.done, unit=" questions", mininterval=1) as bar:
-        for block in blocks(rest(args, selections), BATCHES_IN_A_BLOCK * args.batch_size):
-            selections.append(select(scorer, block, args.batch_size, args.candidates_json_file))
+    Rows are scored in the same batches wherever an earlier run was interrupted: scores are equal to the bit.
+    """
+    todo = islice(candidates.rows(), selections.done, None)
+    scorer.model.check(chain for row in todo for chain in candidate_chains(row, candidates.path))
+    with tqdm(total=candidates.questions, unit=" questions", mininterval=1) as bar:
+        start = 0
+        for block in blocks(candidates.rows(), BATCHES_IN_A_BLOCK * batch_size):
+            if start + len(block) > selections.done:
+                selections.keep(start)
+                selections.append(select(scorer, block, batch_size, candidates.path))
+            start += len(block)
             bar.update(len(block))
     selections.finish()
 
 
-def rest(args, selections) -> Iterator[CandidateRow]:
-    """The rows that the selections lack. The file and its images have been checked before."""
-    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
-    return (row for row in rows if row.index >= selections.done)
-
-
 def blocks(rows: Iterator[CandidateRow], size: int) -> Iterator[list[CandidateRow]]:
-    """The rows in lists of about `size` candidates together."""
+    """Group the rows into lists of about `size` candidates together."""
     block: list[CandidateRow] = []
     for row in rows:
         block.append(row)
@@ -86,11 +99,12 @@ def blocks(rows: Iterator[CandidateRow], size: int) -> Iterator[list[CandidateRo
         yield block
 
 
-def select(scorer, rows: list[CandidateRow], batch_size: int, source: str) -> list[dict]:
-    """A row of the output for each row."""
-    from reweighting.inference.candidates import score_candidates
-    from reweighting.modeling.aggregation import aggregate
+def select(scorer: Scorer, rows: list[CandidateRow], batch_size: int, source: str) -> list[dict]:
+    """Score the candidates of some rows and choose.
 
+    Returns:
+        A row of the output for each row.
+    """
     with scorer.autocast():
         scored = score_candidates(scorer.model, rows, batch_size, source)
     chosen = []
@@ -104,33 +118,37 @@ def select(scorer, rows: list[CandidateRow], batch_size: int, source: str) -> li
 
 
 def pairs(rows: Iterator[CandidateRow], choices: Iterator[dict], output: Path) -> Iterator[tuple[CandidateRow, dict]]:
-    """Each row with its choice. Raises UserError if the output has been changed since it was written."""
+    """Pair each row with its choice.
+
+    Raises:
+        UserError: if the output has been changed since it was written.
+    """
     for row, choice in zip_longest(rows, choices):
         try:
             fits = row.id == choice["id"] and len(row.candidates) == len(choice["scores"])
         except (AttributeError, TypeError, KeyError):
             fits = False
         if not fits:
-            raise UserError(f"--output {output}: does not hold what was written. Move it away to choose anew")
+            raise UserError(f"--output {output}: was changed after it was written. Move it away to choose anew.")
         yield row, choice
 
 
-def report(args, aggregation: str, output: Path) -> None:
-    """Print, and write beside the output, what each way of choosing gets; or a few choices if that is not known."""
-    import json
-
-    from reweighting.inference.best_of_n_metrics import measure, table
-    from reweighting.inference.selections_file import sidecar
-
-    rows = iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False)
-    results = measure(pairs(rows, iterate_rows(output), output), aggregation)
-    if not results:
-        print("no row says which candidates are right (`true_false`, or `ground_truth` and `Final answer:`)")
-        for chosen, _ in zip(iterate_rows(output), range(SHOWN), strict=False):
-            best = chosen["aggregates"][chosen["chosen"]]
-            print(f"  {chosen['id']}: candidate {chosen['chosen']} of {len(chosen['scores'])}, aggregate {best:.3f}")
-        return
-    print(table(results))
+def report(results: BestOfNResults, questions: int, aggregation: str, output: Path) -> None:
+    """Write beside the output, and print, what each way of choosing gets; or a few choices if that is not known."""
     path = sidecar(output, ".metrics")
-    path.write_text(json.dumps({"aggregation_function": aggregation, "best_of": results}, indent=1) + "\n")
-    print(f"the same as JSON: {path}")
+    if results.best_of:
+        content = {"aggregation_function": aggregation, **asdict(results)}
+        atomic_write_text(path, json.dumps(content, indent=1) + "\n")
+    print(f"{questions} questions, choices by {aggregation}: {printable(output, one_line=True)}")
+    if results.best_of:
+        print_table(results_table(results))
+        print(f"the same as JSON: {printable(path, one_line=True)}")
+    else:
+        print("no accuracy: it is not known of any candidate whether it is correct (`true_false`, or `ground_truth` "
+              "and a stated answer)")  # fmt: skip
+        for choice in islice(iterate_rows(output), SHOWN):
+            best, number = choice["aggregates"][choice["chosen"]], choice["chosen"]
+            name = printable(str(choice["id"])[:60], one_line=True)
+            print(f"  {name}: candidate {number} of {len(choice['scores'])} (from 0), aggregate {best:.3f}")
+    for warning in warnings(results):
+        print(f"warning: {warning}")

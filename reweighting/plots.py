@@ -5,7 +5,8 @@
     draw_weights_against_quality(weights, quality, Path("figs/weights_against_quality.png"))
     draw_best_of_n({"learned weights": {1: (0.41, 0.01), 2: (0.6, 0.01)}}, Path("figs/best_of_n.png"))
 
-Nothing here touches matplotlib's global state; the same input gives the same bytes.
+Nothing here touches matplotlib's global state; the same input gives the same bytes. Names in scripts that matplotlib's
+own font lacks are drawn in an installed font that has them.
 """
 
 import json
@@ -16,10 +17,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from reweighting.files import atomic_file
-from reweighting.inference.metrics import spearman
+from reweighting.fonts import choose_fonts
+from reweighting.terminal import printable
 
 # Okabe and Ito's colours, which colour-blind people can tell apart, without the pale yellow.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
@@ -30,9 +33,15 @@ DPI = 150
 
 
 def draw_run(folder: Path) -> list[Path]:
-    """Draw a run's losses and, if it learned weights, the weights: the paths of what was written, in order.
+    """Draw a run's losses and, if it learned weights, the weights.
 
     A run without meta losses (`--baseline`) has losses only; one without a line of history has nothing.
+
+    Args:
+        folder: that of the run, with `history.jsonl` and `domain_weights.json`.
+
+    Returns:
+        The paths of the figures, in the order in which to show them.
     """
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     if not history:
@@ -48,7 +57,12 @@ def draw_run(folder: Path) -> list[Path]:
 
 
 def draw_weights(weights: dict[str, float], path: Path) -> None:
-    """Horizontal bars, largest weight first."""
+    """Draw the weights as horizontal bars, the largest first.
+
+    Args:
+        weights: {domain: weight}, of mean 1.
+        path: the PNG file.
+    """
     names = sorted(weights, key=lambda name: (-weights[name], name))
     values, rows = np.array([weights[name] for name in names]), range(len(names))
     figure, axes = _figure(7.0, 1.1 + 0.26 * len(names))
@@ -57,14 +71,20 @@ def draw_weights(weights: dict[str, float], path: Path) -> None:
     for row, value in zip(rows, values, strict=True):
         number = axes.annotate(f"{value:.2f}", (value, row), (5, 0), textcoords="offset points", va="center")
         number.set(fontsize=TEXT, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    axes.set_yticks(rows, [_shown(name) for name in names], fontsize=TEXT)
+    families, labels = choose_fonts([_shown(name) for name in names])
+    axes.set_yticks(rows, labels, fontsize=TEXT, fontfamily=families)
     axes.tick_params(axis="y", length=0)
     axes.set(xlim=(0, max(1.1, 1.12 * values.max())), ylim=(len(names) - 0.4, -0.6), xlabel="weight (dashed: the mean)")
     _save(figure, path)
 
 
 def draw_weights_over_time(history: list[dict], path: Path) -> None:
-    """One line a domain from 1 at step 0, named at its right end."""
+    """Draw one line a domain, from 1 at step 0, named at its right end.
+
+    Args:
+        history: the lines of `history.jsonl`, at least one, each with `step` and `weights`.
+        path: the PNG file.
+    """
     last = history[-1]["weights"]
     names = sorted(last, key=lambda name: (last[name], name))
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]  # neighbours at the right end differ
@@ -75,21 +95,27 @@ def draw_weights_over_time(history: list[dict], path: Path) -> None:
     for name, colour in zip(names, colours, strict=True):
         axes.plot(steps, [1.0] + [line["weights"][name] for line in thinned], color=colour, linewidth=1.5)
     axes.set(xlim=(0, steps[-1]), xlabel="optimizer steps", ylabel="domain weight")
-    figure.draw_without_rendering()  # settles the limits and the height that the names are spread over
+    figure.draw_without_rendering()  # settles the limits, and the height that the names are spread over
     low, high = axes.get_ylim()
     low, high = axes.set_ylim(max(0, min(low, 0.9)), max(high, 1.1))
     ends = np.array([(last[name] - low) / (high - low) for name in names])
     places = spread_out(ends, 1.25 * SMALL / (axes.get_window_extent().height / figure.dpi * 72))
     bend = 1.04 + 0.12 * np.abs(places - ends).max()
     where: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
-    for name, colour, end, place in zip(names, colours, ends, places, strict=True):
+    families, labels = choose_fonts([f"{_shown(name)}  {last[name]:.2f}" for name in names])
+    for label, colour, end, place in zip(labels, colours, ends, places, strict=True):
         axes.plot((1, 1.012, bend, bend + 0.01), (end, end, place, place), color=colour, linewidth=0.8, **where)
-        axes.text(bend + 0.016, place, f"{_shown(name)}  {last[name]:.2f}", fontsize=SMALL, va="center", **where)
+        axes.text(bend + 0.016, place, label, fontsize=SMALL, fontfamily=families, va="center", **where)
     _save(figure, path)
 
 
 def draw_losses(history: list[dict], path: Path) -> None:
-    """The losses of both levels, or of the lower one alone: a smoothed line over the faint raw one."""
+    """Draw the losses of both levels, or of the lower one alone: a smoothed line over the faint raw one.
+
+    Args:
+        history: the lines of `history.jsonl`; a loss that is None or missing leaves a gap.
+        path: the PNG file.
+    """
     panels = [("train_loss", "training loss", BLUE), ("meta_loss", "meta loss", VERMILION)]
     panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
     figure, places = _panels(2.6 + 3.4 * len(panels), 3.3, len(panels))
@@ -106,9 +132,12 @@ def draw_losses(history: list[dict], path: Path) -> None:
 
 
 def draw_reliability(bins: list[dict[str, float]], error: float, path: Path) -> None:
-    """Mean accuracy against mean score of each bin of `metrics.reliability`; a point's area is its share of the steps.
+    """Draw mean accuracy against mean score of each bin; a point's area is its share of the steps.
 
-    error: the expected calibration error, for the title.
+    Args:
+        bins: `score`, `truth` and `count` of each, as `metrics.reliability` returns them.
+        error: the expected calibration error, for the title.
+        path: the PNG file.
     """
     score, truth, count = (np.array([b[name] for b in bins], float) for name in ("score", "truth", "count"))
     figure, axes = _figure(4.8, 4.4)
@@ -124,10 +153,16 @@ def draw_reliability(bins: list[dict[str, float]], error: float, path: Path) -> 
 def draw_weights_against_quality(
     weights: dict[str, float], quality: dict[str, float], path: Path, spread: dict[str, float] | None = None
 ) -> None:
-    """Learned weight against true quality, one labeled point a domain that both name.
+    """Draw learned weight against true quality, one labeled point a domain that both name.
 
-    spread: half the length of a domain's error bar, for example the standard deviation over seeds.
+    Args:
+        weights: {domain: learned weight}.
+        quality: {domain: true quality}.
+        path: the PNG file.
+        spread: {domain: half the length of its error bar}, for example the standard deviation over seeds.
     """
+    from scipy.stats import spearmanr  # more than a second, which a training run's figures need not wait for
+
     names = [name for name in weights if name in quality]
     x, y = (np.array([table[name] for name in names]) for table in (quality, weights))
     figure, axes = _figure(6.4, 4.6)
@@ -137,15 +172,18 @@ def draw_weights_against_quality(
         axes.errorbar(x, y, bars, fmt="none", ecolor=GREY, elinewidth=1, capsize=2.5, zorder=1)
     axes.scatter(x, y, s=42, color=BLUE, edgecolor="white", linewidth=0.8, zorder=2)
     axes.set(xmargin=0.1, ymargin=0.12, xlabel="true quality of the domain", ylabel="learned weight")
-    axes.set_title(f"Spearman's ρ = {spearman(x, y):.2f}, {len(names)} domains", fontsize=TEXT + 1, loc="left")
+    correlation = spearmanr(x, y).statistic
+    axes.set_title(f"Spearman's ρ = {correlation:.2f}, {len(names)} domains", fontsize=TEXT + 1, loc="left")
     _label_points(figure, axes, [_shown(name) for name in names], x, y, bars)
     _save(figure, path)
 
 
 def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path) -> None:
-    """Right answers against the number of candidates, a line a way of choosing; its name stands at its end.
+    """Draw the share of correct answers against the number of candidates, one line for each way of choosing.
 
-    curves: {name: {N: (mean, half the length of its bar)}}, as shares of 1; the first ones are drawn on top.
+    Args:
+        curves: {way: {N: (mean, half the length of its bar)}}, as shares of 1; the first ones are drawn on top.
+        path: the PNG file.
     """
     figure, axes = _figure(6.4, 4.4)
     most = max(max(curve) for curve in curves.values())
@@ -159,7 +197,7 @@ def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path
     axes.set_xscale("log", base=2)
     ticks = sorted({n for curve in curves.values() for n in curve})
     axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.set(xlabel="candidates N", ylabel="questions answered right, percent", xlim=(0.93, most * 1.07))
+    axes.set(xlabel="candidates N", ylabel="questions answered correctly, percent", xlim=(0.93, most * 1.07))
     ends.sort()
     low, high = axes.get_ylim()
     heights = spread_out((np.array([end for end, *_ in ends]) - low) / (high - low), 0.055)
@@ -169,14 +207,30 @@ def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path
     _save(figure, path)
 
 
-def smoothed(values, width: int) -> np.ndarray:
-    """The mean over `width` neighbours on either side, as far as there are any; 2 * width < len(values)."""
+def smoothed(values: ArrayLike, width: int) -> np.ndarray:
+    """Return for each value the mean over its neighbours.
+
+    Args:
+        values: [n], with n > 2 * width.
+        width: neighbours on either side, as far as there are any.
+
+    Returns:
+        [n].
+    """
     window = np.ones(2 * width + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def spread_out(places: np.ndarray, gap: float) -> np.ndarray:
-    """Move ascending places in [0, 1] as little as it takes for neighbours to be `gap` apart (or share the room)."""
+    """Move places as little as it takes to be apart from their neighbours.
+
+    Args:
+        places: [n], ascending, in [0, 1].
+        gap: the least distance; where there is no room for it, the places share the room.
+
+    Returns:
+        [n], ascending, in [0, 1].
+    """
     gap = min(gap, 1 / max(1, len(places) - 1))
     blocks: list[list[float]] = []  # places less their share of the gaps; a block's members stand at its mean
     for i, place in enumerate(places):
@@ -199,9 +253,11 @@ def _label_points(figure: Figure, axes: Axes, labels: list[str], x, y, bars) -> 
     one = axes.transData.transform((0, 1))[1]  # the line at weight 1
     taken += [np.array([inside[0], one - unit, inside[2], one + unit])]
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+    families, labels = choose_fonts(labels)
     style: dict[str, Any] = {
         "textcoords": "offset points",
         "fontsize": SMALL,
+        "fontfamily": families,
         "color": INK,
         "va": "center",
         "in_layout": False,
@@ -238,8 +294,8 @@ def _shared_area(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def shown_name(name: str) -> str:
-    """A domain's name as people are shown it: one line of at most 40 characters."""
-    name = " ".join(name.split())
+    """Return a domain's name for figures and tables: one line of at most 40 characters, none that a terminal obeys."""
+    name = printable(" ".join(name.split()), one_line=True)
     return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
 
@@ -271,8 +327,7 @@ def _save(figure: Figure, path: Path) -> None:
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     picture = picture.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    picture.putpalette(
-        [255 if value == 254 else value for value in picture.getpalette() or ()]
-    )  # its white is not quite
+    palette = picture.getpalette() or []
+    picture.putpalette([255 if value == 254 else value for value in palette])  # its white is not quite white
     with atomic_file(path) as file:
         picture.save(file, "PNG", optimize=True)

@@ -14,53 +14,72 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
 from pathlib import Path
 
-from reweighting.config.inference import SHOW, parse_inference_arguments
+from reweighting.config.inference import ShowConfig, parse_inference_config
+from reweighting.data.answers import candidate_correctness
+from reweighting.data.chains import candidate_chains
 from reweighting.data.load_rows import iterate_candidate_rows
 from reweighting.data.schema import CandidateRow
-from reweighting.entrypoint import run_command
 from reweighting.errors import UserError
+from reweighting.files import atomic_write_text
+from reweighting.inference.candidates import score_candidates
+from reweighting.inference.html_page import PageCandidate, html_page, is_own_page
+from reweighting.inference.scorer import Scorer
+from reweighting.modeling.aggregation import aggregate
+from reweighting.terminal import printable
 
+SUMMARY = "Look at one question: its candidates, their steps coloured by score, and the choice, as one HTML page."
 AFTER_INTERRUPT = "nothing has been written"
 
 
 def main(argv: list[str]) -> None:
-    """Run the command. Raises UserError for what the user can mend."""
-    args = parse_inference_arguments("show.py", __doc__, SHOW, argv)
-    row = find(args)
+    """Run the command.
 
-    from reweighting.data.answers import candidate_correctness
-    from reweighting.data.chains import candidate_chains
-    from reweighting.inference.candidates import score_candidates
-    from reweighting.inference.html_page import page
-    from reweighting.inference.scorer import Scorer
-    from reweighting.modeling.aggregation import aggregate
+    Args:
+        argv: the flags.
 
-    scorer = Scorer(args)
+    Raises:
+        UserError: for what the user can fix.
+    """
+    config = parse_inference_config(ShowConfig, argv, prog="show.py", description=SUMMARY)
+    output, source = Path(config.page.output), config.candidates.candidates_json_file
+    row = find_row(source, config.scoring.image_root, config.page.id)
+    try:
+        if output.exists() and not (output.is_file() and is_own_page(output)):
+            raise UserError(f"--output {output}: is there and no page of show.py. Name another, or move it away.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+    scorer = Scorer(config.scoring, config.candidates.aggregation_function)
     with scorer.autocast():
-        z, mask = score_candidates(scorer.model, [row], args.batch_size, args.candidates_json_file)[0]
+        z, mask = score_candidates(scorer.model, [row], config.scoring.batch_size, source)[0]  # [N, S]
     aggregates = aggregate(z, mask, scorer.aggregation)
     chains = candidate_chains(row)
-    text = page(
-        chains[0].question,
-        row.image,
-        [chain.steps for chain in chains],
-        [s[m].tolist() for s, m in zip(z.sigmoid(), mask, strict=True)],
-        aggregates.tolist(),
-        int(aggregates.argmax()),
-        scorer.aggregation,
-        candidate_correctness(row),
-    )
+    correct = candidate_correctness(row) or [None] * len(chains)
+    candidates = [
+        PageCandidate(
+            number + 1,
+            list(zip(chain.steps, z[number][mask[number]].sigmoid().tolist(), strict=True)),
+            float(aggregates[number]),
+            correct[number],
+        )
+        for number, chain in enumerate(chains)
+    ]
+    chosen = int(aggregates.argmax()) + 1
+    page = html_page(chains[0].question, row.image, candidates, chosen, scorer.aggregation)
     try:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(text, encoding="utf-8")
+        atomic_write_text(output, page)
     except OSError as error:
-        raise UserError(f"--output {args.output}: cannot be written: {error.strerror or error}") from error
-    print(f"{args.output}: candidate {int(aggregates.argmax()) + 1} of {len(chains)} is chosen")
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+    print(f"{printable(output, one_line=True)}: candidate {chosen} of {len(chains)} is chosen")
 
 
-def find(args) -> CandidateRow:
-    """The first row with the `id` that is asked for. Raises UserError if there is none."""
-    for row in iterate_candidate_rows(args.candidates_json_file, args.image_root, decode_images=False):
-        if str(row.id) == args.id:
+def find_row(path: str, image_root: str | None, wanted: str) -> CandidateRow:
+    """Find the first row of an id.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for row in iterate_candidate_rows(path, image_root, decode_images=False):
+        if str(row.id) == wanted:
             return row
-    raise UserError(f"{args.candidates_json_file}: no row has the id {args.id}. Ids are the rows' `id` fields.")
+    raise UserError(f"{path}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")

@@ -13,7 +13,7 @@ from reweighting.best_of_n import main
 from reweighting.data.load_rows import iterate_candidate_rows, load_candidate_rows
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
-from reweighting.inference.best_of_n_metrics import logits_of, measure
+from reweighting.inference.best_of_n_metrics import candidate_counts, logits_of, measure
 from reweighting.inference.candidates import score_candidates
 from reweighting.inference.selections_file import Selections
 from reweighting.modeling.reward_model import ProcessRewardModel
@@ -46,7 +46,9 @@ def test_what_the_command_writes(finished, demo, weights_path):
             assert scores == pytest.approx(model.score(row.image, row.input, response), abs=1e-5)
             assert aggregate == pytest.approx(sum(math.log(s / (1 - s)) for s in scores) / len(scores), abs=1e-4)
         assert choice["chosen"] == choice["aggregates"].index(max(choice["aggregates"]))
-    metrics = json.loads(output.with_name("selections.json.metrics").read_text())["best_of"]
+    content = json.loads(output.with_name("selections.json.metrics").read_text())
+    metrics = content["best_of"]
+    assert content["questions"] == len(rows) and content["answers"] == 4 * len(rows)
     assert list(metrics) == ["1", "2", "4"] and metrics["4"]["questions"] == len(rows)
     chosen = [row.true_false[choice["chosen"]] for row, choice in zip(rows, selections, strict=True)]
     assert metrics["4"]["ways"]["best of N, mean_logit"]["mean"] == pytest.approx(sum(chosen) / len(chosen))
@@ -101,11 +103,11 @@ def test_a_cut_off_file_is_continued_and_nothing_is_scored_twice(demo, weights_p
 
 def test_another_runs_file_is_refused_and_left_alone(demo, weights_path, finished, tmp_path):
     output, before = finished[0], finished[0].read_bytes()
-    with pytest.raises(UserError, match="whose aggregation_function was another.*--output"):
+    with pytest.raises(UserError, match="its aggregation_function differs.*--output"):
         main(flags(demo, weights_path, output, "--aggregation_function", "last"))
     rows = json.loads((demo / "test.json").read_text())
     (demo / "fewer.json").write_text(json.dumps(rows[:-1]))
-    with pytest.raises(UserError, match="whose input was another"):
+    with pytest.raises(UserError, match="its input differs"):
         main(flags(demo, weights_path, output, "--candidates_json_file", str(demo / "fewer.json")))
     assert output.read_bytes() == before
     (tmp_path / "mine.json").write_text("[1]")
@@ -121,11 +123,11 @@ def test_one_command_writes_an_output_at_a_time(demo, weights_path, tmp_path):
     del first
 
 
-def test_an_output_that_was_changed_is_told_of(demo, weights_path, tmp_path):
+def test_an_output_that_was_changed_is_refused(demo, weights_path, tmp_path):
     output = tmp_path / "out.json"
     main(flags(demo, weights_path, output))
     output.write_text(json.dumps(json.loads(output.read_text())[:-1]))
-    with pytest.raises(UserError, match="does not hold what was written"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         main(flags(demo, weights_path, output))
     unfinished = tmp_path / "other.json"
     unfinished.write_text("my notes")
@@ -147,14 +149,13 @@ def test_a_candidate_that_is_too_long_is_found_before_the_first_is_scored(demo, 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--aggregation_function", "median"), "--aggregation_function: found median, allowed: mean_logit"),
         (("--batch_size", "0"), "--batch_size: found 0"),
         (("--weights_path", "nowhere"), "nowhere"),
         (("--candidates_json_file", "none.json"), "none.json: no such file"),
         (("--output", "/proc/nothing/x.json"), "cannot be written"),
     ],
 )
-def test_what_the_user_can_mend(demo, weights_path, tmp_path, more, said):
+def test_what_the_user_can_fix(demo, weights_path, tmp_path, more, said):
     with pytest.raises(UserError, match=said):
         main(flags(demo, weights_path, tmp_path / "out.json", *more))
 
@@ -177,7 +178,7 @@ def test_without_known_answers_there_are_choices_and_no_metrics(demo, weights_pa
     (demo / "unknown.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = flags(demo, weights_path, tmp_path / "o.jsonl", "--candidates_json_file", str(demo / "unknown.jsonl"))
     main(arguments)
-    assert "no row says which candidates are right" in capsys.readouterr().out
+    assert "no accuracy: it is not known" in capsys.readouterr().out
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 2
     assert not (tmp_path / "o.jsonl.metrics").exists()
 
@@ -192,7 +193,7 @@ def test_reading_and_measuring_take_no_more_memory_for_more_questions(tmp_path):
         choice = {"scores": [[0.5]] * 4}
         tracemalloc.start()
         rows = iterate_candidate_rows(tmp_path / "rows.jsonl")
-        assert measure(((row, choice) for row in rows), "mean")[4]["questions"] == count
+        assert measure(((row, choice) for row in rows), "mean", 4).questions == count
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -200,12 +201,23 @@ def test_reading_and_measuring_take_no_more_memory_for_more_questions(tmp_path):
     assert peak(1200) < 1.1 * peak(600)
 
 
-def test_questions_with_fewer_candidates_count_as_far_as_they_go():
-    def row(right: list[bool]) -> CandidateRow:
-        candidates = [f"c{i}" for i in range(len(right))]
-        return CandidateRow(id=1, input="Q", image_path=None, candidates=candidates, true_false=right)
+def question(correct: list[bool] | None, *answers: str, count: int = 0, **fields) -> CandidateRow:
+    """A row of candidates that state these answers; `correct`: `true_false`."""
+    candidates = [f"Step 1: x\nFinal answer: {answer}" for answer in answers]
+    candidates += [f"c{i}" for i in range(len(candidates), len(correct or ()) or count)]
+    return CandidateRow(id=1, input="Q", image_path=None, candidates=candidates, true_false=correct, **fields)
 
-    pairs = [(row([True]), {"scores": [[0.5]]}), (row([False, True]), {"scores": [[0.2], [0.9, 0.8]]})]
-    found = measure(pairs, "mean_logit")
-    assert {n: result["questions"] for n, result in found.items()} == {1: 2, 2: 1}
-    assert found[1]["ways"]["best of N, min"]["mean"] == 0.5 and found[2]["ways"]["best of N, min"]["mean"] == 1.0
+
+def test_every_column_covers_the_same_questions_and_the_largest_n_is_one():
+    choices = [{"scores": [[0.5]]}, {"scores": [[0.2], [0.9, 0.8], [0.95]]}]
+    pairs = list(zip([question([True]), question([False, False, True])], choices, strict=True))
+    found = measure(pairs, "mean_logit", 3)
+    assert found.questions == 2 and list(found.best_of) == [1, 2, 3]
+    assert [column["questions"] for column in found.best_of.values()] == [2, 1, 1]  # that have N candidates
+    assert [column["ways"]["best of N, min"]["mean"] for column in found.best_of.values()] == [0.5, 0.5, 1]
+    assert [column["ways"]["pass@N"]["mean"] for column in found.best_of.values()] == [0.5, 0.5, 1]
+
+
+def test_candidate_counts():
+    found = [candidate_counts(largest) for largest in (1, 2, 3, 8, 9)]
+    assert found == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 9]]

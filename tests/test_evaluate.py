@@ -1,4 +1,4 @@
-"""evaluate.py and step_evaluation.py: labels, first wrong steps, splits, thresholds from elsewhere, what is written."""
+"""evaluate.py and step_metrics.py: labels, first incorrect steps, splits, thresholds, what is written."""
 
 import json
 import math
@@ -19,15 +19,15 @@ from reweighting.inference.step_metrics import (
     choose_thresholds,
     evaluate_domains,
     score_rows,
-    split,
+    split_dev,
 )
 from reweighting.modeling.reward_model import ProcessRewardModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def chain(scores: list[float], right: list[bool], domain: str = "a") -> ScoredChain:
-    return ScoredChain(domain, scores, [float(r) for r in right], right)
+def chain(scores: list[float], correct: list[bool], domain: str = "a") -> ScoredChain:
+    return ScoredChain(domain, scores, [float(c) for c in correct], correct, len(scores))
 
 
 def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]:
@@ -41,8 +41,8 @@ def test_the_command_on_the_demo(demo, weights_path, tmp_path):
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     rows = json.loads((demo / "train.json").read_text())
-    assert set(content["results"]) <= {"all", *(row["dataset"] for row in rows)}
-    steps = [result["steps"] for result in content["results"].values()]
+    assert set(content["results"]["domains"]) <= {row["dataset"] for row in rows}
+    steps = [result["steps"] for result in (content["results"]["all"], *content["results"]["domains"].values())]
     dev = content["thresholds"]["chosen_on_chains"]
     assert steps[0] == sum(steps[1:]) == len(rows) - 5 * dev and dev > 0
     assert sum(b["count"] for b in content["reliability"]) == steps[0]
@@ -60,7 +60,7 @@ def test_labels_come_from_correct_else_from_the_accuracy(demo, weights_path, tmp
     (demo / "labels.json").write_text(json.dumps(rows))
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")
     (scored,) = score_rows(model, load_evaluation_rows(demo / "labels.json"), 0.25, 8, "labels.json")
-    assert scored.right == [True, True, False, True, False] and scored.first_wrong == 2
+    assert scored.correct == [True, True, False, True, False] and scored.first_incorrect == 2
     assert scored.accuracies == [0.9, 0.0, 1.0, 0.3, 0.2]
     image = demo / rows[0]["image_path"]
     assert scored.scores == pytest.approx(model.score(image, rows[0]["input"], rows[-1]["add"]), abs=1e-6)
@@ -71,12 +71,13 @@ def test_labels_come_from_correct_else_from_the_accuracy(demo, weights_path, tmp
 def test_the_numbers_by_hand_per_domain():
     chains = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, True]), chain([0.7], [False], "b")]
     results = evaluate_domains(chains, {"f1": 0.65, "process_bench": 0.5})
-    assert list(results) == ["all", "a", "b"]
-    assert results["a"]["auc"] == 1 and results["a"]["f1"] == pytest.approx(4 / 5) and results["a"]["right"] == 0.75
-    assert results["a"]["process_bench"] == {"error": 1, "correct": 1, "f1": 1}
+    a, b = results["domains"].values()
+    assert list(results["domains"]) == ["a", "b"]
+    assert a["auc"] == 1 and a["f1"] == pytest.approx(4 / 5) and a["positive_rate"] == 0.75
+    assert a["process_bench"] == {"error": 1, "correct": 1, "f1": 1}
     assert results["all"]["process_bench"] == pytest.approx({"error": 0.5, "correct": 1, "f1": 2 / 3})
     assert results["all"]["auc"] == pytest.approx(5 / 6)
-    assert math.isnan(results["b"]["auc"]) and math.isnan(results["b"]["process_bench"]["f1"])
+    assert math.isnan(b["auc"]) and math.isnan(b["process_bench"]["f1"])
 
 
 def test_thresholds_need_both_kinds():
@@ -84,30 +85,30 @@ def test_thresholds_need_both_kinds():
     assert choose_thresholds(both) == {"f1": 0.6, "process_bench": 0.6}
 
     def rows(*answers: str) -> list[EvaluationRow]:
-        """Answers of steps that are right (+) or wrong (-)."""
+        """Answers of steps that are correct (+) or incorrect (-)."""
         made = []
         for number, marks in enumerate(answers):
             for step, mark in enumerate(marks, 1):
                 text = "\n".join(f"Step {i}: {number}" for i in range(1, step + 1))
-                right = float(mark == "+")
-                made.append({"input": "q", "add": text, "image_path": None, "dataset": "d", "accuracy": right})
+                accuracy = float(mark == "+")
+                made.append({"input": "q", "add": text, "image_path": None, "dataset": "d", "accuracy": accuracy})
         return [EvaluationRow(**row, index=index) for index, row in enumerate(made)]
 
     check_labels(rows("+-", "++"), 0.0, "dev.json")
     for answers in (["++"], ["-", "--"]):
         with pytest.raises(UserError, match="dev.json: all .* both kinds are needed"):
             check_labels(rows(*answers), 0.0, "dev.json")
-    with pytest.raises(UserError, match="with and without a wrong step"):
+    with pytest.raises(UserError, match="with and without an incorrect step"):
         check_labels(rows("+-", "-"), 0.0, "dev.json")
 
 
 def test_the_split_keeps_a_questions_rows_together_and_does_not_depend_on_the_order(demo):
     rows = load_evaluation_rows(demo / "train.json")
-    dev, rest = split(rows)
+    dev, rest = split_dev(rows)
     keys = [{(row.input, row.image_path) for row in part} for part in (dev, rest)]
     assert not keys[0] & keys[1] and len(dev) + len(rest) == len(rows)
     assert 0.1 < len(dev) / len(rows) < 0.6
-    assert {row.index for row in split(rows[::-1])[0]} == {row.index for row in dev}
+    assert {row.index for row in split_dev(rows[::-1])[0]} == {row.index for row in dev}
 
 
 def test_a_file_of_its_own_for_the_thresholds(demo, weights_path, tmp_path):
@@ -116,7 +117,7 @@ def test_a_file_of_its_own_for_the_thresholds(demo, weights_path, tmp_path):
     assert content["results"]["all"]["chains"] == content["thresholds"]["chosen_on_chains"] == 40
 
 
-def test_what_the_user_can_mend(demo, weights_path, tmp_path):
+def test_what_the_user_can_fix(demo, weights_path, tmp_path):
     rows = json.loads((demo / "train.json").read_text())
     (demo / "one.json").write_text(json.dumps(rows[:5]))
     (demo / "wrong.json").write_text(json.dumps([rows[0] | {"correct": "yes"}]))

@@ -1,4 +1,4 @@
-"""show.py and page.py: one self-contained page, all text escaped, and what a real browser makes of it."""
+"""show.py and html_page.py: one self-contained page, all text escaped, and what a real browser makes of it."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from reweighting.errors import UserError
-from reweighting.inference.html_page import page
+from reweighting.inference.html_page import PageCandidate, html_page
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.show import main
 
@@ -127,15 +127,33 @@ def test_in_a_browser(shown, demo, weights_path, tmp_path):
 
 
 def test_a_page_without_image_and_known_answers():
-    found = Texts(page("Q", None, [["a"], ["b", "c"]], [[0.2], [0.8, 0.6]], [-1.4, 0.9], 1, "min"))
+    candidates = [PageCandidate(1, [("a", 0.2)], -1.4), PageCandidate(2, [("b", 0.8), ("c", 0.6)], 0.9)]
+    found = Texts(html_page("Q", None, candidates, 2, "min"))
     assert found.texts["li"] == ["0.20a", "0.80b", "0.60c"]
     assert found.texts["h2"] == ["Candidate 1 · min -1.40", "Candidate 2 · ★ chosen · min 0.90"]
     assert "img" not in [tag for tag, _ in found.tags]
 
 
-def test_what_the_user_can_mend(demo, weights_path, tmp_path):
+def test_what_the_user_can_fix(demo, weights_path, tmp_path):
     arguments = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "test.json")]
     with pytest.raises(UserError, match="no row has the id 99"):
         main([*arguments, "--id", "99", "--output", str(tmp_path / "a.html")])
     with pytest.raises(UserError, match="cannot be written"):
-        main([*arguments, "--id", "1", "--output", str(tmp_path)])
+        main([*arguments, "--id", "1", "--output", "/proc/nothing/a.html"])
+
+
+def test_only_an_earlier_page_is_replaced(shown, demo, weights_path, tmp_path):
+    arguments = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "test.json"), "--id", "1"]
+    notes = tmp_path / "notes.html"
+    notes.write_text("<p>mine")
+    (tmp_path / "empty.html").touch()
+    inputs = (demo / "test.json", weights_path / "prm" / "prm_config.json")
+    for output in (tmp_path, notes, tmp_path / "empty.html", *inputs):
+        before = output.read_bytes() if output.is_file() else None
+        with pytest.raises(UserError, match="is there and no page of show.py. Name another"):
+            main([*arguments, "--output", str(output)])
+        assert before is None or output.read_bytes() == before
+    page = tmp_path / "page.html"
+    page.write_bytes(shown[0].read_bytes())
+    main([*arguments, "--output", str(page)])
+    assert page.read_bytes() != shown[0].read_bytes() and "Candidate 4" in page.read_text()

@@ -1,86 +1,169 @@
-"""The flags of the commands that use a trained reward model: best_of_n.py, evaluate.py and show.py."""
+"""The flags of the commands that use a trained reward model: best_of_n.py, evaluate.py and show.py.
 
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+    config = parse_inference_config(BestOfNConfig, sys.argv[1:], prog="best_of_n.py", description="Choose the best …")
+    config.scoring.batch_size, config.candidates.aggregation_function
+
+To add a flag, add a field to a group: the parser, `--help` and the command-line reference follow from it.
+"""
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
 
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from reweighting.config.parsing import parse_groups
 from reweighting.errors import UserError
-from reweighting.modeling.aggregation import AGGREGATIONS
+from reweighting.modeling.aggregation import AggregationName
 
 
-@dataclass
-class ScoringArguments:
+@dataclass(frozen=True)
+class ScoringConfig:
     """Using the reward model: best_of_n.py, evaluate.py and show.py."""
 
     weights_path: str = HfArg(default="weights", help="folder that a training run wrote, or the `prm` in it")
+    backbone: str | None = HfArg(
+        default=None,
+        help="where the base of a model with adapters or of a score head is now, if it has moved (default: where it "
+        "was in training)",
+    )
     image_root: str | None = HfArg(
         default=None,
         help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
     )
-    batch_size: int = HfArg(default=32, help="chains in a forward pass; changes no score")
+    batch_size: int = HfArg(
+        default=32, help="chains in a forward pass; changes scores by rounding only (about 1e-6, with bf16 1e-3)"
+    )
     device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
-    precision: str | None = HfArg(default=None, help="of the compute: bf16 or fp32 (default: bf16 on cuda, else fp32)")
+    precision: Literal["fp32", "bf16"] | None = HfArg(
+        default=None, help="precision of the compute (default: bf16 on cuda, else fp32)"
+    )
+
+    def __post_init__(self) -> None:
+        _check_not_empty("weights_path", self.weights_path)
+        _check_not_empty("backbone", self.backbone)
+        _check_not_empty("image_root", self.image_root)
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size: found {self.batch_size}, allowed: a number of at least 1")
 
 
-@dataclass
-class CandidateArguments:
+@dataclass(frozen=True)
+class CandidateConfig:
     """Candidates: best_of_n.py and show.py."""
 
-    candidates_json_file: str = HfArg(
-        help="candidate rows: a JSON file (or .jsonl, .parquet); see the README for its fields"
-    )
-    aggregation_function: str | None = HfArg(
-        default=None, help="how steps become one number, as in training (default: as the model was trained)"
+    candidates_json_file: str = HfArg(help="candidate rows: a .json, .jsonl or .parquet file")
+    aggregation_function: AggregationName | None = HfArg(
+        default=None, help="how a candidate's steps become one number (default: as the model was trained)"
     )
 
+    def __post_init__(self) -> None:
+        _check_not_empty("candidates_json_file", self.candidates_json_file)
 
-@dataclass
-class BestOfNArguments:
+
+@dataclass(frozen=True)
+class SelectionsConfig:
     """best_of_n.py."""
 
-    output: str = HfArg(default="selections.json", help="the choices; continued if it is there (.jsonl: a row a line)")
+    output: str = HfArg(
+        default="selections.json", help="the choices; an interrupted file is resumed (.jsonl: a row a line)"
+    )
+
+    def __post_init__(self) -> None:
+        _check_output(self.output)
 
 
-@dataclass
-class EvaluateArguments:
+@dataclass(frozen=True)
+class EvaluationConfig:
     """evaluate.py."""
 
     eval_json_file: str = HfArg(help="rows as for training; `correct` (true, false), where given, is the label")
     dev_json_file: str | None = HfArg(
         default=None, help="rows to choose thresholds on (default: a third of the questions is split off)"
     )
-    threshold: float = HfArg(default=0.0, help="a step without `correct` is right if its accuracy is above this")
+    threshold: float = HfArg(
+        default=0.0, help="a step without `correct` counts as correct if its accuracy is above this"
+    )
     output: str = HfArg(default="evaluation", help="folder for evaluation.json and reliability.png")
 
+    def __post_init__(self) -> None:
+        _check_not_empty("eval_json_file", self.eval_json_file)
+        _check_not_empty("dev_json_file", self.dev_json_file)
+        _check_output(self.output)
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"--threshold: found {self.threshold}, allowed: a number from 0 to below 1")
 
-@dataclass
-class ShowArguments:
+
+@dataclass(frozen=True)
+class PageConfig:
     """show.py."""
 
     id: str = HfArg(help="the `id` of the row to show")
-    output: str = HfArg(default="answer.html", help="the page")
+    output: str = HfArg(default="answer.html", help="the HTML page; an earlier page is replaced, no other file")
+
+    def __post_init__(self) -> None:
+        _check_output(self.output)
 
 
-BEST_OF_N = (CandidateArguments, BestOfNArguments, ScoringArguments)
-EVALUATE = (EvaluateArguments, ScoringArguments)
-SHOW = (CandidateArguments, ShowArguments, ScoringArguments)
-GROUPS = (ScoringArguments, CandidateArguments, BestOfNArguments, EvaluateArguments, ShowArguments)
+GROUPS = (ScoringConfig, CandidateConfig, SelectionsConfig, EvaluationConfig, PageConfig)
 
 
-def parse_inference_arguments(command: str, description: str, groups: Sequence[type], argv: Sequence[str]) -> Namespace:
-    """A command's flags. Raises UserError for values that make no sense; argparse exits with 2 for others."""
-    parser = HfArgumentParser(groups, prog=command, description=description.split("\n")[0], allow_abbrev=False,
-                              formatter_class=ArgumentDefaultsHelpFormatter)  # fmt: skip
-    args = parser.parse_args(argv)
-    choices = {"precision": ("fp32", "bf16"), "aggregation_function": tuple(AGGREGATIONS)}
-    for name, allowed in choices.items():
-        if getattr(args, name, None) not in (None, *allowed):
-            raise UserError(f"--{name}: found {getattr(args, name)}, allowed: {', '.join(allowed)}")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size: found {args.batch_size}, allowed: a number of at least 1")
-    if not 0 <= getattr(args, "threshold", 0) < 1:
-        raise UserError(f"--threshold: found {args.threshold}, allowed: a number from 0 to below 1")
-    return args
+@dataclass(frozen=True)
+class BestOfNConfig:
+    """All flags of best_of_n.py."""
+
+    candidates: CandidateConfig
+    selections: SelectionsConfig
+    scoring: ScoringConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """All flags of evaluate.py."""
+
+    evaluation: EvaluationConfig
+    scoring: ScoringConfig
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """All flags of show.py."""
+
+    candidates: CandidateConfig
+    page: PageConfig
+    scoring: ScoringConfig
+
+
+AnyConfig = TypeVar("AnyConfig", BestOfNConfig, EvaluateConfig, ShowConfig)
+
+
+def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, prog: str, description: str) -> AnyConfig:
+    """Parse a command's flags.
+
+    Args:
+        kind: the command's config.
+        argv: the command line without the program's name.
+        prog, description: for `--help`.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: if a value is out of range.
+        SystemExit: with code 2, from argparse, for unknown flags and choices.
+    """
+    groups = {field.name: field.type for field in fields(kind)}
+    flags, _ = parse_groups(tuple(groups.values()), argv, prog=prog, description=description, recipes=False)
+    return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
+
+
+def _check_not_empty(flag: str, value: str | None) -> None:
+    """Raise UserError for an empty text, which as a path would mean the working folder."""
+    if value is not None and not value.strip():
+        raise UserError(f"--{flag}: found {value!r}, allowed: a path")
+
+
+def _check_output(value: str) -> None:
+    """Raise UserError for an output that has no name of its own."""
+    if Path(value.strip()).name in ("", ".."):
+        raise UserError(f"--output: found {value!r}, allowed: a path that ends in a name, not in `.`, `..` or `/`")

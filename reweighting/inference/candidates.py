@@ -1,8 +1,7 @@
-"""Candidate answers to a question: their scores, the choice among them, and how good each way of choosing is.
+"""Candidate answers to a question: their scores and the choice among them.
 
 scored = score_candidates(model, rows)           # rows: CandidateRow objects
 choose(scored, n=8)                              # the best of each question's first 8
-choice_outcomes(*scored[0], right, answers, n=8) # what each way of choosing gets
 """
 
 from collections.abc import Sequence
@@ -19,37 +18,75 @@ from reweighting.modeling.reward_model import ProcessRewardModel
 def score_candidates(
     model: ProcessRewardModel, rows: Sequence[CandidateRow], batch_size: int = 32, source: str = ""
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each row its candidates' step logits [N, S] and step mask [N, S], on the CPU.
+    """Score the candidates of each row; equal candidates of a question are scored once.
 
-    batch_size: chains in a forward pass; it changes no score beyond rounding. source: the file, for error messages.
-    Equal candidates of a question are scored once. Raises UserError as `ProcessRewardModel.chain_logits` does.
+    Args:
+        model: the reward model; the caller sets autocast.
+        rows: the questions.
+        batch_size: chains in a forward pass; it changes scores by rounding only.
+        source: the file, for error messages.
+
+    Returns:
+        For each row the step logits [N, S] and the step mask [N, S] of its N candidates, on the CPU.
+
+    Raises:
+        UserError: as `ProcessRewardModel.chain_logits` does.
     """
     # Questions of like length side by side need little padding; a question's candidates stay together, since they
     # share the image.
     order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i].candidates)))
-    chains, place = [], {}
+    chains, index_of = [], {}
     for i in order:
         for chain in candidate_chains(rows[i], source):
-            if (i, chain.steps) not in place:
-                place[i, chain.steps] = len(chains)
+            if (i, chain.steps) not in index_of:
+                index_of[i, chain.steps] = len(chains)
                 chains.append(chain)
-    logits, mask = model.chain_logits(chains, batch_size)
+    logits, mask = model.chain_logits(chains, batch_size)  # [distinct candidates, S]
     scored = []
     for i, row in enumerate(rows):
-        members = [place[i, chain.steps] for chain in candidate_chains(row)]
+        members = [index_of[i, chain.steps] for chain in candidate_chains(row)]
         steps = int(mask[members].sum(1).max())
         scored.append((logits[members, :steps], mask[members, :steps]))
     return scored
 
 
 def choose(scored: Sequence[tuple[Tensor, Tensor]], n: int, aggregation: str = "mean_logit") -> list[int]:
-    """The index of the best among each question's first `n` candidates (of equals, the first)."""
+    """Choose the best of each question's first `n` candidates.
+
+    Args:
+        scored: logits and mask of each question, as `score_candidates` returns them.
+        n: candidates to choose among.
+        aggregation: a name of `aggregation.AGGREGATIONS`.
+
+    Returns:
+        For each question the index of its best candidate; of equals, the first.
+    """
     return [int(aggregate(z[:n], mask[:n], aggregation).argmax()) for z, mask in scored]
 
 
 def best_of_n_accuracy(
-    scored: Sequence[tuple[Tensor, Tensor]], right: Sequence[Sequence[bool]], n: int, aggregation: str = "mean_logit"
+    scored: Sequence[tuple[Tensor, Tensor]],
+    correct: Sequence[Sequence[bool | None]],
+    n: int,
+    aggregation: str = "mean_logit",
 ) -> float:
-    """The share of questions whose chosen candidate is right."""
-    chosen = choose(scored, n, aggregation)
-    return torch.tensor([float(r[c]) for r, c in zip(right, chosen, strict=True)]).mean().item()
+    """Compute the share of questions whose chosen candidate is correct.
+
+    Args:
+        scored: logits and mask of each question, as `score_candidates` returns them.
+        correct: whether each candidate is; None if that is not known: such a candidate is not chosen from, and a
+            question of such candidates only is left out.
+        n: the first candidates of those known that are chosen from.
+        aggregation: a name of `aggregation.AGGREGATIONS`.
+
+    Returns:
+        The share in [0, 1]; NaN if nothing is known of any candidate.
+    """
+    pools, labels = [], []
+    for (z, mask), own in zip(scored, correct, strict=True):
+        known = [i for i, label in enumerate(own) if label is not None]
+        if known:
+            pools.append((z[known], mask[known]))
+            labels.append([float(own[i]) for i in known])
+    chosen = choose(pools, n, aggregation)
+    return torch.tensor([own[best] for own, best in zip(labels, chosen, strict=True)]).mean().item()  # NaN for none

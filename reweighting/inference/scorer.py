@@ -1,37 +1,63 @@
 """A trained reward model ready to score, as the commands' flags ask for it."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from reweighting.config.inference import ScoringConfig
 from reweighting.devices import autocast, choose_device, choose_precision
-from reweighting.modeling.config import CONFIG_FILE
+from reweighting.errors import UserError
+from reweighting.files import digest
+from reweighting.modeling.aggregation import AggregationName
+from reweighting.modeling.config import CONFIG_FILE, PRMConfig
 from reweighting.modeling.reward_model import ProcessRewardModel
 
 
 class Scorer:
-    """The model of `--weights_path` on its device; `with scorer.autocast():` sets the precision.
+    """The reward model of `--weights_path` on its device.
 
-    Attributes: `model`, `precision` ("bf16" or "fp32"), `aggregation` (a name of `aggregation.AGGREGATIONS`).
-    Raises UserError if there is no model, or no such device.
+    Attributes:
+        model: in eval mode.
+        device: where it computes.
+        precision: "bf16" or "fp32".
+        aggregation: how steps become one number.
     """
 
-    def __init__(self, args: Namespace):
+    def __init__(self, config: ScoringConfig, aggregation: AggregationName | None = None):
+        """Load the model.
+
+        Args:
+            config: the flags.
+            aggregation: None: the one that the model was trained for.
+
+        Raises:
+            UserError: if there is no model, no such device, or `--backbone` would do nothing.
+        """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        self.device = choose_device(args.device)
-        self.precision = choose_precision(args.precision, self.device)
-        self.model = ProcessRewardModel.from_pretrained(model_folder(args.weights_path), device=self.device)
-        self.aggregation = getattr(args, "aggregation_function", None) or self.model.config.aggregation
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        folder = model_folder(config.weights_path)
+        if config.backbone is not None and PRMConfig.read(folder).train == "full":
+            raise UserError(f"--backbone does nothing: {folder} holds the whole backbone. Leave it out.")
+        self.model = ProcessRewardModel.from_pretrained(folder, backbone=config.backbone, device=self.device)
+        self.aggregation = aggregation or self.model.config.aggregation
 
     def autocast(self) -> torch.autocast:
-        """The context to score in."""
+        """Return the context to score in, which sets the precision."""
         return autocast(self.device, self.precision)
 
 
 def model_folder(weights_path: str) -> Path:
-    """The folder of the model itself: what is given, or the `prm` in it."""
+    """Return the folder of the model itself: what is given, or the `prm` in it."""
     folder = Path(weights_path)
     return folder if (folder / CONFIG_FILE).is_file() else folder / "prm"
+
+
+def model_digest(config: ScoringConfig) -> str:
+    """Compute a digest of the model's files and, where its base is a folder of its own, of the base's."""
+    folder = model_folder(config.weights_path)
+    saved = PRMConfig.read(folder)
+    folders = [folder] if saved.train == "full" else [folder, Path(config.backbone or saved.backbone)]
+    return digest(*(file for place in folders for file in sorted(place.glob("*")) if file.is_file()))

@@ -51,10 +51,10 @@ def test_each_image_is_seen_once_and_equal_candidates_are_scored_once(model, row
         assert torch.equal(z[:2], z[4:])
 
 
-def test_a_model_that_gives_no_numbers_is_a_user_error(weights_path, rows):
+def test_a_model_that_gives_no_finite_scores_is_a_user_error(weights_path, rows):
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")
     torch.nn.init.constant_(model.score_head.bias, float("nan"))
-    with pytest.raises(Exception, match="scores that are no numbers"):
+    with pytest.raises(Exception, match="scores that are not finite"):
         score_candidates(model, rows[:1])
 
 
@@ -62,14 +62,14 @@ def test_outcomes_by_hand():
     # Aggregates (mean logit) 2, -1, 0.5, 0.4, -3; min -1, -1, 0.5, 0.4, -3.
     z = torch.tensor([[5.0, -1.0], [-1.0, 0.0], [0.5, 0.5], [0.4, 0.0], [-3.0, 0.0]])
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, False], [True, False]])
-    right = [False, True, True, False, False]
+    correct = [False, True, True, False, False]
     answers = ["7", "4", "4", "9", "9"]
-    found = choice_outcomes(z, mask, right, answers, 5)
+    found = choice_outcomes(z, mask, correct, answers, 5)
     assert found["pass@1"] == pytest.approx(2 / 5) and found["pass@N"] == 1
     assert found["majority vote"] == pytest.approx(1 / 2)  # 4 and 9 have two votes each
     assert found["weighted majority"] == 1  # 4: 0.27 + 0.62, 7: 0.88, 9: 0.60 + 0.05
     assert found["best of N, mean_logit"] == 0 and found["best of N, min"] == 1
-    first = choice_outcomes(z, mask, right, answers, 1)
+    first = choice_outcomes(z, mask, correct, answers, 1)
     assert set(first.values()) == {0.0}
-    silent = choice_outcomes(z, mask, right, [None] * 5, 5)
+    silent = choice_outcomes(z, mask, correct, [None] * 5, 5)
     assert silent["majority vote"] == silent["weighted majority"] == pytest.approx(2 / 5)

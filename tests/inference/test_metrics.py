@@ -1,12 +1,12 @@
-"""metrics.py against the slow, obvious way."""
+"""metrics.py and bootstrap.py against the slow, obvious way."""
 
 import math
 
 import numpy as np
 import pytest
 
+from reweighting.inference.bootstrap import StreamingBootstrap
 from reweighting.inference.metrics import (
-    Bootstrap,
     auc,
     average_precision,
     best_f1_threshold,
@@ -14,9 +14,7 @@ from reweighting.inference.metrics import (
     expected_calibration_error,
     f1,
     process_bench,
-    ranks,
     reliability,
-    spearman,
 )
 
 RNG = np.random.default_rng(0)
@@ -24,22 +22,22 @@ RNG = np.random.default_rng(0)
 CASES = [(RNG.integers(0, levels, 40) / levels, RNG.random(40) < 0.4) for levels in (3, 10, 1000) for _ in range(5)]
 
 
-@pytest.mark.parametrize(("scores", "right"), CASES)
-def test_auc_average_precision_and_f1(scores, right):
-    pairs = [(a > b) + (a == b) / 2 for a in scores[right] for b in scores[~right]]
-    assert auc(scores, right) == pytest.approx(np.mean(pairs))
+@pytest.mark.parametrize(("scores", "correct"), CASES)
+def test_auc_average_precision_and_f1(scores, correct):
+    pairs = [(a > b) + (a == b) / 2 for a in scores[correct] for b in scores[~correct]]
+    assert auc(scores, correct) == pytest.approx(np.mean(pairs))
 
     precision = recall_before = 0.0
     for threshold in sorted(set(scores), reverse=True):
         called = scores >= threshold
-        recall = (called & right).sum() / right.sum()
-        precision += (recall - recall_before) * (called & right).sum() / called.sum()
+        recall = (called & correct).sum() / correct.sum()
+        precision += (recall - recall_before) * (called & correct).sum() / called.sum()
         recall_before = recall
-    assert average_precision(scores, right) == pytest.approx(precision)
+    assert average_precision(scores, correct) == pytest.approx(precision)
 
-    values = {t: f1(scores, right, t) for t in scores}
-    assert f1(scores, right, best_f1_threshold(scores, right)) == max(values.values())
-    assert best_f1_threshold(scores, right) == max(t for t, v in values.items() if v == max(values.values()))
+    values = {t: f1(scores, correct, t) for t in scores}
+    assert f1(scores, correct, best_f1_threshold(scores, correct)) == max(values.values())
+    assert best_f1_threshold(scores, correct) == max(t for t, v in values.items() if v == max(values.values()))
 
 
 def test_numbers_that_are_not_defined():
@@ -54,23 +52,10 @@ def test_f1_by_hand():
     assert f1([0.9, 0.8, 0.3, 0.2], [True, False, True, False], 0.5) == pytest.approx(0.5)
 
 
-def test_ranks_and_spearman_by_hand():
-    assert ranks([30, 10, 20, 20]).tolist() == [4, 1, 2.5, 2.5]
-    assert spearman([1, 2, 3, 4], [10, 100, 1000, 10000]) == pytest.approx(1)
-    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
-    # Rank differences 0, 1, 1, 0, 0: 1 - 6 * 2 / (5 * 24).
-    assert spearman([1, 2, 3, 4, 5], [1, 3, 2, 4, 5]) == pytest.approx(0.9)
-    # Ties share a rank: 1, 2.5, 2.5, 4 against 1, 2, 3, 4. Their deviations give 4.5 / sqrt(4.5 * 5).
-    assert spearman([1, 7, 7, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
-    # Ties on both sides: 1.5, 1.5, 3.5, 3.5 against 1, 3, 3, 3 -> 2 / sqrt(4 * 3).
-    assert spearman([0, 0, 1, 1], [5, 6, 6, 6]) == pytest.approx(2 / math.sqrt(12))
-    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
-
-
 def test_process_bench_by_hand():
     chains = [[0.9, 0.8, 0.1], [0.9, 0.2, 0.1], [0.3, 0.9], [0.9, 0.7], [0.9, 0.4]]
     first = [2, 1, 1, -1, -1]
-    # At 0.5 the first two are found, the third is called wrong a step too early, and the last is called wrong.
+    # At 0.5 the first two are found, the third is called incorrect a step too early, and so is the last.
     assert process_bench(chains, first, 0.5) == pytest.approx({"error": 2 / 3, "correct": 1 / 2, "f1": 4 / 7})
 
 
@@ -97,7 +82,7 @@ def test_bootstrap_intervals_are_as_wide_as_theory_says_and_repeat():
     values = RNG.normal(3.0, 2.0, 1000)
 
     def result() -> dict:
-        bootstrap = Bootstrap(replicates=2000)
+        bootstrap = StreamingBootstrap(replicates=2000)
         for value in values:
             bootstrap.add({"x": value, "constant": 1.0})
         return bootstrap.result()
