@@ -13,10 +13,11 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from reweighting.cli import COMMANDS  # noqa: E402
-from reweighting.config.inference import BEST_OF_N, EVALUATE, SHOW  # noqa: E402
-from reweighting.config.training import EMBEDDED_BACKBONE, GROUPS  # noqa: E402
+from reweighting.config.inference import BestOfNConfig, EvaluateConfig, ShowConfig  # noqa: E402
+from reweighting.config.training import EMBEDDED_BACKBONE, TrainingConfig  # noqa: E402
 
-GROUPS_OF = {"train": GROUPS, "best-of-n": BEST_OF_N, "evaluate": EVALUATE, "show": SHOW}
+CONFIGS = {"train": TrainingConfig, "best-of-n": BestOfNConfig, "evaluate": EvaluateConfig, "show": ShowConfig}
+GROUPS_OF = {name: [field.type for field in dataclasses.fields(config)] for name, config in CONFIGS.items()}
 PAGE = ROOT / "docs" / "cli.md"
 INTRODUCTION = """\
 <!-- Written by docs/generate_cli_reference.py: change the flags in reweighting/config/ instead. -->
