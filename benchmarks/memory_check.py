@@ -85,7 +85,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
             engine.lower.module.chain_tokenizer.encode(chain)  # its image is remembered
         engine.run()
 
-    with TemporaryDirectory() as folder, rank0_output(), process_group(torch.device("cpu")):
+    with TemporaryDirectory() as folder, rank0_output(), process_group(torch.device("cpu"), 30):
         small = ("--batch_size", "2", "--gradient_accumulation", "5", "--unroll_steps", "2", "--iteration_num", "2")
         small = arguments(folder, *small, "--meta_batch_size", "2", "--reward_model", str(EMBEDDED_BACKBONE))
         run(small, read_run_data(small))  # loads what a first step loads

@@ -1,79 +1,175 @@
-"""What the commands share: an error becomes one line on stderr and an exit code."""
+"""What the commands share: how a process starts, and how an error becomes one line on stderr and an exit code."""
 
 import errno
 import importlib
+import math
 import os
 import re
+import shlex
 import signal
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from types import ModuleType
 
-from reweighting.distributed.rank0_output import rank0_output
-from reweighting.errors import UserError
-from reweighting.terminal import printable
+from reweighting.distributed.rank0_output import dist_env, end_process, rank0_output
+from reweighting.errors import ProcessLost, UserError, is_out_of_memory
+from reweighting.terminal import DetachableStream, printable
 from reweighting.training.signals import STDERR, Stopped
 
 # Kinds of OSError that say something about the disk, not about this program.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
+# How allocators name what they were asked for: torch's, numpy's.
+REQUEST = re.compile(r"(?:allocate|required) ([\d.]+) ?(bytes|[KMGT]i?B)\b", re.I)
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
 # Betty's metadata names no Python newer than 3.10, so it cannot be a dependency, and a plain `pip install` refuses it.
 INSTALL_BETTY = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
 
 
+class CommandError(Exception):
+    """A command's foreseen end, in one line.
+
+    Args:
+        message: what is printed.
+        code: the exit code; 2 is an error of the user's or the system's.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
 def run_command(module: str) -> None:
-    """Run a command and end this process with its exit code; of several processes, only rank 0 prints.
+    """Run a command and end this process with its exit code; of several processes, only process 0 prints.
 
     The module is imported here, so that errors and Ctrl-C while packages load end without a traceback too.
 
     Args:
-        module: name of the command's module. It has `main(argv)`, and `AFTER_INTERRUPT`: what to do after Ctrl-C or a
-            full disk, in words that follow a semicolon.
+        module: name of the command's module. It has `main(argv)`; `AFTER_INTERRUPT`: what to do after Ctrl-C or a
+            full disk, in words that follow a semicolon; and `MEMORY_FLAGS`: the flags that need less memory when they
+            are smaller, in words that follow "make".
 
     Raises:
-        SystemExit: with 2 for a UserError and for what the system reports of a file or disk, with 128 + its number for
-            a signal.
+        SystemExit: with 2 for a UserError, for what the system reports of a file or disk and where memory runs out;
+            with 128 + its number for a signal.
     """
+    prepare_process()
+    several = dist_env().world_size > 1
+    try:
+        with rank0_output():
+            lost = _recorded(_run)(module)
+    except CommandError as end:
+        if several:
+            end_process(end.code, str(end))
+        print(f"error: {end}" if end.code == 2 else end, file=STDERR)
+        sys.exit(end.code)
+    except SystemExit as error:  # argparse has printed
+        if several and error.code:
+            message = f"its flags cannot be parsed: {printable(shlex.join(sys.argv[1:])[:500], one_line=True)}"
+            end_process(2, "" if dist_env().rank == 0 else message)
+        raise
+    except Exception:
+        if several:
+            end_process(1, traceback.format_exc())
+        raise
+    if lost is not None:
+        end_process(2, printable(lost), lost=True)
+
+
+def prepare_process() -> None:
+    """Set what must be set before torch is loaded, and let output outlive its reader (`| head -1`)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if sys.stdout is not None:  # closed by whoever started this
-        sys.stdout.reconfigure(errors="replace")  # a console without block characters still gets its table
-    with rank0_output():
-        _run(module)
+    # Threads that spin while they wait keep a busy core from the one that they wait for: benchmarks/openmp_wait.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.warnoptions:  # `-W error` is meant for this package: other packages warn of their use of each other
+        warnings.filterwarnings("default", module=r"(?!reweighting\b)")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None:  # closed by whoever started this
+            stream.reconfigure(errors="replace")  # a console without block characters still gets its table
+            setattr(sys, name, DetachableStream(stream))
 
 
-def _run(module: str) -> None:
+def _recorded(run: Callable[[str], ProcessLost | None]) -> Callable[[str], ProcessLost | None]:
+    """Leave errors where torchrun looks for them, if it has started this process; its report repeats them."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return run
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(run)
+
+
+def _run(module: str) -> ProcessLost | None:
+    """Import a command and run it. Raises CommandError for every foreseen end.
+
+    Returns:
+        The loss of another process: no error of this one, which torchrun might take for the cause.
+    """
+    command = None
     quits = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    after_interrupt = ""
     try:
         if quits:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C inside an import would end in a traceback
         command = importlib.import_module(module)
-        after_interrupt = command.AFTER_INTERRUPT
         if quits:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command.main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {printable(error)}", file=STDERR)
-        sys.exit(2)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "betty":
+    except ProcessLost as error:
+        return error
+    except (Exception, KeyboardInterrupt) as error:
+        foreseen = _foreseen_end(error, command)
+        if foreseen is None:
             raise
-        print(f"error: training needs Betty, which is installed by itself: {INSTALL_BETTY}", file=STDERR)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno is None:  # not from the system
-            raise
-        place = f"{str(error.filename)[:200]}: " if error.filename else ""
-        trouble = f"cannot be written: {error.strerror}; {after_interrupt}"
-        print(f"error: {printable(place)}{trouble if error.errno in DISK_TROUBLE else error.strerror}", file=STDERR)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory", str(error), re.I):
-            raise
-        print(f"error: out of memory; make --batch_size, --max_image_side or --max_length smaller. {after_interrupt}",
-              file=STDERR)  # fmt: skip
-        sys.exit(2)
-    except Stopped as stopped:
-        print(f"{stopped}; {after_interrupt}", file=STDERR)
-        sys.exit(128 + stopped.signum)
-    except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt}", file=STDERR)
-        sys.exit(130)
+        raise foreseen from None
+    return None
+
+
+def _foreseen_end(error: BaseException, command: ModuleType | None) -> CommandError | None:
+    """One line for the user and an exit code; None for an error that is a fault of this program.
+
+    Args:
+        error: what a command ended with.
+        command: its module; None if that could not be imported.
+    """
+    after_interrupt = getattr(command, "AFTER_INTERRUPT", "")
+    match error:
+        case UserError():
+            return CommandError(printable(error))
+        case ModuleNotFoundError(name=str(name)) if name.partition(".")[0] == "betty":
+            return CommandError(f"training needs Betty, which is installed by itself: {INSTALL_BETTY}")
+        case KeyboardInterrupt():
+            return CommandError(f"interrupted; {after_interrupt}", 128 + signal.SIGINT)
+        case Stopped():
+            return CommandError(f"{printable(error)}; {after_interrupt}", 128 + error.signum)
+        case _ if is_out_of_memory(error):
+            flags = getattr(command, "MEMORY_FLAGS", "the inputs")
+            wanted = _memory_request(error)
+            return CommandError(f"out of memory: {wanted}; make {flags} smaller. {after_interrupt}")
+        case OSError(errno=int(number), strerror=reason):
+            place = f"{printable(str(error.filename)[:200])}: " if error.filename else ""
+            written = f"cannot be written: {reason}; {after_interrupt}"
+            return CommandError(f"{place}{written if number in DISK_TROUBLE else reason}")
+    return None
+
+
+def _memory_request(error: BaseException) -> str:
+    """Who asked for how much: the innermost function of this package, and the size in the allocator's message."""
+    places = [
+        f"{frame.f_globals['__name__'].partition('.')[2]}.{frame.f_code.co_qualname}"
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("reweighting.")
+    ]
+    match = REQUEST.search(str(error))
+    size = "more than there is" if match is None else _readable_size(float(match[1]), match[2])
+    return f"{places[-1]} asked for {size}"
+
+
+def _readable_size(number: float, unit: str) -> str:
+    """A size in the largest unit that leaves at least 1; as it is if it is not in bytes."""
+    if unit.lower() != "bytes":
+        return f"{number:g} {unit}"
+    power = min(int(math.log(max(number, 1), 1024)), len(UNITS) - 1)
+    return f"{number / 1024**power:.3g} {UNITS[power]}"

@@ -44,12 +44,13 @@ from reweighting.training.run_data import RunData, read_run_data
 from reweighting.training.signals import StopSignals
 
 AFTER_INTERRUPT = "the same command with --resume continues from the last checkpoint"
+MEMORY_FLAGS = "--batch_size, --meta_batch_size, --max_image_side or --max_length"
 
 
 def main(argv: list[str]) -> None:
     """Run the command: flags, rows, the two levels, training, results. Raises UserError for what the user can fix."""
     config = parse_training_config(argv)
-    with process_group(choose_device(config.run.device)):
+    with process_group(choose_device(config.run.device), config.run.distributed_timeout):
         data = read_run_data(config)  # every row is checked before a model is loaded
         with lock_output_dir(config.data.weights_path, run_inputs(config)) as folder:
             settings = run_settings(config)

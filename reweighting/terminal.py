@@ -1,6 +1,8 @@
-"""What may reach a terminal: text of data, paths and errors with its control characters shown as escapes."""
+"""What reaches a terminal: text with its control characters shown as escapes, and streams that outlive their reader."""
 
+import os
 import unicodedata
+from typing import Any, TextIO
 
 # Unicode categories: Cc (ESC, BEL, NUL, …), Cf (bidirectional marks, characters without width), Cs (half a surrogate
 # pair), Zl and Zp (Unicode's own line ends).
@@ -26,3 +28,38 @@ def _shown(char: str, one_line: bool) -> str:
     if unicodedata.category(char) not in ESCAPED or char in JOINERS or (char == "\n" and not one_line):
         return char
     return char.encode("unicode_escape").decode("ascii")
+
+
+class DetachableStream:
+    """A text stream that drops what is written after its reader has gone, as in `| head -1`.
+
+    Args:
+        stream: stdout or stderr.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; its length is returned although nobody may read it."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._detach()
+            return len(text)
+
+    def flush(self) -> None:
+        """Hand on what is buffered."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._detach()
+
+    def _detach(self) -> None:
+        """Point the stream's file descriptor at nothing, so that what it still holds can be flushed at exit."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,174 +1,170 @@
-"""Several processes as one run: joining them, and what they tell each other.
+"""Several processes as one run, on accelerate's `PartialState`: joining them, and what they exchange.
 
     torchrun --nproc_per_node=4 reweighting/main.py …
     accelerate launch --multi_gpu --num_processes 4 reweighting/main.py …
 
-Each process computes its share of every batch; all hold the same parameters and make the same steps. Whatever the
-course of the run depends on is therefore the same number in all of them, to the bit: a sum over processes, or agreed
-upon. With one process there is no group, and every function here gives back what it was given.
+Each process computes its share of every batch; all hold the same parameters and make the same steps. Every number that
+decides the course of the run is therefore the same in all of them, bit for bit: it is reduced over the processes. With
+one process there is no group, and every function returns its argument.
 
-gloo carries what is on the CPU, nccl what is on CUDA. A collective may wait as long as it takes, since the main process
-may be writing a large checkpoint: that the others still live is known from `rank0_output.Watch`.
+gloo carries CPU tensors and objects, nccl CUDA tensors. A process that waits longer than the group's timeout ends with
+a `UserError`, and one whose peer has ended with `ProcessLost`; the launcher then ends the rest.
 """
 
-import os
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
-from reweighting.distributed.rank0_output import GRACE, HEARING, TICK, dist_env, watch
-from reweighting.errors import UserError
+from reweighting.distributed.rank0_output import dist_env
+from reweighting.errors import ProcessLost, UserError
 
 T = TypeVar("T")
-START = timedelta(minutes=10)  # for all to come together
-WAITING = timedelta(days=7)  # in a collective
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """This process among those that torchrun's environment names, as long as the context is open.
+def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+    """Join the processes that the launcher has started, as long as the context is open.
 
-    device: where it computes, cpu or cuda with its own index. Raises UserError if they do not find each other.
+    Args:
+        device: where this process computes: cpu, or cuda with the index of its own GPU.
+        timeout_minutes: how long a process waits for the others, at the start and in each collective.
+
+    Raises:
+        UserError: if the processes do not find each other, or one does not answer in time.
+        ProcessLost: if another process has ended.
     """
-    rank, world, _ = dist_env()
+    world = dist_env().world_size
     if world == 1:
         yield
         return
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    on_cpu = device.type == "cpu"
+    backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
     try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        stores = []
-        for name, host in (("group", rank == 0 and not kept), ("watch", False)):
-            store = dist.TCPStore(address, port, None, host, START, wait_for_workers=False)
-            stores.append(dist.PrefixStore(f"{name}/{attempt}", store))
-        dist.init_process_group(backend, store=stores[0], rank=rank, world_size=world, timeout=WAITING)
-        _call(dist.barrier, device_ids=None if device.type == "cpu" else [device.index])
-    except (KeyError, ValueError, RuntimeError) as error:
+        state = PartialState(cpu=on_cpu, backend=backend, timeout=timedelta(minutes=timeout_minutes))
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"the {world} processes do not find each other: {type(error).__name__}: {error}") from error
-    watching = watch(stores[1], rank, world)
-    yield
-    barrier()
-    watching.stop()
-    dist.destroy_process_group()
+    with _noticing_lost_processes():
+        state.wait_for_everyone()
+        yield
+        state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+@contextmanager
+def _noticing_lost_processes() -> Iterator[None]:
+    """Name what the backends raise when another process hangs (UserError) or has ended (ProcessLost)."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in message:
+            raise
+        reason = message.rpartition("] ")[2].split(". ")[0][:200]  # without gloo's file name and its guesses
+        hangs = "timed out" in message.lower()
+        found = "does not answer within --distributed_timeout" if hangs else "has ended"
+        trouble = (
+            f"another of the {world_size()} processes {found} ({reason}): --resume resumes from the last checkpoint"
+        )
+        raise (UserError if hangs else ProcessLost)(trouble) from error
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Return this process's number, from 0."""
+    return PartialState().process_index if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Return the number of processes."""
+    return PartialState().num_processes if dist.is_initialized() else 1
 
 
 def is_rank0() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Return whether this process is the one that prints and writes."""
     return rank() == 0
 
 
 def local_slice(items: Sequence[T]) -> Sequence[T]:
-    """This process's share of some items, in one piece: those of one question stand together."""
+    """Return this process's share of some items: consecutive ones, since those of one question are neighbours."""
     return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
+@_noticing_lost_processes()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over processes, the same bits in all of them; a tensor of its own unless there is one process."""
-    return _reduced(tensor, dist.ReduceOp.SUM)
+    """Sum a tensor over processes: the same bits in all of them, in a new tensor unless there is one process."""
+    return reduce(tensor.detach().contiguous(), "sum") if world_size() > 1 else tensor
 
 
+@_noticing_lost_processes()
 def all_ranks_true(tensor: Tensor) -> Tensor:
-    """Where a bool tensor is true in every process."""
-    return tensor if world_size() == 1 else _reduced(tensor.to(torch.uint8), dist.ReduceOp.MIN).bool()
+    """Return where a bool tensor is true in every process."""
+    return reduce((~tensor).to(torch.uint8), "max") == 0 if world_size() > 1 else tensor
 
 
+@_noticing_lost_processes()
 def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers."""
-    return number if world_size() == 1 else int(_reduced(torch.tensor(number), dist.ReduceOp.MAX))
-
-
-def _reduced(tensor: Tensor, operation) -> Tensor:
-    if world_size() == 1:
-        return tensor
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
-    _call(dist.all_reduce, result, op=operation)
-    return result
+    """Return the largest of the processes' numbers."""
+    return int(reduce(torch.tensor(number), "max")) if world_size() > 1 else number
 
 
 class _Summed(torch.autograd.Function):
     """Differentiable all-reduce: the backward pass sums gradients over ranks."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
         return all_reduce_sum(tensor)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return all_reduce_sum(gradient)
 
 
 def differentiable_all_reduce_sum(tensor: Tensor) -> Tensor:
-    """`all_reduce_sum`, where each process's loss is a share of one loss, and gradients are of that one."""
+    """Sum a tensor over processes; the backward pass sums its gradient, as each process has its share of one loss."""
     return tensor if world_size() == 1 else _Summed.apply(tensor)
 
 
+@_noticing_lost_processes()
 def all_gather_object(value: T) -> list[T]:
-    """What each process has, in their order: a small plain object."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    _call(dist.all_gather_object, values, value)
-    return values
+    """Return every process's value, in the order of their numbers: small objects that pickle."""
+    return gather_object([value]) if world_size() > 1 else [value]
 
 
+@_noticing_lost_processes()
 def broadcast_object(value: T) -> T:
-    """What the main process has."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    _call(dist.broadcast_object_list, values, src=0)
-    return values[0]
+    """Return process 0's value."""
+    return broadcast_object_list([value])[0] if world_size() > 1 else value
 
 
-def barrier() -> None:
-    """Go on when every process is here."""
-    all_reduce_max(0)
-
-
+@_noticing_lost_processes()
 def broadcast_parameters(tensors: Sequence[Tensor]) -> None:
-    """Make tensors what they are in the main process."""
-    for tensor in tensors if world_size() > 1 else ():
-        _call(dist.broadcast, tensor.detach(), src=0)
+    """Overwrite tensors with process 0's."""
+    if world_size() > 1:
+        broadcast([tensor.detach() for tensor in tensors])
 
 
-def check_same_on_all_ranks(settings: dict) -> None:
-    """Raise UserError if the processes have other flags, data or backbones: their files may not be the same ones."""
+@_noticing_lost_processes()
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
+
+
+def check_same_on_all_ranks(settings: dict[str, Any]) -> None:
+    """Check that all processes have the same flags, data and backbone: their files may not be the same ones.
+
+    Raises:
+        UserError: on every process that differs from another one; names that one's host and the setting.
+    """
     for number, (host, other) in enumerate(all_gather_object((socket.gethostname(), settings))):
         for name, value in settings.items():
             if other.get(name) != value:
                 raise UserError(f"process {number} on {host} has another {name} than process {rank()}: every process "
                                 "needs the same flags and files")  # fmt: skip
-
-
-def _call(collective: Callable, *args, **options) -> None:
-    """A collective. Raises UserError if it breaks because another process has ended; if that one has left a word, the
-    watch says it first and ends this process."""
-    try:
-        collective(*args, **options)
-    except RuntimeError as error:
-        time.sleep(GRACE + 4 * TICK if rank() == 0 else HEARING)
-        reason = str(error).split(". ")[0][:200]  # gloo goes on with what it guesses
-        raise UserError(f"another of the {world_size()} processes has ended without a word ({reason}): --resume goes "
-                        "on from the last checkpoint") from error  # fmt: skip

@@ -1,185 +1,111 @@
-"""Several processes speak with one voice and end together; light enough to load before anything else.
+"""Several processes as one command: process 0 prints, and an error is printed once.
 
-`torchrun` and `accelerate launch` start the command several times and number the processes. Number 0, the main one,
-prints. The others are silent: what they would say of an error is handed to the main one, which says it and ends the
-run; where that one has ended, another says it. Each process also tells twice a second that it is there: one that is not
-heard of ends the run too, whatever the others are waiting for.
+A launcher (`torchrun`, `accelerate launch`) starts the command several times, numbers the processes and ends the others
+when one fails. This module imports nothing heavy: it is loaded before anything else.
 """
 
-import io
-import json
 import os
-import re
+import signal
 import socket
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-TICK = 0.5  # seconds between two signs of life
-SILENCE = 20.0  # seconds without one, after which a process counts as dead: torchrun kills the others 30 s after it
-GRACE = 2.0  # seconds that the main process has to end by itself, where all have found the same
-HEARING = 10.0  # seconds that the main process has to say what another one found
-GO_ON = "--resume goes on from the last checkpoint"
-KEPT = 20_000  # characters that a silent process remembers of what it would have printed
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
-_watch: "Watch | None" = None  # of this process, once it has joined the others
-
-
-def dist_env() -> tuple[int, int, int]:
-    """This process's number, how many there are, and its number on this machine: torchrun's environment."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return 0, 1, 0
-    return int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", 0))
-
-
-class Watch(threading.Thread):
-    """Ends this process when another one has failed, or is not heard of.
-
-    store: a connection of its own to a store of keys (torch's TCPStore): `add`, `set`, `get`, `check`, `compare_set`.
-    """
-
-    def __init__(self, store, rank: int, world: int):
-        super().__init__(daemon=True)
-        self.store, self.rank, self.world = store, rank, world
-        self.code = 2  # that this process ends with, unless it is about to end by itself with another
-        self._over, self._speaking = threading.Event(), threading.Lock()
-
-    def run(self) -> None:
-        """Until `stop`: give signs of life, and look for those of others."""
-        others = range(1, self.world) if self.rank == 0 else (0,)  # the main process tells all what it finds
-        heard = {other: (-1, 0) for other in others}  # signs of life, and looks without a new one
-        try:
-            while not self._over.wait(TICK):
-                self.store.add(f"alive/{self.rank}", 1)
-                if self.store.check(["trouble"]):
-                    self._leave(self._to_say(self.store.get("trouble").decode()))
-                if self.store.check(["told"]):
-                    self._leave(None)
-                for other, (count, looks) in heard.items():
-                    now = self.store.add(f"alive/{other}", 0)
-                    heard[other] = now, looks + 1 if now == count else 0
-                    # By looks, not by the clock: a run may be stopped as a whole, and continued.
-                    if looks * TICK > SILENCE:
-                        self.tell(f"process {other} of {self.world} has not been heard of for {SILENCE:.0f} s; {GO_ON}")
-        except Exception:  # the store is gone, and with it the process that kept it
-            self._leave(f"what kept the processes together, the main process or the machine of it, has ended; {GO_ON}")
-
-    def _to_say(self, trouble: str) -> str | None:
-        """The trouble, where it is this process that says it: the main one, or another if that has ended; else None."""
-        for _ in range(int(GRACE / TICK) if self.rank else 0):
-            if self.store.check(["told"]) or self._over.wait(TICK):
-                return None
-        return trouble if self.store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank) else None
-
-    def tell(self, trouble: str) -> None:
-        """Let the main process know of a trouble, for it to say; the first one counts."""
-        self.store.compare_set("trouble", "", trouble)
-
-    def stop(self) -> None:
-        """Watch no more; where a trouble is just being said, the process ends in here."""
-        self._over.set()
-        with self._speaking:
-            pass
-
-    def _leave(self, trouble: str | None) -> None:
-        """End this process, unless it ends by itself meanwhile. trouble: what to say, None if another says it."""
-        if self._over.wait(0 if self.rank == 0 else GRACE):
-            return
-        with self._speaking:
-            if self._over.is_set():
-                return
-            if trouble is not None:
-                print(f"\nerror: {trouble}", file=sys.__stderr__, flush=True)
-                _note(trouble)
-                self.say_told()
-            os._exit(self.code)
-
-    def say_told(self) -> None:
-        """What there is to say is said: the others may end."""
-        try:
-            self.store.set("told", "")
-            time.sleep(2 * TICK)  # the store may end with this process
-        except Exception:  # it is gone already
-            return
+# Variables of a launcher: rank, number of processes, rank on this machine. torchrun's, and those of the MPI that
+# `accelerate launch --cpu --mpirun_hostfile` starts: Open MPI, Intel MPI and MPICH, MVAPICH.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+REPORTED = "error reported by"  # key in the group's store: the process that printed the error
+RANK0_FIRST = 10.0  # seconds that the others wait for process 0 to print the error that all have
+PEER_FIRST = 2.0  # seconds that a process whose peer has ended waits for one that knows why
 
 
-def watch(store, rank: int, world: int) -> Watch:
-    """Begin to watch the other processes."""
-    global _watch
-    _watch = Watch(store, rank, world)
-    _watch.start()
-    return _watch
+class DistEnv(NamedTuple):
+    """The place of this process among those that a launcher has started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def dist_env() -> DistEnv:
+    """Read the launcher's environment variables; without a launcher, this is process 0 of 1."""
+    # mpirun's variables alone start no group: N independent runs may share a batch job.
+    for names in (TORCHRUN, *(MPI if "MASTER_ADDR" in os.environ else ())):
+        rank, world_size, local_rank = (os.environ.get(name) for name in names)
+        if rank is not None and world_size is not None and int(world_size) > 1:
+            return DistEnv(int(rank), int(world_size), int(local_rank or 0))
+    return DistEnv(0, 1, 0)
 
 
 @contextmanager
 def rank0_output() -> Iterator[None]:
-    """The whole of a command: only the main process prints, and whichever fails, all end. Nothing where there is one
-    process only."""
-    rank, world, _ = dist_env()
-    if world == 1:
+    """Silence stdout and stderr of every process but 0 while the context is open."""
+    if dist_env().rank == 0:
         yield
         return
-    said = _Held()
-    if rank:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), said
-    try:
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # stays open: loggers keep the stream
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-    except BaseException as error:  # the process ends here, whatever it is
-        if isinstance(error, SystemExit):
-            code, words = error.code, str(error.__context__ or error)  # `run_command` has made it of what says more
-        else:
-            code, words = 1, repr(error)
-            traceback.print_exc()
-        if code:
-            _note(words)
-            if _watch is not None:
-                _watch.code = code
-        if code and rank:
-            _hand_over(said.getvalue().strip(), rank, world)
-        elif code and _watch is not None:
-            _watch.stop()
-            _watch.say_told()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(code or 0)  # not by way of the process group's end, which waits for the others
 
 
-def _note(words: str) -> None:
-    """Leave the error where torchrun looks for it, which then repeats it at the end of all that it prints."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        about = {"message": words, "extraInfo": {"timestamp": str(int(time.time()))}}
-        with suppress(OSError):  # torchrun has ended and taken it along
-            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
+def end_process(code: int, message: str, lost: bool = False) -> NoReturn:
+    """Print an error once for all processes, and end this one; its launcher then ends the others.
+
+    Process 0 prints first, since most errors are found by all; another process adds which one it is. A process whose
+    peer has ended prints only if nobody else does: not the peer itself, nor one that has found out why.
+
+    Args:
+        code: this process's exit code.
+        message: what to print on stderr; empty if that has been done.
+        lost: whether this process ends because another one has.
+    """
+    rank, world_size, _ = dist_env()
+    store = _group_store()
+    if lost:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which has noticed the other one meanwhile
+        _wait_for_report(store, PEER_FIRST)
+    elif rank > 0:
+        _wait_for_report(store, RANK0_FIRST)
+        message = message and f"process {rank} of {world_size} on {socket.gethostname()}: {message}"
+    if message and (store is None or _is_first(store, rank)):
+        print(f"\n{'error: ' if code == 2 else ''}{message}", file=sys.stderr, flush=True)  # below a progress bar
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)  # the process group's own end would wait for the others
 
 
-def _hand_over(words: str, rank: int, world: int) -> None:
-    """Have the main process say what this one ends with; if it does not, say it here. Whoever started the processes
-    ends the main one when another leaves before it."""
-    time.sleep(GRACE)
-    words = re.split("^error: ", words, maxsplit=1, flags=re.M)[-1]  # what was said before is of no use to anyone now
-    words = f"process {rank} of {world} on {socket.gethostname()}: {words}"
+def _group_store() -> "Store | None":
+    """The store that the processes share once they have found each other; torchrun's outlives each of them."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return None
+    store = distributed.group.WORLD.get_group_store()
+    store.set_timeout(timedelta(seconds=RANK0_FIRST))
+    return store
+
+
+def _wait_for_report(store: "Store | None", seconds: float) -> None:
+    """Wait until another process has reported an error; most often the launcher ends this one meanwhile."""
+    end = time.monotonic() + seconds
+    with suppress(RuntimeError):  # the store has ended with process 0
+        while time.monotonic() < end and not (store is not None and store.check([REPORTED])):
+            time.sleep(0.1)
+
+
+def _is_first(store: "Store", rank: int) -> bool:
+    """Whether no other process has reported an error. If the store has ended with process 0, the launcher reports."""
     try:
-        if _watch is not None:
-            _watch.tell(words)
-    except Exception:  # the store has ended, and so has the main process
-        return
-    time.sleep(HEARING)  # most often ended meanwhile
-    print(words, file=sys.__stderr__, flush=True)
-
-
-class _Held(io.StringIO):
-    """The last of what is printed, kept in memory."""
-
-    def write(self, text: str) -> int:
-        if self.tell() > KEPT:
-            last = self.getvalue()[-KEPT // 2 :]
-            self.seek(0)
-            self.truncate()
-            super().write(last)
-        return super().write(text)
+        return store.compare_set(REPORTED, "", str(rank)) == str(rank).encode()
+    except RuntimeError:
+        return False
