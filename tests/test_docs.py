@@ -19,8 +19,8 @@ from reweighting.data.load_rows import iterate_candidate_rows, load_meta_rows, l
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)).removeprefix("docs/"): path.read_text(encoding="utf-8") for path in PAGES}
 SMALL = ["--iteration_num", "10", "--unroll_steps", "5", "--batch_size", "2", "--meta_batch_size", "4"]
 SCRIPTS = {f"reweighting/{module}.py": module for module, _ in COMMANDS.values()}
 OTHERS_FLAGS = {  # of pip, torchrun, accelerate and sbatch
