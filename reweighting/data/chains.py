@@ -8,93 +8,14 @@ Training, meta and best-of-N all come through here, so that a step has the same 
 """
 
 import math
-import re
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reweighting.data.steps import MAX_STEPS, first_step_number, split_answer, split_prompt, split_response
 from reweighting.errors import UserError
-
-# "Step 3" at the beginning of a line, under any decoration: `### Step 3:`, `**Step 3**`, `> - step 3.`
-STEP_MARKER = re.compile(r"^[ \t#*>_~`|(\[•–—+-]*step[ \t]*(?:[#-][ \t]*)?(\d+)(?![0-9a-z])", re.I | re.M)
-MAX_STEPS = 10_000  # of a response: one with more is no reasoning, and would be tokenised before it is refused
-
-
-def split_steps(text: str) -> tuple[str, list[str]]:
-    """Cut a text at its `Step N` markers.
-
-    Only a marker that begins a line counts. "Final answer: ..." stays in the last step.
-
-    Returns:
-        What stands before the first marker, and the steps with their markers, all stripped. Without a marker the whole
-        text is the first, and there are no steps.
-    """
-    return _cut(text, list(STEP_MARKER.finditer(text)))
-
-
-def _cut(text: str, markers: Sequence[re.Match]) -> tuple[str, list[str]]:
-    """What stands before the first of these markers, and the steps that begin at them."""
-    starts = [marker.start() for marker in markers]
-    bounds = [*starts, len(text)]
-    steps = [text[start:end].strip() for start, end in zip(starts, bounds[1:], strict=True)]
-    return text[: bounds[0]].strip(), steps
-
-
-def split_response(text: str) -> list[str]:
-    """Cut a response into its steps, at least one.
-
-    Text before the first marker joins the first step, and a response without a marker is one step.
-    """
-    opening, steps = split_steps(text)
-    if not steps:
-        return [opening]
-    return [f"{opening}\n{steps[0]}" if opening else steps[0], *steps[1:]]
-
-
-def split_answer(text: str) -> tuple[str, list[str]]:
-    """Cut a text that holds a question and then its answer: the answer is the last run of steps that starts at 1.
-
-    Steps before it belong to the question: many prompts list the steps that an answer shall have. Where no step is
-    number 1, the answer begins at the first marker.
-
-    Returns:
-        The question and the steps, stripped; no steps if there is no marker.
-    """
-    markers = list(STEP_MARKER.finditer(text))
-    first = max((place for place, marker in enumerate(markers) if _number(marker) == 1), default=0)
-    return _cut(text, markers[first:])
-
-
-def split_prompt(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]:
-    """Separate a question from the first steps of its answer, where a prompt holds those too.
-
-    It does so if the prompt ends in steps 1 to k and each response begins with step k + 1. In any other case the
-    prompt is the question, whatever stands in it: many list the steps that an answer shall have.
-
-    Returns:
-        The question and the first steps, stripped; mostly no steps.
-    """
-    markers = list(STEP_MARKER.finditer(prompt))
-    starts = [place for place, marker in enumerate(markers) if _number(marker) == 1]
-    if starts:
-        run = markers[starts[-1] :]
-        consecutive = [_number(marker) for marker in run] == list(range(1, len(run) + 1))
-        if consecutive and all(_continues(response, len(run) + 1) for response in responses):
-            return _cut(prompt, run)
-    return prompt.strip(), []
-
-
-def _continues(response: str, number: int) -> bool:
-    """Whether a response begins with the step of this number."""
-    marker = STEP_MARKER.search(response)
-    return marker is not None and _number(marker) == number and not response[: marker.start()].strip()
-
-
-def _number(marker: re.Match) -> int:
-    """The number in a marker; -1 for one that counts no steps."""
-    return int(marker[1]) if len(marker[1]) < 10 else -1
 
 
 @dataclass(frozen=True)
@@ -328,7 +249,7 @@ def step_warnings(chains: Iterable[Chain], source: str) -> list[str]:
     answers = single = misnumbered = continued = 0
     for chain in chains:
         answers += 1
-        numbers = [_number(marker) for marker in map(STEP_MARKER.search, chain.steps) if marker]
+        numbers = [number for number in map(first_step_number, chain.steps) if number is not None]
         single += len(chain.steps) == 1 and not (numbers and chain.targets)
         misnumbered += bool(numbers) and numbers != list(range(1, len(chain.steps) + 1))
         continued += chain.continued > 0

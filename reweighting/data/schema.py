@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-ACCURACY_ROUNDING = 0.01  # how far `accuracy` may be from score / times: two decimals are common
+from reweighting.data.labels import accuracy_from_counts, agree
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
@@ -59,7 +59,7 @@ class TrainingRow(Row):
     @classmethod
     def _accuracy_from_counts(cls, fields: Any) -> Any:
         if isinstance(fields, dict) and fields.get("accuracy") is None:
-            quotient = _quotient(fields.get("score"), fields.get("times"))
+            quotient = accuracy_from_counts(fields.get("score"), fields.get("times"))
             if quotient is not None:
                 return fields | {"accuracy": quotient}
         return fields
@@ -68,20 +68,11 @@ class TrainingRow(Row):
     @classmethod
     def _agrees_with_accuracy(cls, times: float | None, info: ValidationInfo) -> float | None:
         score, accuracy = info.data.get("score"), info.data.get("accuracy")  # absent with an error of their own
-        quotient = _quotient(score, times)
-        if quotient is not None and accuracy is not None and abs(quotient - accuracy) > ACCURACY_ROUNDING:
+        quotient = accuracy_from_counts(score, times)
+        if quotient is not None and accuracy is not None and not agree(accuracy, quotient):
             found = f"found {times:g} beside a score of {score:g}, whose quotient is {quotient:.3g}"
             raise PydanticCustomError("accuracy", f"{found}, and an accuracy of {accuracy:.3g}, allowed: equal ones")
         return times
-
-
-def _quotient(score: Any, times: Any) -> float | None:
-    """The accuracy that counts mean, if they are counts and not of nothing."""
-    numbers = all(isinstance(count, int | float) and not isinstance(count, bool) for count in (score, times))
-    try:
-        return score / times if numbers else None
-    except (ZeroDivisionError, OverflowError):
-        return None
 
 
 class EvaluationRow(TrainingRow):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from reweighting.data.chains import Chain, split_prompt, training_chains
+from reweighting.data.chains import Chain, training_chains
 from reweighting.data.schema import EvaluationRow
+from reweighting.data.steps import split_prompt
 from reweighting.errors import UserError
 from reweighting.inference.metrics import (
     auc,

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from reweighting.data.chains import Chain, split_response
+from reweighting.data.chains import Chain
+from reweighting.data.steps import split_response
 from reweighting.errors import LISTED_PROBLEMS, UserError
 from reweighting.modeling.adapters import (
     add_adapters,

@@ -13,17 +13,14 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from reweighting.data.chains import (
-    MAX_STEPS,
     Chain,
     candidate_chains,
     meta_chains,
-    split_answer,
-    split_response,
-    split_steps,
     step_warnings,
     training_chains,
 )
 from reweighting.data.images import open_image
+from reweighting.data.steps import MAX_STEPS, split_answer, split_response, split_steps
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate, sort_by_length
 from reweighting.modeling.tokenization import ChainTokenizer
