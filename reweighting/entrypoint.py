@@ -22,8 +22,8 @@ from reweighting.training.signals import STDERR, Stopped
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # How allocators name what they were asked for: torch's, numpy's.
-REQUEST = re.compile(r"(?:allocate|required) ([\d.]+) ?(bytes|[KMGT]i?B)\b", re.I)
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+REQUEST = re.compile(r"(?:allocate|required) ([\d.]+) ?(bytes|[KMGTPE]i?B)\b", re.I)
+UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 # Betty's metadata names no Python newer than 3.10, so it cannot be a dependency, and a plain `pip install` refuses it.
 INSTALL_BETTY = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"

@@ -1,0 +1,140 @@
+"""How a command starts and ends: exit codes, one line for an error, output without a reader, Python's own options."""
+
+import errno
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from reweighting.distributed import collectives
+from reweighting.entrypoint import run_command
+from reweighting.errors import UserError
+from reweighting.training.signals import Stopped
+from tests.runs import ROOT, flags, history
+
+HUGE = 2**60  # bytes
+
+
+@pytest.fixture
+def ending(monkeypatch, capsys):
+    """ending(work): the exit code and the error line of a command that does `work`."""
+
+    def end(work) -> tuple[int, str]:
+        command = types.ModuleType("reweighting.made_up")
+        command.main, command.AFTER_INTERRUPT, command.MEMORY_FLAGS = work, "then resume", "--batch_size or --lora_rank"
+        monkeypatch.setitem(sys.modules, command.__name__, command)
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, getattr(sys, stream))  # which the command replaces
+        with pytest.raises(SystemExit) as ended:
+            run_command(command.__name__)
+        return ended.value.code, capsys.readouterr().err
+
+    return end
+
+
+def raising(error: BaseException):
+    def work(argv: list[str]) -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("train.json: row 3: found 9"), 2, "error: train.json: row 3: found 9"),
+        (UserError("a\x1b[31m\u202edomain\0"), 2, r"error: a\x1b[31m\u202edomain\x00"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a\x07b.json"), 2, r"error: a\x07b.json: No such file"),
+        (OSError(errno.ENOSPC, "No space left", "w"), 2, "error: w: cannot be written: No space left; then resume"),
+        (Stopped(15, "stopped and saved at step 3"), 143, "stopped and saved at step 3; then resume"),
+        (KeyboardInterrupt(), 130, "interrupted; then resume"),
+        (
+            ModuleNotFoundError("No module named 'betty'", name="betty.problems"),
+            2,
+            "error: training needs Betty, which",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(ending, error, code, line):
+    ended, printed = ending(raising(error))
+    assert ended == code and printed.startswith(line) and printed.count("\n") == 1, printed
+
+
+CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes."
+CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 3.00 GiB is"
+MPS = "MPS backend out of memory (MPS allocated: 1.00 GB, max allowed: 2.00 GB). Tried to allocate 256 bytes"
+
+
+@pytest.mark.parametrize(
+    ("work", "size"),
+    [
+        (lambda argv: torch.empty(HUGE, dtype=torch.uint8), "1 EiB"),
+        (lambda argv: np.ones(HUGE, np.uint8), "1 EiB"),
+        (raising(torch.OutOfMemoryError(CUDA)), "20 GiB"),
+        (raising(RuntimeError(CPU.format(3 * 2**30))), "3 GiB"),
+        (raising(RuntimeError(MPS)), "256 bytes"),
+        (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")), "more than there is"),
+        (raising(MemoryError()), "more than there is"),
+        (raising(OSError(errno.ENOMEM, "Cannot allocate memory")), "more than there is"),
+    ],
+)
+def test_out_of_memory_names_who_asked_for_how_much(ending, work, size):
+    place = "error: out of memory: entrypoint._run asked for"
+    remedy = "make --batch_size or --lora_rank smaller. then resume"
+    assert ending(work) == (2, f"{place} {size}; {remedy}\n")
+
+
+def test_out_of_memory_names_the_innermost_function_of_the_package(ending):
+    class Items:
+        def __len__(self):
+            raise MemoryError
+
+    assert (
+        "memory: distributed.collectives.local_slice asked" in ending(lambda argv: collectives.local_slice(Items()))[1]
+    )
+
+
+def test_what_is_a_fault_of_the_program_keeps_its_traceback(ending):
+    with pytest.raises(ZeroDivisionError):
+        ending(lambda argv: 1 // 0)
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise(ending, monkeypatch):
+    seen = []
+    for given in (None, "ACTIVE"):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            del os.environ["OMP_WAIT_POLICY"]
+        ending(lambda argv: seen.append(os.environ["OMP_WAIT_POLICY"]) or sys.exit(0))
+    assert seen == ["PASSIVE", "ACTIVE"]
+
+
+def test_torch_is_loaded_after_the_policy_is_set():
+    """libgomp reads the environment when it is loaded."""
+    script = "import sys, reweighting.entrypoint as e; e.prepare_process(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_a_reader_that_goes_away_and_pythons_options(demo, tmp_path):
+    """`python -O -W error … | head -1`: the command goes on to its end and writes its files."""
+    run = flags(demo, tmp_path / "run", "--iteration_num", "5")
+    start = [sys.executable, "-O", "-W", "error", str(ROOT / "reweighting" / "main.py"), *run]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    process.stdout.close()
+    printed = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and first and "Traceback" not in printed and "Broken" not in printed, printed
+    assert len(history(tmp_path / "run")) == 1 and (tmp_path / "run" / "prm").is_dir()
+
+
+def test_both_streams_without_a_reader(demo, tmp_path):
+    """`… 2>&1 | head -1`."""
+    run = flags(demo, tmp_path / "run", "--iteration_num", "5")
+    start = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
+    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait(300) == 0 and (tmp_path / "run" / "prm").is_dir()
