@@ -63,3 +63,17 @@ class DetachableStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """Shorten an error to one line, since what libraries raise may quote whole files.
+
+    Args:
+        error: any exception.
+        limit: of the line, in characters.
+
+    Returns:
+        The first line of its message, or its kind if it has none.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:limit]

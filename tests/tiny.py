@@ -19,6 +19,8 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reweighting.modeling.saved_model import SavedModel
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -97,6 +99,12 @@ def build(folder: Path, *, seed: int = 0, lm_head: bool = False) -> Path:
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 56 * 56}).save_pretrained(folder)
     return Path(folder)
+
+
+def accept_files(folder: Path) -> None:
+    """Let a saved reward model have the files that it has now, as if it had been saved with them."""
+    saved = SavedModel.read(folder)
+    SavedModel.write(folder, saved.config, saved.base)
 
 
 @functools.cache

@@ -39,6 +39,9 @@ class ScoringConfig:
     precision: Literal["fp32", "bf16"] | None = HfArg(
         default=None, help="precision of the compute (default: bf16 on cuda, else fp32)"
     )
+    allow_changed_base: bool = HfArg(
+        default=False, help="use the base of an adapter model although its weights are not those it was trained on"
+    )
 
     def __post_init__(self) -> None:
         _check_not_empty("weights_path", self.weights_path)

@@ -2,7 +2,7 @@
 
 import json
 from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
@@ -18,7 +18,13 @@ ALIASES = {"gradient_accumulation": "gradiant_accumulation"}  # the reference mi
 
 
 def parse_groups(
-    groups: Sequence[type], argv: Sequence[str], *, prog: str, description: str, recipes: bool = True
+    groups: Sequence[type],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    recipes: bool = True,
+    inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda flags: {},
 ) -> tuple[dict[str, Any], set[str]]:
     """Parse flags described by the fields of dataclasses.
 
@@ -30,6 +36,7 @@ def parse_groups(
         argv: the command line without the program's name.
         prog, description: for `--help`.
         recipes: whether `--config` exists.
+        inherited: from {flag: value}, the defaults that follow; flags of the command line and of a recipe win.
 
     Returns:
         {flag: value} and the names of the flags that stand on the command line itself.
@@ -39,6 +46,7 @@ def parse_groups(
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
     parser = _parser(groups, prog, description)
+    recipe: dict[str, Any] = {}
     if recipes:
         parser.add_argument("--config", "--recipe", help="JSON or YAML file of flags; those on the command line win")
         first = HfArgumentParser((), add_help=False, allow_abbrev=False)
@@ -51,6 +59,9 @@ def parse_groups(
                     action.required = False
             parser.set_defaults(**recipe)
     flags = vars(parser.parse_args(argv))
+    if more := inherited(flags):
+        parser.set_defaults(**{name: value for name, value in more.items() if name not in recipe})
+        flags = vars(parser.parse_args(argv))
     flags.pop("config", None)
     words = {word.split("=")[0] for word in argv}
     return flags, {action.dest for action in parser._actions if words & set(action.option_strings)}

@@ -19,6 +19,7 @@ from reweighting.config.checks import check_training_config
 from reweighting.config.parsing import parse_groups
 from reweighting.modeling.aggregation import AggregationName
 from reweighting.modeling.config import ScoreHead, TrainMode, with_defaults
+from reweighting.modeling.saved_model import flags_of_saved
 
 PACKAGE = Path(__file__).resolve().parents[1]
 EMBEDDED_BACKBONE = PACKAGE / "_backbone"  # where `pip install` puts it
@@ -49,7 +50,9 @@ class ModelConfig:
     """The reward model."""
 
     reward_model: str = HfArg(
-        default=str(EMBEDDED_BACKBONE), help="backbone: a folder, or a name on the Hugging Face hub"
+        default=str(EMBEDDED_BACKBONE),
+        help="backbone: a folder, or a name on the Hugging Face hub; or the folder of a trained reward model, which is "
+        "continued: its head, its adapters, and its settings where no flag is given",
     )
     train: TrainMode | None = HfArg(
         default=None,
@@ -234,7 +237,11 @@ def parse_training_config(argv: Sequence[str]) -> TrainingConfig:
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
     flags, given = parse_groups(
-        GROUPS, argv, prog="main.py", description="Learn domain weights and a process reward model from two JSON files."
+        GROUPS,
+        argv,
+        prog="main.py",
+        description="Learn domain weights and a process reward model from two JSON files.",
+        inherited=lambda flags: flags_of_saved(flags["reward_model"], flags["train"]),
     )
     config = TrainingConfig.from_flags(with_defaults(flags))
     check_training_config(config, given)

@@ -108,8 +108,7 @@ class _Window:
     def next_character(self) -> str:
         """Skip white space; the character there, "" at the end of the file."""
         while True:
-            if blank := SPACE.match(self.text, self.at):
-                self.at = blank.end()
+            self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
 

@@ -10,8 +10,9 @@ from reweighting.devices import autocast, choose_device, choose_precision
 from reweighting.errors import UserError
 from reweighting.files import digest
 from reweighting.modeling.aggregation import AggregationName
-from reweighting.modeling.config import CONFIG_FILE, PRMConfig
+from reweighting.modeling.config import CONFIG_FILE
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.saved_model import SavedModel
 
 
 class Scorer:
@@ -39,9 +40,14 @@ class Scorer:
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         folder = model_folder(config.weights_path)
-        if config.backbone is not None and PRMConfig.read(folder).train == "full":
+        if config.backbone is not None and SavedModel.read(folder).config.train == "full":
             raise UserError(f"--backbone does nothing: {folder} holds the whole backbone. Leave it out.")
-        self.model = ProcessRewardModel.from_pretrained(folder, backbone=config.backbone, device=self.device)
+        self.model = ProcessRewardModel.from_pretrained(
+            folder,
+            backbone=config.backbone,
+            allow_changed_base=config.allow_changed_base,
+            device=self.device,
+        )
         self.aggregation = aggregation or self.model.config.aggregation
 
     def autocast(self) -> torch.autocast:
@@ -56,8 +62,10 @@ def model_folder(weights_path: str) -> Path:
 
 
 def model_digest(config: ScoringConfig) -> str:
-    """Compute a digest of the model's files and, where its base is a folder of its own, of the base's."""
+    """Compute a digest of all that a score depends on: the model's files and, if it is kept elsewhere, its base."""
     folder = model_folder(config.weights_path)
-    saved = PRMConfig.read(folder)
-    folders = [folder] if saved.train == "full" else [folder, Path(config.backbone or saved.backbone)]
+    saved = SavedModel.read(folder)
+    if saved.files is not None and not config.allow_changed_base:
+        return digest(folder / CONFIG_FILE)  # names the digests of all others and of the base, checked on loading
+    folders = [folder] if saved.config.train == "full" else [folder, Path(config.backbone or saved.config.backbone)]
     return digest(*(file for place in folders for file in sorted(place.glob("*")) if file.is_file()))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -130,18 +130,29 @@ def save_trained(
         backbone.save_pretrained(folder, **options)
 
 
-def load_projector(base: PreTrainedModel, config: PRMConfig, folder: Path) -> None:
-    """Load the projector that `save_trained` wrote besides adapters, if it did.
+def load_trained(backbone: PreTrainedModel | PeftModel, config: PRMConfig, folder: Path) -> None:
+    """Load the adapters and the projector that `save_trained` wrote besides a frozen base, if it did.
+
+    peft's own loader is not used: the adapters are described by `config`, and nothing in the folder's
+    `adapter_config.json`, such as a pattern for the names of modules, is ever used.
 
     Args:
-        base: the backbone, changed in place.
-        config: says what is trained.
+        backbone: with its adapters, if it has any; changed in place.
+        config: settings of the saved model.
         folder: of the saved model.
 
     Raises:
-        ValueError: the file does not fit the backbone.
+        ValueError: a file does not fit the backbone.
+        RuntimeError: the same.
     """
-    if config.adapted and config.trains_projector:
+    if not isinstance(backbone, PeftModel):
+        return
+    found = set_peft_model_state_dict(backbone, load_file(folder / ADAPTER_FILE))
+    different = [*found.unexpected_keys, *(name for name in found.missing_keys if ".lora_" in name)]
+    if different:
+        raise ValueError(f"{ADAPTER_FILE} does not fit the base: only one of them has {different[0]}")
+    if config.trains_projector:
+        base = backbone.get_base_model()
         tensors = load_file(folder / PROJECTOR_FILE)
         if different := sorted(tensors.keys() ^ _projector_parameters(base).keys()):
             raise ValueError(f"{PROJECTOR_FILE} does not fit the base: only one of them has {different[0]}")

@@ -1,4 +1,4 @@
-"""Settings of a reward model, as `prm_config.json` keeps them.
+"""Settings of a reward model: how it is built and what of it is trained.
 
     train         trained                                     saved
     full          every weight that is not frozen (float32)   the whole backbone
@@ -8,16 +8,18 @@
 LoRA is arXiv 2106.09685, DoRA arXiv 2402.09353. The score head is always trained, except with `score_head="token"`.
 """
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
 
 from reweighting.errors import UserError
 from reweighting.modeling.aggregation import AggregationName
 
 TrainMode = Literal["full", "lora", "dora", "head"]
 ScoreHead = Literal["linear", "token", "linear_from_token"]
+FrozenDtype = Literal["float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(gt=0)]
 
 CONFIG_FILE = "prm_config.json"
 TRAIN_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
@@ -25,8 +27,6 @@ ADAPTERS: tuple[TrainMode, ...] = ("lora", "dora")
 SCORE_HEADS: tuple[ScoreHead, ...] = get_args(ScoreHead)
 DEFAULT_RANK, DEFAULT_ALPHA = 16, 32.0
 ANSWER_TOKENS = ("+", "-")  # as in VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542)
-RENAMED_KEYS = {"base_4bit": "load_in_4bit", "right_token": "correct_token", "wrong_token": "incorrect_token"}
-RENAMED_MODES = {"backbone": "full"}  # of `train`
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class PRMConfig:
     backbone: str
     train: TrainMode = "full"
     aggregation: AggregationName = "mean_logit"
-    lora_rank: int = 0
-    lora_alpha: float | None = None
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     freeze_vision: bool = False
     freeze_projector: bool | None = None
     load_in_4bit: bool = False
-    dtype: str = "float32"
+    dtype: FrozenDtype = "float32"
     score_head: ScoreHead = "linear"
     correct_token: str | None = None
     incorrect_token: str | None = None
-    max_length: int | None = None
-    max_image_side: int | None = None
+    max_length: PositiveInt | None = None
+    max_image_side: PositiveInt | None = None
 
     @property
     def adapted(self) -> bool:
@@ -79,47 +79,6 @@ class PRMConfig:
     def trains_projector(self) -> bool:
         """Tell whether the projector between vision tower and language model is trained."""
         return self.trains_vision if self.freeze_projector is None else not self.freeze_projector
-
-    def save(self, folder: Path) -> None:
-        """Write `prm_config.json`.
-
-        Args:
-            folder: an existing folder.
-        """
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, folder: Path) -> "PRMConfig":
-        """Read `prm_config.json`, as this version, an earlier or a later one wrote it.
-
-        Args:
-            folder: of a saved reward model.
-
-        Returns:
-            The settings. Keys of a later version are left out, names of an earlier one are translated.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        path = folder / CONFIG_FILE
-        if not path.is_file():
-            raise UserError(f"{folder} holds no reward model: it has no {CONFIG_FILE}. Name a folder a run saved.")
-        try:
-            values = _translated(json.loads(path.read_text(encoding="utf-8")))
-            known = {field.name for field in fields(cls)}
-            config = cls(**with_defaults({key: value for key, value in values.items() if key in known}))
-            check_settings(config)
-            return config
-        except (ValueError, TypeError, AttributeError, UserError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-
-
-def _translated(values: dict[str, Any]) -> dict[str, Any]:
-    """Rename the keys and values that earlier versions wrote."""
-    values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
-    if "train" in values:
-        values["train"] = RENAMED_MODES.get(values["train"], values["train"])
-    return values
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:

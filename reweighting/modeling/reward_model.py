@@ -9,9 +9,9 @@ Notation:
     B  chains in a batch    S  steps of the longest chain    T  tokens    D  hidden size of the backbone
 """
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,27 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from reweighting.data.chains import Chain
 from reweighting.data.steps import split_response
-from reweighting.errors import LISTED_PROBLEMS, UserError
-from reweighting.modeling.adapters import (
-    add_adapters,
-    load_projector,
-    required_files,
-    save_trained,
-    set_trainable,
-    strip_prefix,
-)
+from reweighting.errors import ChainTooLong, Problems, UserError
+from reweighting.modeling.adapters import add_adapters, load_trained, save_trained, set_trainable, strip_prefix
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
-from reweighting.modeling.collate import Batch, Tokens, collate
-from reweighting.modeling.config import PRMConfig, check_settings, with_defaults
+from reweighting.modeling.backbone_pass import hidden_states
+from reweighting.modeling.collate import Batch, collate
+from reweighting.modeling.config import PRMConfig
 from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.loading import load_backbone, load_image_processor, load_tokenizer
+from reweighting.modeling.saved_model import BaseIdentity, SavedModel
 from reweighting.modeling.score_head import initialize_from_tokens, random_head
+from reweighting.modeling.scoring_inputs import check_batch_size, check_image, check_text, check_texts
+from reweighting.modeling.sources import HEAD_FILE, ModelSource, new_source, saved_source
 from reweighting.modeling.tokenization import ChainTokenizer, EncodedChain, Pixels
+from reweighting.terminal import first_line
 
 CACHE_BYTES = 2**30  # of main memory for images and tokens, in training
-HEAD_FILE = "score_head.safetensors"
+SCORING = threading.RLock()  # held while a model is in evaluation mode for a call, and its tokenizer in use
 
 
 class ProcessRewardModel(nn.Module):
@@ -59,11 +57,13 @@ class ProcessRewardModel(nn.Module):
         score_head: from hidden states [..., D] to logits [..., 1], float32.
         chain_tokenizer: as given.
         config: as given.
+        base_identity: of the pretrained weights, if they are not saved with the model.
     """
 
     def __init__(self, backbone: PreTrainedModel | PeftModel, chain_tokenizer: ChainTokenizer, config: PRMConfig):
         super().__init__()
         self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
+        self.base_identity: BaseIdentity | None = None
         self.gradient_checkpointing = False
         self.score_head = random_head(backbone.config.get_text_config().hidden_size)
         self.score_head.requires_grad_(config.score_head != "token")
@@ -79,10 +79,12 @@ class ProcessRewardModel(nn.Module):
         attn_implementation: str = "sdpa",
         **settings: Any,
     ) -> "ProcessRewardModel":
-        """Make a reward model with a new head on a pretrained backbone.
+        """Make a reward model to train: on a pretrained backbone with a new head, or from a saved reward model.
+
+        A saved reward model is continued: with its head, its adapters, and its settings where none are given.
 
         Args:
-            name_or_path: the backbone: a folder, or a name on the Hugging Face hub.
+            name_or_path: a folder, or a backbone's name on the Hugging Face hub.
             dtype: of a frozen base; whatever is trained is float32.
             device: where to; on `meta` no weight is read, and the tensors take no memory (see `fake_tensors.py`).
             gradient_checkpointing: recompute activations: less memory, about a third more compute.
@@ -93,27 +95,20 @@ class ProcessRewardModel(nn.Module):
             The model in training mode. A linear head is drawn from torch's global generator.
 
         Raises:
-            UserError: the backbone cannot be loaded, or settings contradict each other.
+            UserError: the model cannot be loaded, or settings contradict each other or the saved model's.
         """
-        folder = Path(name_or_path)
-        settings["backbone"] = str(folder.resolve() if folder.is_dir() else name_or_path)
-        config = PRMConfig(dtype=str(dtype).removeprefix("torch."), **with_defaults(settings))
-        check_settings(config)
-        if config.train == "full" and dtype != torch.float32:
-            raise UserError(
-                f"a backbone that is trained as a whole must be float32, not {config.dtype}: at small "
-                "learning rates half-precision parameters stop moving. Use autocast, or train adapters."
-            )
         device = torch.device(device)
-        with device if device.type == "meta" else nullcontext():
-            base = load_backbone(config.backbone, config, device, attn_implementation)
-            backbone = add_adapters(base, config) if config.adapted else base
-            model = cls._assemble(backbone, config.backbone, config, gradient_checkpointing, CACHE_BYTES)
+        source = new_source(name_or_path, settings, dtype, read_weights=device.type != "meta")
         if device.type == "meta":
+            with device:
+                model = cls._assemble(source, device, attn_implementation, gradient_checkpointing, CACHE_BYTES)
             on_shapes(model)
             return model.train()
-        if config.score_head != "linear":
-            initialize_from_tokens(model.score_head, config, base, model.chain_tokenizer.tokenizer)
+        if source.trained is not None:
+            print(source.description)
+        model = cls._assemble(source, device, attn_implementation, gradient_checkpointing, CACHE_BYTES)
+        if source.trained is None and source.config.score_head != "linear":
+            initialize_from_tokens(model.score_head, source.config, model.base, model.chain_tokenizer.tokenizer)
         return model.to(device).train()
 
     @classmethod
@@ -122,6 +117,7 @@ class ProcessRewardModel(nn.Module):
         folder: str | Path,
         *,
         backbone: str | Path | None = None,
+        allow_changed_base: bool = False,
         device: torch.device | str = "cpu",
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
@@ -131,6 +127,7 @@ class ProcessRewardModel(nn.Module):
         Args:
             folder: the model's.
             backbone: where the base of a model that was not trained as a whole is now, if it has moved.
+            allow_changed_base: use the base even if its weights are not those that the model was trained on.
             device: where to.
             gradient_checkpointing: as in `from_backbone`.
             attn_implementation: as in `from_backbone`.
@@ -139,54 +136,49 @@ class ProcessRewardModel(nn.Module):
             The model in evaluation mode.
 
         Raises:
-            UserError: a file is missing or damaged, or the base is not where it was.
+            UserError: a file is missing, damaged or not the one that was saved, or the base is not.
         """
-        folder = Path(folder)
-        config = PRMConfig.read(folder)
-        for name in (HEAD_FILE, *required_files(config)):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder}: {name} is missing; the reward model was not saved completely.")
-        base_name = str(folder if config.train == "full" else backbone or config.backbone)
-        try:
-            base = load_backbone(base_name, config, device, attn_implementation)
-            loaded = PeftModel.from_pretrained(base, folder, is_trainable=True) if config.adapted else base
-            # A model in use visits each row once: cached images would only take memory.
-            model = cls._assemble(loaded, str(folder), config, gradient_checkpointing, cache_bytes=0)
-            load_projector(base, config, folder)
-            model.score_head.load_state_dict(load_file(folder / HEAD_FILE))
-        except UserError as error:
-            hint = "" if Path(base_name).is_dir() else " If the model's base has moved, name it (`backbone`)."
-            raise UserError(f"{folder}: {error}{hint}") from error
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder}: a file of the saved reward model is damaged: {error}") from error
+        device = torch.device(device)
+        source = saved_source(folder, backbone, allow_changed_base)
+        # A model in use visits each row once: cached images would only take memory.
+        model = cls._assemble(source, device, attn_implementation, gradient_checkpointing, cache_bytes=0)
         return model.to(device).eval()
 
     @classmethod
     def _assemble(
-        cls,
-        backbone: PreTrainedModel | PeftModel,
-        processor: str,
-        config: PRMConfig,
-        checkpointing: bool,
-        cache_bytes: int,
+        cls, source: ModelSource, device: torch.device, attn: str, checkpointing: bool, cache_bytes: int
     ) -> "ProcessRewardModel":
-        """Put a model together, for both constructors. `processor`: where tokenizer and image processor are."""
+        """Load the parts and put them together, for both constructors."""
+        config = source.config
+        base = load_backbone(source.base_name, config, device, attn, source.revision)
+        backbone = add_adapters(base, config) if config.adapted else base
         chain_tokenizer = ChainTokenizer(
-            load_tokenizer(processor),
-            load_image_processor(processor),
-            backbone.config,
+            load_tokenizer(source.processors),
+            load_image_processor(source.processors),
+            base.config,
             max_length=config.max_length,
             max_image_side=config.max_image_side,
             cache_bytes=cache_bytes,
         )
+        chain_tokenizer.check_vocabulary(base.get_input_embeddings().weight.shape[0])
         model = cls(backbone, chain_tokenizer, config)
-        set_trainable(model.base, config)
+        model.base_identity = source.base
+        set_trainable(base, config)
         if not (config.trains_vision or config.trains_projector):  # otherwise cached features would be outdated
             chain_tokenizer.encode_image = model.encode_image
         model.gradient_checkpointing = checkpointing
         if checkpointing:
             # The non-reentrant kind gives exact gradients also where no input needs one (frozen base).
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if source.trained is not None and device.type != "meta":
+            try:
+                model.score_head.load_state_dict(load_file(source.trained / HEAD_FILE))
+                if source.trained_config.adapted:
+                    load_trained(backbone, source.trained_config, source.trained)
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                raise UserError(
+                    f"{source.trained}: a file of the saved reward model is damaged: {first_line(error)}"
+                ) from error
         return model
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -203,7 +195,7 @@ class ProcessRewardModel(nn.Module):
         self.chain_tokenizer.save_pretrained(folder)
         head = {name: tensor.cpu() for name, tensor in strip_prefix(weights, "score_head.").items()}
         save_file(head, folder / HEAD_FILE)
-        self.config.save(folder)
+        SavedModel.write(folder, self.config, self.base_identity)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -269,46 +261,13 @@ class ProcessRewardModel(nn.Module):
         Returns:
             Logits z [B, S], float32; 0 where there is no step.
         """
-        if batch.prompts is None:
-            hidden = self._hidden_states(batch.tokens, use_cache=False)  # [B, T, D]
-        else:
-            hidden = self._hidden_states_after_prompts(batch)  # [B, T, D]
+        hidden = hidden_states(self.backbone, self.base, self.chain_tokenizer.family, batch)  # [B, T, D]
         ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
         at_ends = hidden.gather(1, ends)  # [B, S, D]
         # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
-
-    def _hidden_states(self, tokens: Tokens, **options: Any) -> Tensor:
-        """Run the backbone once: hidden states [B, T, D]."""
-        inputs = self.chain_tokenizer.family.model_inputs(tokens)
-        return self.backbone(**inputs, **options).last_hidden_state
-
-    def _hidden_states_after_prompts(self, batch: Batch) -> Tensor:
-        """Run the backbone on each prompt once, then on the steps: hidden states [B, T, D] of the steps. Gradients flow
-        through both passes."""
-        prompts, prompt_of = batch.prompts, batch.prompt_of
-        assert prompts is not None and prompt_of is not None
-        positions, next_position = self._prompt_positions(prompts)
-        cache = DynamicCache()
-        self._hidden_states(prompts, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.batch_select_indices(prompt_of)
-        length = batch.tokens.input_ids.shape[1]
-        tokens = replace(
-            batch.tokens,
-            attention_mask=torch.cat([prompts.attention_mask[prompt_of], batch.tokens.attention_mask], dim=1),
-        )
-        after = next_position[prompt_of, None] + torch.arange(length, device=next_position.device)  # [B, T]
-        return self._hidden_states(tokens, position_ids=after, past_key_values=cache, use_cache=True)
-
-    def _prompt_positions(self, prompts: Tokens) -> tuple[Tensor, Tensor]:
-        """Compute the position ids of prompts, [Q, T] or [3, Q, T], and of the first token after each, [Q]."""
-        family, mask = self.chain_tokenizer.family, prompts.attention_mask
-        positions = family.position_ids(self.base, family.model_inputs(prompts))
-        if positions is None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return positions, positions.masked_fill(mask == 0, 0).amax(-1).view(-1, len(mask)).amax(0) + 1
 
     def collate(self, encoded: Sequence[EncodedChain]) -> Batch:
         """Collate encoded chains into a batch of the kind that is fastest for this model, on its device.
@@ -321,34 +280,41 @@ class ProcessRewardModel(nn.Module):
         """
         return collate(encoded, self.shares_prompts).to(self.score_head.weight.device)
 
-    def check(self, chains: Iterable[Chain]) -> None:
+    def check(self, chains: Iterable[Chain], drop_too_long: bool = False) -> list[int]:
         """Check every chain once, so that one that is too long is found before hours of computing.
 
         Args:
             chains: all chains of a run.
+            drop_too_long: the caller leaves out the chains that are too long.
+
+        Returns:
+            Positions of the chains that are too long; empty without `drop_too_long`.
 
         Raises:
             UserError: names the rows of the chains that `ChainTokenizer.check` refuses.
         """
-        problems, total, count = [], 0, 0
-        for chain in chains:
+        problems, too_long, count = Problems(), [], 0
+        for position, chain in enumerate(chains):
             count += 1
             try:
                 self.chain_tokenizer.check(chain)
+            except ChainTooLong as error:
+                too_long.append(position)
+                if not drop_too_long:
+                    problems.add(chain.source_location, str(error), kind=ChainTooLong)
             except UserError as error:
-                total += 1
-                if total <= LISTED_PROBLEMS:
-                    problems.append(str(error))
-        if total:
-            more = [f"… and {total - LISTED_PROBLEMS} more"] if total > LISTED_PROBLEMS else []
-            raise UserError("\n".join([f"{total} of {count} chains cannot be used", *problems, *more]))
+                problems.add(chain.source_location, str(error))
+        if problems.count:
+            raise UserError("\n".join([f"{problems.count} of {count} chains cannot be used", *problems.lines()]))
+        return too_long
 
     def chain_logits(
         self, chains: Sequence[Chain], batch_size: int = 8, pixels: Pixels | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute step logits without gradients; dropout is off meanwhile.
 
-        Neighbors with the same image share its features, over any number of batches.
+        Neighbors with the same image share its features, over any number of batches. Calls from several threads take
+        turns; none may score while another one trains the model.
 
         Args:
             chains: N chains with at most S steps.
@@ -359,15 +325,25 @@ class ProcessRewardModel(nn.Module):
             Step logits [N, S] and step mask [N, S] bool, on the CPU.
 
         Raises:
+            TypeError: `batch_size` is no int.
             UserError: as `ChainTokenizer.encode`, and if a score is not a finite number.
         """
+        check_batch_size(batch_size)
+        with SCORING:
+            logits, mask = self._chain_logits(chains, batch_size, pixels)
+        if not logits.isfinite().all():
+            raise UserError("the reward model gives scores that are not finite: its training may have diverged.")
+        return logits, mask
+
+    def _chain_logits(self, chains: Sequence[Chain], batch_size: int, pixels: Pixels | None) -> tuple[Tensor, Tensor]:
         tokenizer = self.chain_tokenizer
         if tokenizer.encode_image is None and self.holds_full_parameters:
             tokenizer = tokenizer.with_image_encoder(self.encode_image)
-        pixels = pixels and tokenizer.with_features(pixels)
+        if pixels is not None:
+            pixels = tokenizer.with_features(pixels)
         steps = max((len(chain.steps) for chain in chains), default=0)
         # Made outside inference mode, so that the caller can compute with them in any way.
-        logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)
+        logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)  # [N, S]
         was_training = self.training
         self.eval()
         try:
@@ -376,41 +352,40 @@ class ProcessRewardModel(nn.Module):
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
                     batch = self.collate([tokenizer.encode(chain, pixels) for chain in part])
-                    z = self(batch)
+                    z = self(batch)  # [B, S of the batch]
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
         finally:
             self.train(was_training)
-        if not logits.isfinite().all():
-            raise UserError("the reward model gives scores that are not finite: its training may have diverged.")
         return logits, mask
 
-    def score(self, image: str | Path | Image.Image | None, question: str, steps: str | Sequence[str]) -> list[float]:
+    def score(self, image: str | Path | Image.Image | None, question: str, steps: str | Iterable[str]) -> list[float]:
         """Score the steps of one response.
 
         Args:
             image: a file, an image in memory, or None.
-            question: the question.
-            steps: a list of steps, or a response that is split at its `Step N` markers.
+            question: the question; it may be blank, if the image holds it.
+            steps: the steps, or a response that is split at its `Step N` markers; none may be blank.
 
         Returns:
             One score in (0, 1) per step: how likely the reasoning up to there leads to a correct answer.
 
         Raises:
+            TypeError: an argument is of another kind.
             UserError: the image cannot be read, the text is longer than the model takes, or there is no step.
         """
-        steps = split_response(steps) if isinstance(steps, str) else steps
+        steps = split_response(check_text("steps", steps)) if isinstance(steps, str) else check_texts("steps", steps)
         if not steps:
-            raise UserError("there is no step to score.")
-        pixels = None if image is None else self.chain_tokenizer.read_image(image)
-        logits, _ = self.chain_logits([Chain(question.strip(), tuple(steps))], pixels=pixels)
+            raise UserError("steps: there is no step to score.")
+        question = check_text("question", question, may_be_blank=True)
+        logits, _ = self.chain_logits([Chain(question.strip(), tuple(steps))], pixels=self._pixels(image))
         return logits[0].sigmoid().tolist()
 
     def rank(
         self,
         image: str | Path | Image.Image | None,
         question: str,
-        responses: Sequence[str],
+        responses: Iterable[str],
         aggregation: AggregationName | None = None,
         batch_size: int = 8,
     ) -> list[int]:
@@ -418,8 +393,8 @@ class ProcessRewardModel(nn.Module):
 
         Args:
             image: a file, an image in memory, or None.
-            question: the question.
-            responses: the candidates.
+            question: the question; it may be blank, if the image holds it.
+            responses: the candidates; none may be blank.
             aggregation: how steps become one number, a name in `AGGREGATIONS`; None: as the model was trained.
             batch_size: chains in a forward pass.
 
@@ -427,18 +402,24 @@ class ProcessRewardModel(nn.Module):
             Indices of the responses, best first; equal ones stay in order.
 
         Raises:
-            UserError: as `score`, and for an unknown aggregation.
+            TypeError: as `score`.
+            UserError: as `score`, and for an unknown aggregation or a batch size below 1.
         """
-        aggregation = aggregation or self.config.aggregation
-        if aggregation not in AGGREGATIONS:
-            raise UserError(f"aggregation: found {aggregation}, allowed: {', '.join(AGGREGATIONS)}")
+        name = aggregation or self.config.aggregation
+        if name not in AGGREGATIONS:
+            raise UserError(f"aggregation: found {name}, allowed: {', '.join(AGGREGATIONS)}")
+        check_batch_size(batch_size)
+        responses = check_texts("responses", responses)
+        question = check_text("question", question, may_be_blank=True)
         if not responses:
             return []
-        pixels = None if image is None else self.chain_tokenizer.read_image(image)
         # Equal responses are scored once: in a batch they could differ in the last bits.
         distinct = list(dict.fromkeys(responses))
         chains = [Chain(question.strip(), tuple(split_response(text))) for text in distinct]
-        logits, mask = self.chain_logits(chains, batch_size, pixels)
-        values = aggregate(logits, mask, aggregation).tolist()  # of the distinct responses
+        logits, mask = self.chain_logits(chains, batch_size, self._pixels(image))
+        values = aggregate(logits, mask, name).tolist()  # of the distinct responses
         value_of = dict(zip(distinct, values, strict=True))
         return sorted(range(len(responses)), key=lambda i: -value_of[responses[i]])
+
+    def _pixels(self, image: str | Path | Image.Image | None) -> Pixels | None:
+        return None if check_image(image) is None else self.chain_tokenizer.read_image(image)

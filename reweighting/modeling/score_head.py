@@ -10,18 +10,16 @@ Each is one nn.Linear(D, 1). The head of `token` is frozen, and it is a copy: wh
 training the embedding leaves the head as it is, so that scores depend only on what is saved.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from reweighting.errors import UserError
 from reweighting.modeling.config import PRMConfig
+from reweighting.modeling.loading import weight_files
 
 OUTPUT_EMBEDDING = "lm_head.weight"  # its name in a checkpoint, after any prefix
 
@@ -68,33 +66,21 @@ def _token_id(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> int:
     """Return the id of an answer. Raises UserError if it is not exactly one token."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        raise UserError(f"--{name} {text!r}: this tokenizer splits it into {len(ids)} tokens, an answer must be one")
+        raise UserError(f"--{name} {text!r}: {len(ids)} tokens for this tokenizer, and it must be one token")
     return ids[0]
 
 
 def _output_rows(name: str, backbone: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """Read rows [len(ids), D] of the output embedding, and only these: the whole may take gigabytes."""
-    place = _find_tensor(name, OUTPUT_EMBEDDING)
-    if place is not None:
-        with safe_open(place[0], framework="pt") as file:
-            rows = file.get_slice(place[1])
-            return torch.cat([rows[index : index + 1] for index in ids])
+    for path in weight_files(name):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if key.endswith(OUTPUT_EMBEDDING):
+                    rows = file.get_slice(key)
+                    return torch.cat([rows[index : index + 1] for index in ids])
     if getattr(backbone.config, "tie_word_embeddings", False):
         return backbone.get_input_embeddings().weight[list(ids)].cpu()
     raise UserError(
         f"the backbone {name} has no LM head ({OUTPUT_EMBEDDING}), and its input embedding does not stand in for one: "
         "--score_head token and linear_from_token need a model that generates; use --score_head linear"
     )
-
-
-def _find_tensor(name: str, ending: str) -> tuple[str, str] | None:
-    """Find the tensor whose name has this ending in a model's safetensors files: (file, tensor name), or None."""
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        for key, file in json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].items():
-            if key.endswith(ending):
-                return cached_file(name, file), key
-        return None
-    path = cached_file(name, SAFE_WEIGHTS_NAME)
-    with safe_open(path, framework="pt") as file:
-        return next(((path, key) for key in file.keys() if key.endswith(ending)), None)

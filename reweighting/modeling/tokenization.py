@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from reweighting.data.chains import Chain
-from reweighting.data.images import open_image, shrunk_size
-from reweighting.errors import UserError
+from reweighting.data.images import image_size, open_image
+from reweighting.errors import ChainTooLong, UserError
 from reweighting.modeling.families import family_of
+from reweighting.terminal import first_line
 
 CACHED_SIZES = 2**16  # of images; rows with the same image are usually neighbors
 QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: no chat template contains them
@@ -116,6 +117,25 @@ class ChainTokenizer:
         self._placeholders: dict[Path, Placeholder] = {}
         self.encode_image: Callable[[Pixels], Tensor] | None = None
 
+    def check_vocabulary(self, rows: int) -> None:
+        """Check that the model has an embedding for every token that a text can hold.
+
+        Args:
+            rows: of the model's input embedding.
+
+        Raises:
+            UserError: it has not.
+        """
+        # Special tokens can only come from the chat template; published tokenizers have some that no model knows.
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        used = {token for piece in (*self.around_image, *self.around_text) for token in self._template_tokens(piece)}
+        for token, index in self.tokenizer.get_vocab().items():
+            if index >= rows and (index in used or index not in special):
+                raise UserError(
+                    f"the tokenizer has the token {token[:60]!r} with the number {index}, and the model embeds {rows} "
+                    "tokens: after adding tokens, call model.resize_token_embeddings and save the model again."
+                )
+
     def with_image_encoder(self, encode_image: Callable[[Pixels], Tensor] | None) -> "ChainTokenizer":
         """Copy the tokenizer for a time in which the vision tower does not change.
 
@@ -175,18 +195,19 @@ class ChainTokenizer:
             chain: the chain; its image file has been checked already.
 
         Raises:
-            UserError: the chain is too long, or the image has an impossible shape; names the rows.
+            ChainTooLong: the chain has more than `max_length` tokens.
+            UserError: the image has an impossible shape.
         """
-        try:
-            placeholder = None if chain.image is None else self._placeholder(chain.image)
-            before, after, times = self._prompt_tokens(placeholder)
-            image = (times - 1) * before.count(self.family.image_token_id)
-            # A token stands for at least one byte of text; a tokenizer may add one token before each piece.
-            text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
-            if len(before) + image + len(after) + text > self.max_length:
-                self._cached_tokens(chain, placeholder)
-        except UserError as error:
-            raise UserError(f"{chain.source_location}: {error}") from error
+        placeholder = None if chain.image is None else self._placeholder(chain.image)
+        before, after, times = self._prompt_tokens(placeholder)
+        image = times * before.count(self.family.image_token_id)
+        around = len(before) - before.count(self.family.image_token_id) + image + len(after)
+        if around + len(chain.steps) - 1 > self.max_length:  # each further step begins with a newline
+            raise self._too_long(around + len(chain.steps) - 1, image, "at least ")
+        # A token stands for at least one byte of text; a tokenizer may add one token before each piece.
+        text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
+        if around + text > self.max_length:
+            self._cached_tokens(chain, placeholder)
 
     def read_image(self, image: Path | str | Image.Image) -> Pixels:
         """Open and process an image; files are cached.
@@ -205,9 +226,15 @@ class ChainTokenizer:
             return cached
         try:
             opened = open_image(image, self.max_image_side)
-            pixels = Pixels(self.family.placeholder(opened.height, opened.width), self.family.process(opened))
-        except ValueError as error:  # for example an image 200 times as wide as it is high
-            raise UserError(f"cannot use the image {image}: {error}") from error
+            text, times = placeholder = self.family.placeholder(opened.height, opened.width)
+            tokens = times * text.count(self.family.image_token)
+            if tokens > self.max_length:  # before it takes the memory
+                raise UserError(f"the image takes {tokens} tokens, and the model takes {self.max_length} in all")
+            pixels = Pixels(placeholder, self.family.process(opened))
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # an image 200 times as wide as it is high, or damaged settings of the processor
+            raise UserError(f"cannot use the image {_named(image)}: {first_line(error)}") from error
         pixels = self.with_features(pixels)
         if key is not None:
             if self._has_room(pixels.nbytes):
@@ -227,12 +254,11 @@ class ChainTokenizer:
     def _placeholder(self, image: Path) -> Placeholder:
         """Return what stands for an image file in the prompt. Reads only the file's header."""
         if image not in self._placeholders:
+            width, height = image_size(image, self.max_image_side)
             try:
-                with Image.open(image) as opened:
-                    width, height = shrunk_size(opened.size, self.max_image_side)
                 placeholder = self.family.placeholder(height, width)
-            except Exception as error:  # as in `open_image`
-                raise UserError(f"cannot use the image {image}: {error}") from error
+            except (ArithmeticError, ValueError) as error:
+                raise UserError(f"cannot use the image {image}: {first_line(error)}") from error
             if len(self._placeholders) >= CACHED_SIZES:
                 self._placeholders.clear()
             self._placeholders[image] = placeholder
@@ -247,18 +273,14 @@ class ChainTokenizer:
         """Return the tokens before and after the question, and how many tokens each image token there stands for."""
         text, times = placeholder or ("", 1)
         if text not in self._prompts:
-            # Special tokens count as such only in the template's own text and in the placeholder.
             pieces = self.around_text if placeholder is None else self.around_image
-            before, after = (
-                self.tokenizer.encode(
-                    piece.replace(self.family.template_token, text),
-                    add_special_tokens=False,
-                    split_special_tokens=False,
-                )
-                for piece in pieces
-            )
+            before, after = (self._template_tokens(p.replace(self.family.template_token, text)) for p in pieces)
             self._prompts[text] = before, after
         return *self._prompts[text], times
+
+    def _template_tokens(self, text: str) -> list[int]:
+        """Tokenize text of the chat template, in which special tokens count as such."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
     def _cached_tokens(self, chain: Chain, placeholder: Placeholder | None) -> ChainTokens:
         """Return what `_chain_tokens` gives, from the cache if it is there."""
@@ -284,12 +306,15 @@ class ChainTokenizer:
             ids.extend(step_ids)
             step_ends.append(len(ids) - 1)
         if len(ids) > self.max_length:
-            raise UserError(
-                f"{len(ids)} tokens, but the model takes {self.max_length} ({before.count(image)} of them are the "
-                "image's: a smaller max_image_side saves some). Shorten the text or leave the row out."
-            )
+            raise self._too_long(len(ids), before.count(image))
         input_ids = torch.tensor(ids)  # [T]
         return input_ids, (input_ids == image).long(), torch.tensor(step_ends), prompt_length
+
+    def _too_long(self, tokens: int, image: int, least: str = "") -> ChainTooLong:
+        return ChainTooLong(
+            f"{least}{tokens} tokens, but the model takes {self.max_length} ({image} of them are the image's: a "
+            "smaller max_image_side saves some). Shorten the text or leave the row out."
+        )
 
     def _has_room(self, size: int) -> bool:
         """Reserve bytes of the cache. A full cache keeps what it has: epochs visit everything once, so evicting the
@@ -307,11 +332,18 @@ class ChainTokenizer:
         if self.tokenizer.chat_template:
             content = [{"type": "image"}] if with_image else []
             message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
-            text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+            try:
+                text = str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+            except Exception as error:  # of jinja2, or any that the template itself raises
+                raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
         pieces = text.split(QUESTION_SLOT)
         if len(pieces) != 2 or pieces[0].count(token) != with_image:
-            raise UserError(
-                "the tokenizer's chat template must place the image, then the question, once each; "
-                f"it gave {text.replace(QUESTION_SLOT, '{question}')!r}"
-            )
+            given = repr(text.replace(QUESTION_SLOT, "{question}"))
+            raise UserError("the tokenizer's chat template must place the image, then the question, once each; it gave "
+                            f"{given[:200]}{' ...' if len(given) > 200 else ''}")  # fmt: skip
         return pieces[0], pieces[1]
+
+
+def _named(image: Path | str | Image.Image) -> str:
+    """Name an image in a message."""
+    return "in memory" if isinstance(image, Image.Image) else str(image)

@@ -4,7 +4,6 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
-from typing import Any
 
 
 class _Stderr:
@@ -46,7 +45,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
         for name in STOP_SIGNALS:

@@ -99,8 +99,8 @@ def test_a_backbone_without_an_output_embedding():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"correct_token": "Yes"}, "--correct_token 'Yes': this tokenizer splits it into 3 tokens"),
-        ({"incorrect_token": ""}, "--incorrect_token '': this tokenizer splits it into 0 tokens"),
+        ({"correct_token": "Yes"}, "--correct_token 'Yes': 3 tokens for this tokenizer"),
+        ({"incorrect_token": ""}, "--incorrect_token '': 0 tokens for this tokenizer"),
         ({"correct_token": "-"}, "are the same: '-'"),
     ],
 )

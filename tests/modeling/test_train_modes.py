@@ -17,8 +17,9 @@ from reweighting.modeling.collate import collate
 from reweighting.modeling.config import PRMConfig
 from reweighting.modeling.families import FAMILIES
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.saved_model import SavedModel
 from reweighting.training.build import load_backbone
-from tests.tiny import draw_cells, tiny_backbone
+from tests.tiny import accept_files, draw_cells, tiny_backbone
 from tests.tiny_families import tiny_family
 
 QUESTION, STEPS = "How many red cells are there?", ("Step 1: two in the first row", "Step 2: so 3 in all")
@@ -280,6 +281,7 @@ def test_a_projector_that_is_missing_or_of_another_base(tmp_path):
         tensors.pop(merger()[0], None)
         if damage:
             save_file(tensors | {damage: torch.zeros(1)}, path)
+            accept_files(tmp_path)
             message = "a file of the saved reward model is damaged: .*does not fit the base"
         else:
             path.unlink()
@@ -308,8 +310,8 @@ def test_a_projector_that_is_missing_or_of_another_base(tmp_path):
 )  # fmt: skip
 def test_configs_of_earlier_and_later_versions(tmp_path, old, new):
     (tmp_path / "prm_config.json").write_text(json.dumps({"backbone": "b", **old}))
-    config = PRMConfig.read(tmp_path)
+    config = SavedModel.read(tmp_path).config
     assert config == PRMConfig(backbone="b", **new) and not config.trains_projector
     (tmp_path / "prm_config.json").write_text(json.dumps({"backbone": "b", "train": "nothing"}))
-    with pytest.raises(UserError, match="damaged: --train: found nothing"):
-        PRMConfig.read(tmp_path)
+    with pytest.raises(UserError, match="damaged: train: Input should be 'full', 'lora', .*, found 'nothing'"):
+        SavedModel.read(tmp_path)

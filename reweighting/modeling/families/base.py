@@ -34,6 +34,8 @@ class Family:
         processor_options: keyword arguments for the image processor besides the image.
         image_inputs: outputs of the image processor that the model takes, pixel values first.
         kept_inputs: those of `image_inputs` that the model needs even if it gets an image's features.
+        key_mapping: renames tensors of a checkpoint, for layouts that transformers' base class does not know; see
+            `from_pretrained` in transformers.
         token_types: the model's name for the tensor [B, T] that is 1 at image tokens; None: it takes none.
         image_token_id: id of the token that the image's features replace.
         image_token: the same token as text.
@@ -49,6 +51,7 @@ class Family:
     processor_options: dict[str, bool] = {}
     image_inputs: tuple[str, ...] = ("pixel_values",)
     kept_inputs: tuple[str, ...] = ()
+    key_mapping: dict[str, str] | None = None
     token_types: str | None = None
 
     def __init__(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, image_processor: Any):

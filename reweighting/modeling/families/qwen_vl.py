@@ -20,6 +20,7 @@ class QwenVL(Family):
     plain_image = "<|vision_start|><|image_pad|><|vision_end|>"
     image_inputs = ("pixel_values", "image_grid_thw")
     kept_inputs = ("image_grid_thw",)
+    key_mapping = {r"^model\.visual": "visual"}  # as FSDP and DeepSpeed write it; else it counts as language model
     token_types = "mm_token_type_ids"
 
     def placeholder(self, height: int, width: int) -> tuple[str, int]:
