@@ -13,6 +13,7 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
     run_command("reweighting.best_of_n")
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice, zip_longest
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> None:
     config = parse_inference_config(BestOfNConfig, argv, prog="best_of_n.py", description=SUMMARY)
     output = Path(config.selections.output)
     candidates = CandidateFile.read(config.candidates.candidates_json_file, config.scoring.image_root)
+    for warning in candidates.warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     scorer = Scorer(config.scoring, config.candidates.aggregation_function)
     settings = {
         "reward model": model_digest(config.scoring),

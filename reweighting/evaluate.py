@@ -82,10 +82,6 @@ def main(argv: list[str]) -> None:
     atomic_write_text(json_path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
     print_table(results_table(results))
     print(f"thresholds: from {len(dev)} other answers; written: {printable(json_path, one_line=True)}, reliability.png")
-    single = results["all"]["single_step_chains"]
-    if single:
-        print(f"warning: {single} of {len(chains)} answers have a single step: ProcessBench's measure then judges the "
-              "whole answer. Steps are told apart by lines that begin with `Step 1:`, `Step 2:`, …")  # fmt: skip
 
 
 def output_files(config: EvaluateConfig) -> list[Path]:

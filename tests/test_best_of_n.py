@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from reweighting.best_of_n import main
+from reweighting.config.training import EMBEDDED_BACKBONE
 from reweighting.data.load_rows import iterate_candidate_rows, load_candidate_rows
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
-from reweighting.inference.best_of_n_metrics import candidate_counts, logits_of, measure
+from reweighting.inference.best_of_n_metrics import candidate_counts, logits_of, measure, warnings
 from reweighting.inference.candidates import score_candidates
 from reweighting.inference.selections_file import Selections
 from reweighting.modeling.reward_model import ProcessRewardModel
@@ -221,3 +224,153 @@ def test_every_column_covers_the_same_questions_and_the_largest_n_is_one():
 def test_candidate_counts():
     found = [candidate_counts(largest) for largest in (1, 2, 3, 8, 9)]
     assert found == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 9]]
+
+
+def test_a_resumed_run_has_the_same_batches_wherever_it_was_cut_off(demo, weights_path, tmp_path):
+    """With three chains a batch, a question's scores depend in the last bits on the block that it is scored in."""
+    rows = json.loads((demo / "test.json").read_text())
+    rows = [row | {"id": number} for number, row in enumerate(rows + rows[::-1])]  # 48 candidates: two blocks of 24
+    (demo / "twice.json").write_text(json.dumps(rows))
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    more = ("--candidates_json_file", str(demo / "twice.json"), "--batch_size", "3")
+    main(flags(demo, weights_path, whole, *more))
+    lines = whole.read_bytes().splitlines(keepends=True)  # "[", a line for each row, "]"
+    note = json.loads((tmp_path / "whole.json.run").read_text())
+    for done in (0, 2, 6, 8):
+        cut.write_bytes(b"".join(lines[: done + 1]) + lines[done + 1][:20])
+        (tmp_path / "cut.json.run").write_text(json.dumps(note | {"finished": False}))
+        main(flags(demo, weights_path, cut, *more))
+        assert cut.read_bytes() == whole.read_bytes(), done
+
+
+def test_whatever_a_score_depends_on_belongs_to_the_output(demo, weights_path, tmp_path):
+    row = json.loads((demo / "test.json").read_text())[0]
+    name = Path(row["image_path"]).name
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes((demo / row["image_path"]).read_bytes())
+    (tmp_path / "rows.json").write_text(json.dumps([row | {"image_path": name}]))
+    output = tmp_path / "out.json"
+    more = ["--candidates_json_file", str(tmp_path / "rows.json"), "--image_root"]
+    main(flags(demo, weights_path, output, *more, str(tmp_path / "one")))
+    main(flags(demo, weights_path, output, *more, str(tmp_path / "one")))
+    for changed, differs in (
+        ([*more, str(tmp_path / "other")], "image_root"),
+        ([*more, str(tmp_path / "one"), "--precision", "bf16"], "precision"),
+        ([*more, str(tmp_path / "one"), "--batch_size", "2"], "batch_size"),
+        ([*more, str(tmp_path / "one"), "--aggregation_function", "min"], "aggregation_function"),
+    ):
+        with pytest.raises(UserError, match=f"out.json: holds choices of another run: its {differs} differs"):
+            main(flags(demo, weights_path, output, *changed))
+    os.utime(tmp_path / "one" / name, ns=(0, 0))
+    with pytest.raises(UserError, match="its images differs"):
+        main(flags(demo, weights_path, output, *more, str(tmp_path / "one")))
+
+
+def test_a_base_that_has_moved_is_named_and_one_that_has_changed_is_noticed(demo, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(EMBEDDED_BACKBONE, base)
+    ProcessRewardModel.from_backbone(base, train="head").save_pretrained(tmp_path / "prm")
+    output = tmp_path / "out.json"
+    more = ("--aggregation_function", "min")
+    main(flags(demo, tmp_path, output, *more))
+    moved = base.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="has moved, name it .*backbone"):
+        main(flags(demo, tmp_path, output, *more))
+    main(flags(demo, tmp_path, output, *more, "--backbone", str(moved)))  # the same choices: nothing to do
+    with pytest.raises(UserError, match="--backbone does nothing"):
+        ProcessRewardModel.from_backbone(moved).save_pretrained(tmp_path / "full")
+        main(flags(demo, tmp_path / "full", output, *more, "--backbone", str(moved)))
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "x/.."])
+def test_an_output_needs_a_name(demo, weights_path, folder, name):
+    with pytest.raises(UserError, match="--output: found .*allowed: a path that ends in a name"):
+        main(flags(demo, weights_path, Path("x"), "--output", name))
+    assert not list(folder.iterdir())
+
+
+def test_what_is_no_regular_file_is_refused_and_nothing_is_left_beside_it(demo, weights_path, tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(UserError, match="is no regular file"):
+            main(flags(demo, weights_path, tmp_path / name))
+    with pytest.raises(UserError, match="/dev/null: is no regular file"):
+        main(flags(demo, weights_path, Path("/dev/null")))
+    (tmp_path / "mine.json").write_text("[1]")
+    with pytest.raises(UserError, match="not known to be a run's"):
+        main(flags(demo, weights_path, tmp_path / "mine.json"))
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "pipe", "mine.json"}
+    assert not Path("/dev/null.lock").exists()
+
+
+def test_a_reader_that_goes_away_stops_nothing(demo, weights_path, tmp_path):
+    """As `best_of_n.py … | head -1` does."""
+    command = [
+        sys.executable,
+        str(ROOT / "reweighting" / "best_of_n.py"),
+        *flags(demo, weights_path, tmp_path / "o.json"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 0 and "error" not in errors.lower() and "Broken" not in errors
+    assert (tmp_path / "o.json.metrics").exists() and len(json.loads((tmp_path / "o.json").read_text())) == 6
+
+
+def test_unknown_answers_are_left_out_and_counted():
+    """Of four candidates the chosen one states nothing to compare, and counts neither as correct nor as incorrect."""
+    row = question(None, "4", "5", "4", count=4, ground_truth="4")
+    choices = {"scores": [[0.3], [0.5], [0.2], [0.9]]}
+    found = measure([(row, choices)], "mean", 4)
+    assert (found.questions, found.answers, found.unjudged_answers, found.silent_answers) == (1, 4, 1, 1)
+    ways = found.best_of[4]["ways"]
+    assert ways["best of N, mean"]["mean"] == 0 and ways["pass@1"]["mean"] == pytest.approx(2 / 3)
+    assert ways["majority vote"]["mean"] == 1 and found.best_of[1]["ways"]["best of N, mean"]["mean"] == 1
+    assert "1 of 4 answers state none" in warnings(found)
+    assert any("1 of 4 answers cannot be judged" in line for line in warnings(found))
+    nothing = question(None, count=2, ground_truth="4")
+    found = measure([(row, choices), (nothing, {"scores": [[0.5], [0.6]]})], "mean", 4)
+    assert (found.questions, found.unjudged_questions) == (1, 1) and found.best_of[1]["ways"]["pass@1"]["mean"] == 1
+
+
+def test_without_stated_answers_there_is_no_accuracy_and_no_vote(demo, weights_path, tmp_path, capsys):
+    rows = json.loads((demo / "test.json").read_text())[:2]
+    for row in rows:
+        del row["true_false"], row["answers"]
+        row["candidates"] = [text.partition("\nFinal answer")[0] for text in row["candidates"]]
+    (demo / "silent.json").write_text(json.dumps(rows))
+    main(flags(demo, weights_path, tmp_path / "o.json", "--candidates_json_file", str(demo / "silent.json")))
+    out = capsys.readouterr().out
+    assert "no accuracy" in out and "8 of 8 answers state none" in out
+    assert (
+        "pass@" not in out and "vote" not in out.replace("no votes", "") and not (tmp_path / "o.json.metrics").exists()
+    )
+    known = [(question([True, False]), {"scores": [[0.5], [0.6]]})]
+    ways = measure(known, "mean", 2).best_of[2]["ways"]
+    assert "pass@N" in ways and not any("vote" in way or "majority" in way for way in ways)
+
+
+def test_single_steps_are_counted(demo, weights_path, tmp_path, capsys):
+    rows = json.loads((demo / "test.json").read_text())[:2]
+    rows[0]["candidates"] = [text.replace("Step", "Part") for text in rows[0]["candidates"]]
+    (demo / "steps.json").write_text(json.dumps(rows))
+    main(flags(demo, weights_path, tmp_path / "o.json", "--candidates_json_file", str(demo / "steps.json")))
+    captured = capsys.readouterr()
+    assert "4 of 8 answers have a single step: all aggregations agree on it" in captured.out
+    assert "steps.json: 4 of 8 answers are a single step" in captured.err and "`Step 1:`" in captured.err
+
+
+def test_control_characters_are_shown_and_not_sent(demo, weights_path, tmp_path):
+    rows = json.loads((demo / "test.json").read_text())[:1]
+    rows[0]["id"] = "a\x1b[31m\x07b"
+    del rows[0]["true_false"], rows[0]["ground_truth"]
+    (demo / "ids.json").write_text(json.dumps(rows))
+    output = tmp_path / "o\x1b]0;x\x07.json"
+    more = flags(demo, weights_path, output, "--candidates_json_file", str(demo / "ids.json"))
+    done = subprocess.run([sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *more], capture_output=True)
+    assert (
+        done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stdout + done.stderr
+    )
+    assert rb"a\x1b[31m\x07b" in done.stdout and rb"o\x1b]0;x\x07.json" in done.stdout

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def chain(scores: list[float], correct: list[bool], domain: str = "a") -> ScoredChain:
-    return ScoredChain(domain, scores, [float(c) for c in correct], correct, len(scores))
+    return ScoredChain(domain, scores, [float(c) for c in correct], correct)
 
 
 def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]:

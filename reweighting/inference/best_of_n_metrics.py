@@ -128,8 +128,7 @@ def warnings(results: BestOfNResults) -> list[str]:
         found.append(f"{results.unjudged_questions} questions without an answer that can be judged are left out")
     if results.single_step_answers:
         found.append(
-            f"{results.single_step_answers} of {total} answers have a single step: all aggregations agree on it. Steps "
-            "are told apart by lines that begin with `Step 1:`, `Step 2:`, …"
+            f"{results.single_step_answers} of {total} answers have a single step: all aggregations agree on it"
         )
     return found
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from reweighting.data.chains import Chain, candidate_chains, step_warnings
 from reweighting.data.load_rows import iterate_candidate_rows
 from reweighting.data.schema import CandidateRow
 from reweighting.files import digest
@@ -20,6 +21,7 @@ class CandidateFile:
         questions: its rows.
         largest: the most candidates that a row has.
         images: a digest of the sizes and modification times of the rows' images.
+        warnings: what is odd about how the candidates are cut into steps.
     """
 
     path: str
@@ -27,6 +29,7 @@ class CandidateFile:
     questions: int
     largest: int
     images: str
+    warnings: tuple[str, ...]
 
     @classmethod
     def read(cls, path: str, image_root: str | None) -> "CandidateFile":
@@ -37,12 +40,18 @@ class CandidateFile:
         """
         questions = largest = 0
         images = hashlib.sha256()
-        for row in iterate_candidate_rows(path, image_root):
-            questions, largest = questions + 1, max(largest, len(row.candidates))
-            if row.image is not None:
-                status = row.image.stat()
-                images.update(f"{row.index} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return cls(path, image_root, questions, largest, images.hexdigest())
+
+        def chains() -> Iterator[Chain]:
+            nonlocal questions, largest
+            for row in iterate_candidate_rows(path, image_root):
+                questions, largest = questions + 1, max(largest, len(row.candidates))
+                if row.image is not None:
+                    status = row.image.stat()
+                    images.update(f"{row.index} {status.st_size} {status.st_mtime_ns}\n".encode())
+                yield from candidate_chains(row, path)
+
+        warnings = tuple(step_warnings(chains(), path))
+        return cls(path, image_root, questions, largest, images.hexdigest(), warnings)
 
     def rows(self) -> Iterator[CandidateRow]:
         """Read the rows again, without decoding their images."""

@@ -2,13 +2,14 @@
 
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 
-from reweighting.data.chains import Chain, training_chains
+from reweighting.data.chains import Chain, step_warnings, training_chains
 from reweighting.data.schema import EvaluationRow
 from reweighting.data.steps import split_prompt
 from reweighting.errors import UserError
@@ -35,14 +36,12 @@ class ScoredChain:
         scores: one for each labeled step, in (0, 1).
         accuracies: the Monte Carlo accuracies that the scores estimate, one for each labeled step.
         correct: whether each labeled step is correct.
-        steps: how many steps the chain has, labeled or not.
     """
 
     domain: str
     scores: list[float]
     accuracies: list[float]
     correct: list[bool]
-    steps: int
 
     @property
     def first_incorrect(self) -> int:
@@ -70,7 +69,7 @@ def split_dev(rows: Sequence[EvaluationRow]) -> tuple[list[EvaluationRow], list[
 def score_rows(
     model: ProcessRewardModel, rows: Sequence[EvaluationRow], threshold: float, batch_size: int, source: str
 ) -> list[ScoredChain]:
-    """Merge the rows into chains and score them.
+    """Merge the rows into chains and score them; warn on stderr of chains that are oddly cut into steps.
 
     Args:
         model: the reward model; the caller sets autocast.
@@ -83,6 +82,8 @@ def score_rows(
         UserError: as `ProcessRewardModel.chain_logits` does.
     """
     chains, domains = training_chains(rows, source)
+    for line in step_warnings(chains, source):
+        print(f"warning: {printable(line)}", file=sys.stderr)
     model.check(chains)
     logits, _ = model.chain_logits(chains, batch_size)  # [chains, S]
     correct, accuracies = correct_steps(chains, rows, threshold), {row.index: row.accuracy for row in rows}
@@ -92,7 +93,6 @@ def score_rows(
             [scores[step] for step in labeled_steps(chain)],
             [accuracies[index] for index in chain.rows],
             own,
-            len(chain.steps),
         )
         for chain, scores, own in zip(chains, logits.double().sigmoid().tolist(), correct, strict=True)
     ]
@@ -150,14 +150,13 @@ def evaluate(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dic
     """Measure how well the scores tell correct steps from incorrect ones; NaN where one kind is missing.
 
     Returns:
-        `chains`, `single_step_chains`, `steps`; `positive_rate`: the share of correct steps, which is also the
+        `chains`, `steps`; `positive_rate`: the share of correct steps, which is also the
         `average_precision` of chance; `auc`, `average_precision`, `f1`, `process_bench`; `calibration_error`, which
         compares scores with accuracies.
     """
     scores, correct = _steps(chains)
     return {
         "chains": len(chains),
-        "single_step_chains": sum(chain.steps == 1 for chain in chains),
         "steps": len(scores),
         "positive_rate": float(correct.mean()),
         "auc": auc(scores, correct),
