@@ -31,6 +31,7 @@ from reweighting.errors import UnreadableImage, UserError
 from reweighting.files import atomic_write_text, open_append
 from reweighting.progress import Progress
 from reweighting.training.checkpoints import HISTORY_FILE, remove_old, save_checkpoint
+from reweighting.training.last_step import LastWholeStep
 from reweighting.training.random_states import own_random_states, random_states
 from reweighting.training.signals import STDERR, Stopped, StopSignals
 from reweighting.training.validation import Validation
@@ -126,8 +127,9 @@ class ReweightingEngine(Engine):
 
         Raises:
             Stopped: after a signal; the run is saved.
-            UserError: if a file can no longer be read or more than `max_skipped_steps` steps are not finite (the run
-                is saved first), if a weight is not finite, or if a checkpoint cannot be written.
+            UserError: if a file can no longer be read, memory runs out or more than `max_skipped_steps` steps are not
+                finite (the run is saved first, see `LastWholeStep`), if a weight is not finite, or if a checkpoint
+                cannot be written.
         """
         self.train()
         history = self.folder / HISTORY_FILE
@@ -137,16 +139,18 @@ class ReweightingEngine(Engine):
             atomic_write_text(history, "")
         started = time.monotonic() - self.seconds
         self.progress = Progress(self.train_iters, self.global_step, disable=not collectives.is_rank0(), file=STDERR)
-        with open_append(history) as self.history, self.progress:
+        with open_append(history) as self.history, self.progress, LastWholeStep(self) as last_step:
             while self.global_step < self.train_iters:
                 self._prepare_step()
                 self.global_step += 1
                 self.train_step()
+                last_step.leave()
                 self.progress.update()
                 self.seconds = time.monotonic() - started
                 if self._at_window_end():
                     self._end_window()
                 self._report_nonfinite()
+                last_step.mark()
                 due = self.global_step // self.save_every > self.scored // self.save_every and self._at_window_end()
                 if due or self.global_step == self.train_iters:
                     self.save(scored=True)

@@ -7,7 +7,7 @@ import pytest
 
 from reweighting.errors import UserError
 from reweighting.main import main
-from reweighting.training import hypergradient_choice, signals
+from reweighting.training import hypergradient_choice
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, flags, weights, without_times
@@ -31,7 +31,7 @@ def test_auto_keeps_the_method_of_the_run_so_far(tiny, tmp_path, finished, monke
     """Inside a window, though another method would be chosen now."""
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(signals, "StopSignals", lambda: StopAtStep(3))
+        patch.setattr("reweighting.main.StopSignals", lambda: StopAtStep(3))
         main(tiny(folder))
     with pytest.raises(UserError, match="hypergradient was auto and is jvp now"):
         main(tiny(folder, "--hypergradient", "jvp", "--resume"))

@@ -122,7 +122,7 @@ def test_an_image_that_vanishes_is_named_and_the_run_resumes(demo, tiny, tmp_pat
     with monkeypatch.context() as patch:
         forget_images(patch, lambda _: [a.rename(b) for a, b in zip(gone, hidden, strict=True)])
         try:
-            with pytest.raises(UserError, match="train.json: row.*cannot read .*dice.*tried 4 times.*saved"):
+            with pytest.raises(UserError, match="train.json: row.*dice.* cannot be read .*tried 4 times.*saved"):
                 main(tiny(tmp_path / "cut"))
         finally:
             for a, b in zip(gone, hidden, strict=True):
@@ -139,7 +139,7 @@ def test_an_image_that_vanishes_from_the_validation_rows(demo, tiny, tmp_path, m
     with monkeypatch.context() as patch:
         forget_images(patch, lambda _: gone.rename(hidden))
         try:
-            with pytest.raises(UserError, match="test.json: row.*cannot read .*tried 4 times.*saved at step 5"):
+            with pytest.raises(UserError, match="test.json: row.* cannot be read .*tried 4 times.*saved at step 5"):
                 main(tiny(tmp_path / "cut", *more))
         finally:
             hidden.rename(gone)
@@ -211,8 +211,8 @@ def test_a_dry_run_that_meets_a_nan_promises_nothing(tiny, tmp_path, monkeypatch
 def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--dry_run", "--iteration_num", "1000"))
     out = capsys.readouterr().out
-    assert all(word in out for word in ("dry run: 5 steps", "hours for 1000 steps", "memory", "GB are free"))
-    assert out.index("expected memory on cpu") < out.index("kept gradients  ") < out.index("dry run: 5 steps")
+    assert all(word in out for word in ("dry run: made 5 steps", "hours for 1000 steps", "memory", "GB are free"))
+    assert out.index("expected memory on cpu") < out.index("kept gradients  ") < out.index("dry run: made 5 steps")
     assert "GB of it since the data were read; expected: " in out
     assert not {"checkpoints", "history.jsonl", "prm"} & {path.name for path in tmp_path.iterdir()}
     assert not list(tmp_path.glob(".tmp-*"))

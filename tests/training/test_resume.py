@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from reweighting.errors import UserError
 from reweighting.main import main
-from reweighting.training import signals
 from reweighting.training.checkpoints import (
     best_checkpoint,
     checkpoint_name,
@@ -60,7 +59,7 @@ def finished(demo, backbone, tmp_path_factory):
 def cut_and_resume(monkeypatch, run: list[str], steps: int, *more: str) -> None:
     """Start the run, stop it after so many steps, and resume it with `more` flags."""
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "StopSignals", lambda: StopAtStep(steps))
+        patch.setattr("reweighting.main.StopSignals", lambda: StopAtStep(steps))
         with pytest.raises(Stopped, match=f"stopped and saved at step {steps} of"):
             main(run)
     main([*run, "--resume", *more])
@@ -364,7 +363,7 @@ def test_a_save_after_damage_is_not_rotated_away(tiny, tmp_path, finished, monke
     folder = shutil.copytree(finished, tmp_path / "run")
     (checkpoints(folder / "checkpoints")[-1] / "state.pt").write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "StopSignals", lambda: StopAtStep(1))
+        patch.setattr("reweighting.main.StopSignals", lambda: StopAtStep(1))
         with pytest.raises(Stopped, match="saved at step 6"):
             main(tiny(folder, "--resume", "--keep_checkpoints", "1"))
     assert read_manifest(checkpoints(folder / "checkpoints")[-1]).step == 6
