@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO, TextIO
@@ -69,7 +69,7 @@ def digest(*files: Path) -> str:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Generator[BinaryIO]:
     """Write a binary file that takes its name only when all of it is on disk; until then the old one stays.
 
     The file gets the permissions of the user's umask. A symbolic link at `path` is replaced, not followed.
@@ -144,7 +144,7 @@ def remove_dir(folder: Path) -> None:
 
 
 @contextmanager
-def temporary_dir(parent: Path, name: str) -> Iterator[Path]:
+def temporary_dir(parent: Path, name: str) -> Generator[Path]:
     """Make a folder in `parent` that is removed at the end of the block; `name` tells what it is for.
 
     Raises:

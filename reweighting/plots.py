@@ -10,6 +10,7 @@ own font lacks are drawn in an installed font that has them.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 from PIL import Image
 
 from reweighting.files import atomic_file
@@ -207,7 +207,7 @@ def draw_best_of_n(curves: dict[str, dict[int, tuple[float, float]]], path: Path
     _save(figure, path)
 
 
-def smoothed(values: ArrayLike, width: int) -> np.ndarray:
+def smoothed(values: Sequence[float] | np.ndarray, width: int) -> np.ndarray:
     """Return for each value the mean over its neighbours.
 
     Args:

@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 MAX_LENGTH = 400  # characters of an answer that is taken apart; a longer one is compared as a text
 MAX_DIGITS = 100  # of a number: no arithmetic on longer ones
@@ -92,7 +92,7 @@ def answers_match(stated: str | None, truth: str) -> bool | None:
         units differ, they are different formulas, or one text holds the other.
     """
     given, true = normal_answer(stated), normal_answer(truth)
-    if given is None or true is None:
+    if stated is None or given is None or true is None:
         return None
     a, b = _number(_plain(stated)), _number(_plain(truth))
     if a and b:
@@ -210,7 +210,9 @@ def _same_formula(a: str, b: str) -> bool | None:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every call without a time limit
     with suppress(Exception):  # sympy has many kinds of them
-        parsed = [math_verify.parse(f"${text}$", parsing_timeout=None) for text in (b, a)]
+        # None, beside the documented numbers, sets no timer: timers need the main thread.
+        parse = partial(math_verify.parse, parsing_timeout=None)  # ty: ignore[invalid-argument-type]
+        parsed = [parse(f"${text}$") for text in (b, a)]
         if all(parsed):
             return math_verify.verify(*parsed, timeout_seconds=None)
     return None

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -181,7 +182,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         image = image.transpose(turn)
     if image.mode == "F" or image.mode.startswith("I"):  # a plain convert() would clip what is above 255 to white
         image = image.convert("F")
-        brightest = image.getextrema()[1]
+        _, brightest = cast(tuple[float, float], image.getextrema())  # of one band
         scale = 255 if brightest <= 1 else 1 if brightest <= 255 else 1 / 257  # of [0, 1], 8 or 16 bits
         image = image.point(lambda value: value * scale + 0).convert("L")
     if image.has_transparency_data:

@@ -121,7 +121,7 @@ def _checked_rows(
 
     count = 0
     problems = Problems()
-    images: dict[str | None, tuple[Path | None, str]] = {}
+    images: dict[str, tuple[Path | None, str]] = {}
     stream = iterate_rows(path, columns=_file_fields(row_type))
     while raw_rows := list(islice(stream, ROWS_AT_A_TIME)):
         if not remember:
@@ -129,7 +129,7 @@ def _checked_rows(
         new = (name for name in map(_image_path, raw_rows) if name and name not in images)
         images |= check_images(new, path.parent, image_root, decode and len(images) < IMAGES_DECODED)
         for index, raw in enumerate(raw_rows, count):
-            image, image_problem = images.get(_image_path(raw), (None, ""))
+            image, image_problem = images.get(_image_path(raw) or "", (None, ""))
             row, row_problems = _check_fields(row_type, raw, {"index": index} | ({"image": image} if image else {}))
             if image_problem:
                 text = f"found {short_repr(_image_path(raw))}, which {image_problem}, {IMAGE_ALLOWED}"
@@ -137,7 +137,7 @@ def _checked_rows(
                 row_problems.setdefault("image_path", (image_problem.partition(" (")[0], text))
             for field, (kind, text) in row_problems.items():
                 problems.add(f"row {index}", f"{field}: {text}", (field.partition("[")[0], kind))
-            if not problems.count:
+            if row is not None and not problems.count:
                 yield row
         count += len(raw_rows)
     if problems.count:
@@ -163,12 +163,12 @@ def _check_fields(row_type: type[AnyRow], raw: Any, found: dict) -> tuple[AnyRow
         row = row_type.model_validate({name: raw[name] for name in fields if name in raw} | found)
     except ValidationError as invalid:
         for error in invalid.errors(include_url=False):
-            name, *inner = error["loc"]
+            name, *inner = map(str, error["loc"])
             if error["type"] == "missing" and name in misspelt.values():
                 continue
             # A field of several types has one error for each type: the first one tells it all.
-            place = f"{name}[{inner[0]}]" if inner and isinstance(inner[0], int) else name
-            text = _described(error, row_type.model_fields[name].description)
+            place = f"{name}[{inner[0]}]" if inner and inner[0].isdecimal() else name
+            text = _described(error, row_type.model_fields[name].description or "")
             problems.setdefault(place, (error["type"], text))
     return row, problems
 

@@ -108,7 +108,8 @@ class _Window:
     def next_character(self) -> str:
         """Skip white space; the character there, "" at the end of the file."""
         while True:
-            self.at = SPACE.match(self.text, self.at).end()
+            if blank := SPACE.match(self.text, self.at):
+                self.at = blank.end()
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
 

@@ -71,7 +71,8 @@ class TrainingRow(Row):
         quotient = accuracy_from_counts(score, times)
         if quotient is not None and accuracy is not None and not agree(accuracy, quotient):
             found = f"found {times:g} beside a score of {score:g}, whose quotient is {quotient:.3g}"
-            raise PydanticCustomError("accuracy", f"{found}, and an accuracy of {accuracy:.3g}, allowed: equal ones")
+            text = f"{found}, and an accuracy of {accuracy:.3g}, allowed: equal ones"
+            raise PydanticCustomError("accuracy", "{text}", {"text": text})
         return times
 
 
@@ -104,5 +105,6 @@ class CandidateRow(Row):
         candidates = info.data.get("candidates")  # absent when it has an error of its own
         if value is not None and candidates is not None and len(value) != len(candidates):
             allowed = f"one per candidate, that is {len(candidates)}"
-            raise PydanticCustomError("one_per_candidate", f"found {len(value)} of them, allowed: {allowed}")
+            text = f"found {len(value)} of them, allowed: {allowed}"
+            raise PydanticCustomError("one_per_candidate", "{text}", {"text": text})
         return value

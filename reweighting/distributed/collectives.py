@@ -12,7 +12,7 @@ a `UserError`, and one whose peer has ended with `ProcessLost`; the launcher the
 """
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None]:
+def process_group(device: torch.device, timeout_minutes: float) -> Generator[None]:
     """Join the processes that the launcher has started, as long as the context is open.
 
     Args:
@@ -59,7 +59,7 @@ def process_group(device: torch.device, timeout_minutes: float) -> Iterator[None
 
 
 @contextmanager
-def _noticing_lost_processes() -> Iterator[None]:
+def _noticing_lost_processes() -> Generator[None]:
     """Name what the backends raise when another process hangs (UserError) or has ended (ProcessLost)."""
     try:
         yield
@@ -122,8 +122,8 @@ class _Summed(torch.autograd.Function):
         return all_reduce_sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return all_reduce_sum(gradient)
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return all_reduce_sum(gradients[0])
 
 
 def differentiable_all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -49,7 +49,7 @@ def dist_env() -> DistEnv:
 
 
 @contextmanager
-def rank0_output() -> Iterator[None]:
+def rank0_output() -> Generator[None]:
     """Silence stdout and stderr of every process but 0 while the context is open."""
     if dist_env().rank == 0:
         yield

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reweighting.data.chains import candidate_chains
 from reweighting.data.schema import CandidateRow
-from reweighting.modeling.aggregation import aggregate
+from reweighting.modeling.aggregation import AggregationName, aggregate
 from reweighting.modeling.reward_model import ProcessRewardModel
 
 
@@ -50,7 +50,7 @@ def score_candidates(
     return scored
 
 
-def choose(scored: Sequence[tuple[Tensor, Tensor]], n: int, aggregation: str = "mean_logit") -> list[int]:
+def choose(scored: Sequence[tuple[Tensor, Tensor]], n: int, aggregation: AggregationName = "mean_logit") -> list[int]:
     """Choose the best of each question's first `n` candidates.
 
     Args:
@@ -68,7 +68,7 @@ def best_of_n_accuracy(
     scored: Sequence[tuple[Tensor, Tensor]],
     correct: Sequence[Sequence[bool | None]],
     n: int,
-    aggregation: str = "mean_logit",
+    aggregation: AggregationName = "mean_logit",
 ) -> float:
     """Compute the share of questions whose chosen candidate is correct.
 

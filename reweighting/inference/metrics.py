@@ -87,10 +87,10 @@ def process_bench(chains: Sequence[Sequence[float]], first: Sequence[int], thres
         `error`: the share of chains with an incorrect step in which exactly the first one is found; `correct`: the
         share of the others in which none is found; `f1`: their harmonic mean. NaN where there are no such chains.
     """
-    first = np.asarray(first)
-    found = np.array([first_incorrect(scores, threshold) for scores in chains]) == first
+    starts = np.asarray(first)
+    found = np.array([first_incorrect(scores, threshold) for scores in chains]) == starts
     error, correct = (
-        float(part.mean()) if len(part) else float("nan") for part in (found[first >= 0], found[first < 0])
+        float(part.mean()) if len(part) else float("nan") for part in (found[starts >= 0], found[starts < 0])
     )
     total = error + correct
     return {"error": error, "correct": correct, "f1": 2 * error * correct / total if total else 0.0}
@@ -111,11 +111,11 @@ def best_process_bench_threshold(chains: Sequence[Sequence[float]], first: Seque
     """
     # A chain is judged as it is by thresholds above `low` up to `high`: no step before the first incorrect one scores
     # below them, and the incorrect one does.
-    first = np.asarray(first)
-    if (first < 0).all() or (first >= 0).all():
+    starts = np.asarray(first)
+    if (starts < 0).all() or (starts >= 0).all():
         raise ValueError("chains with and without an incorrect step are needed")
-    low = np.array([-np.inf if f < 0 else c[f] for c, f in zip(chains, first, strict=True)])
-    high = np.array([min(c if f < 0 else c[:f], default=np.inf) for c, f in zip(chains, first, strict=True)])
+    low = np.array([-np.inf if f < 0 else c[f] for c, f in zip(chains, starts, strict=True)])
+    high = np.array([min(c if f < 0 else c[:f], default=np.inf) for c, f in zip(chains, starts, strict=True)])
     thresholds = np.unique(np.r_[[s for c in chains for s in c], 2.0])
 
     def share(kind: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def best_process_bench_threshold(chains: Sequence[Sequence[float]], first: Seque
         ended = np.searchsorted(np.sort(highs), thresholds, "left")  # high < threshold
         return (begun - ended) / kind.sum()
 
-    error, correct = share(first >= 0), share(first < 0)
+    error, correct = share(starts >= 0), share(starts < 0)
     values = 2 * error * correct / np.maximum(error + correct, 1e-300)
     return float(thresholds[_last_argmax(values)])
 

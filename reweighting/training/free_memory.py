@@ -25,7 +25,7 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     _, world, _ = dist_env()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if world > 1 else 1  # torchrun's
-    return max(0, min(psutil.virtual_memory().available, *_free_in_groups())) // here
+    return int(max(0, min(psutil.virtual_memory().available, *_free_in_groups())) // here)
 
 
 def _free_in_groups(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[float]:

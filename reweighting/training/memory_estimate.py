@@ -198,7 +198,8 @@ def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
     if not with_image:
         return 0
     (chain,) = longest(model, list(with_image.values()), 1)
-    return min(len(with_image) * model.chain_tokenizer.encode(chain).pixels.nbytes, CACHE_BYTES)
+    pixels = model.chain_tokenizer.encode(chain).pixels
+    return min(len(with_image) * pixels.nbytes, CACHE_BYTES) if pixels else 0
 
 
 def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:

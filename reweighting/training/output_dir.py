@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ RUN_FILE = "run.json"
 
 
 @contextmanager
-def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Iterator[Path]:
+def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Path]:
     """Hold the output folder as long as the context is open; of several processes, process 0 does.
 
     The folder is made if it is missing, and cleared of what killed runs have left unfinished. The system drops the

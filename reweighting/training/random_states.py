@@ -13,7 +13,9 @@ NUMPY_WORDS = 624  # of its Mersenne Twister's state; the position counts them
 
 def random_states() -> dict[str, Any]:
     """Read the states of python's, numpy's and torch's random generators, in types that load safely."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    legacy_state = np.random.get_state(legacy=True)
+    assert isinstance(legacy_state, tuple)  # a dictionary only for generators other than the Mersenne Twister
+    kind, keys, position, has_gauss, gauss = legacy_state
     state = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),

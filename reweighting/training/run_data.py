@@ -52,20 +52,19 @@ def read_run_data(config: TrainingConfig) -> RunData:
 
 
 def _read(config: TrainingConfig) -> RunData:
-    learns, files = config.learns_weights, config.data
-    rows = iterate_training_rows(files.train_json_file, files.image_root, min_domains=2 if learns else 1)
+    files = config.data
+    meta_file = files.meta_json_file if config.learns_weights else None
+    rows = iterate_training_rows(files.train_json_file, files.image_root, min_domains=2 if meta_file else 1)
     train, domains = training_chains(rows, files.train_json_file)
     _check_batch_size(config.lower.batch_size, train, domains)
     _warn(*step_warnings(train, files.train_json_file))
     meta: list[Chain] = []
-    if learns:
-        meta_rows = load_meta_rows(files.meta_json_file, files.image_root)
-        meta, stepless = meta_chains(meta_rows, files.meta_json_file)
+    if meta_file is not None:
+        meta_rows = load_meta_rows(meta_file, files.image_root)
+        meta, stepless = meta_chains(meta_rows, meta_file)
         if stepless:
-            _warn(
-                f"{files.meta_json_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and are left out"
-            )
-        _warn(*step_warnings(meta, files.meta_json_file))
+            _warn(f"{meta_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and are left out")
+        _warn(*step_warnings(meta, meta_file))
     validation, correct = [], []
     if files.validation_json_file is not None:
         validation, correct = _read_validation(files.validation_json_file, files.image_root)

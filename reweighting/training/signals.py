@@ -4,6 +4,7 @@ import signal
 import sys
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 
 class _Stderr:
@@ -45,7 +46,7 @@ class StopSignals:
 
     def __init__(self):
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         for name in STOP_SIGNALS:
