@@ -24,7 +24,7 @@ from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.memory_estimate import MemoryScenario, estimate
 
 IMAGE, TEXT, STEPS = 324, 700, 5  # tokens of an image of 504 x 504, of question and answer; steps of the answer
-BATCH, SETTING = 2, MemoryScenario(steps=5, accumulation=3, meta_batches=4)  # 15 domains, 8 meta chains
+BATCH, SETTING = 2, MemoryScenario(steps=5, micro_batches=3, meta_batches=4)  # 15 domains, 8 meta chains
 RANK, GPUS, SPARE = 16, (24, 48, 80), 0.9  # of a GPU's memory: the rest is CUDA's and lost to fragmentation
 MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
@@ -117,7 +117,7 @@ def main() -> None:
                 parts = vars(estimate(model, batch, batch, replace(setting, hypergradient=hypergradient)))
                 fits = [size for size in GPUS if parts["total"] <= SPARE * size * 2**30]
                 rows.append({"model": name, "way": way, "hypergradient": hypergradient, "fits": fits, **parts})
-                shown = ("weights", "optimizer", "kept_gradients", "activations", "gradients", "meta_pass", "total")
+                shown = ("weights", "optimizer", "kept", "activations", "gradients", "meta_pass", "total")
                 cells = " | ".join(f"{parts[part] / 1e9:.1f}" for part in shown)
                 where = ", ".join(f"{size} GB" for size in fits) or "none"
                 print(f"| {name} | {way} | `{hypergradient}` | {cells} | {where} |", flush=True)

@@ -32,7 +32,7 @@ from common import ROOT, make_data, write_results
 
 CASES = ("stock", "stock, as many", "ours", "no upper level", "bare loop")
 PARTS = {  # what is timed: part -> (level, method)
-    "data": (("lower", "prepare"), ("upper", "prepare"), ("lower", "get_batch")),
+    "data": (("lower", "prefetch"), ("upper", "prefetch"), ("lower", "get_batch")),
     "lower forward": (("lower", "training_step_exec"),),
     "lower backward": (("lower", "backward"),),
     "meta": (("upper", "step_normal"),),
@@ -152,7 +152,7 @@ def measured(engine, warm_up: int) -> Meter:
 
 def bare_loop(lower, warm_up: int, count: int) -> dict:
     """Forward and backward of the same micro-batches, made beforehand."""
-    batches = [lower.draw(number)[1] for number in range(warm_up + count)]
+    batches = [lower.fetch_batch(number)[1] for number in range(warm_up + count)]
     params = lower.trainable_parameters()
     for number, batch in enumerate(batches):
         if number == warm_up:

@@ -28,6 +28,7 @@ import torch
 from betty.configs import Config
 
 from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import TrainingConfig, parse_training_config
 from reweighting.devices import choose_device, choose_precision
@@ -86,23 +87,24 @@ def build_engine(
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
     preflight.check_chains(model, data, validation)
-    hypergradient = resolve_hypergradient(config, data, model, device, precision, state and state["settings"])
+    optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
+    method = resolve_hypergradient(config, data, model, device, state and state["settings"])  # None likewise
 
     lower = PRMFineTuning(
         Config(
-            type=hypergradient,
             unroll_steps=config.upper.unroll_steps,
             warmup_steps=config.upper.warmup_iterations * batches.micro_batches_per_step,
             gradient_accumulation=batches.micro_batches_per_step,
             precision=precision,
         ),
         model,
-        build.make_optimizer(config.lower, list(layout.trainables().values())),
+        optimizer,
         partial(batches.train, model),
-        layout,
         learning_rate=build.learning_rate_schedule(config.lower),
-        clip=config.lower.max_grad_norm,
+        hypergradient=method and make_hypergradient(method, model, optimizer, layout=layout, precision=precision),
         fixed_weights=fixed_weights,
+        max_grad_norm=config.lower.max_grad_norm,
+        layout=layout,
     )
     upper = None
     if config.learns_weights:
@@ -118,7 +120,7 @@ def build_engine(
     preflight.print_summary(config, data, model, device, precision)
     engine = ReweightingEngine(
         lower, upper, data.domains, device, folder, config.lower.iteration_num, config.run.save_every_iterations,
-        settings | {"planned_hypergradient": hypergradient}, keep=config.run.keep_checkpoints,
+        settings | {"planned_hypergradient": method}, keep=config.run.keep_checkpoints,
         max_skipped_steps=config.run.max_skipped_steps, validation=validation, persistent=not config.run.dry_run,
     )  # fmt: skip
     if state is not None:

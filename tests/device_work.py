@@ -29,7 +29,7 @@ RUNS = {
     "lora": ("--lora_rank", "2", "--gradient_checkpointing"),
     "all-trained": ("--no_freeze_vision", "--attention", "eager", "--scheduler", "cosine"),
     "head": ("--train", "head"),
-    "sama": ("--hypergradient", "sama"),
+    "darts": ("--hypergradient", "darts"),
     "baseline": ("--baseline",),
 }
 

@@ -85,7 +85,7 @@ def parameters_of(flags: list[str], place: Path, double: bool = False) -> Callab
         finish, load_backbone, table = main.save_results, build.load_backbone, main.DomainWeights
 
         def note(engine, folder) -> None:
-            torch.save(engine.lower.named_trainables(), place / f"{collectives.rank()}.pt")
+            torch.save(engine.lower.named_trainable_parameters(), place / f"{collectives.rank()}.pt")
             finish(engine, folder)
 
         try:

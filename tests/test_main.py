@@ -80,7 +80,7 @@ def test_baseline_and_fixed_weights(demo, finished, tmp_path):
     [
         ("--no_freeze_vision", "--gradient_checkpointing", "--max_grad_norm", "0.5"),
         ("--hypergradient", "darts"),
-        ("--hypergradient", "sama", "--scheduler", "step", "--scheduler_step_size", "3"),
+        ("--hypergradient", "darts", "--scheduler", "step", "--scheduler_step_size", "3"),
         ("--gradient_accumulation", "3", "--aggregation_function", "min"),
     ],
     ids=lambda more: more[0].lstrip("-"),

@@ -1,12 +1,18 @@
-"""A Betty problem that keeps the module, optimizer and data that it was given."""
+"""A Betty problem that keeps the module, optimizer and data that it was given.
+
+Betty 0.2.1 rebuilds optimizers and schedulers from their defaults, trains frozen parameters, knows bf16 on CUDA only,
+waits for the device at every loss and leaves counters out of its state. `BettyProblemAdapter` overrides these parts.
+"""
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from betty.configs import Config
 from betty.problems import ImplicitProblem
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from reweighting.bilevel.nonfinite import NonFinite
 from reweighting.devices import autocast
@@ -15,88 +21,105 @@ from reweighting.distributed.sharding import Replicated
 
 
 class BettyProblemAdapter(ImplicitProblem):
-    """A Betty problem that keeps the module, optimizer and data that it was given.
+    """Base of both levels.
 
-    draw: micro-step (from 0) -> batch on the device. A `training_step` leaves the loss to report in `self.loss`;
-    `losses` are those since the last `mean_loss()`. nonfinite: what made the last step be left out, None if nothing.
-    layout: how the module lies on the processes, `Replicated` if it is not given.
+    Args:
+        name: "lower" or "upper"; Betty makes each level an attribute of the other by this name.
+        config: Betty's.
+        module: What the level trains.
+        optimizer: Over its trained parameters, one group.
+        fetch_batch: (micro-step from 0) -> batch on the device.
+        layout: How the module's parameters lie on the processes; by default each process holds all of them.
+
+    Attributes:
+        loss: The newest loss to report, a scalar; every `training_step` sets it.
+        losses: Those since the last `mean_loss()`.
+        nonfinite: Why the newest step was left out; None if it was made.
     """
 
     def __init__(
         self,
         name: str,
         config: Config,
-        module,
-        optimizer,
-        draw: Callable[[int], object],
+        module: nn.Module,
+        optimizer: Optimizer,
+        fetch_batch: Callable[[int], Any],
         layout: Replicated | None = None,
     ):
         super().__init__(name, config, module, optimizer)
         self.layout = layout or Replicated(module)
-        self.draw, self.prepared, self.losses = draw, deque(), []
+        self.fetch_batch = fetch_batch
+        self.losses: list[Tensor] = []
         self.nonfinite: NonFinite | None = None
+        self._prefetched: deque = deque()
 
     def patch_module(self) -> None:
-        """Keep ours, where it is: moved, a sharded module's parameters would not be the optimizer's any more."""
+        """Keep the module on its device: once moved, a sharded module's parameters are not the optimizer's."""
 
     def patch_optimizer(self) -> None:
-        """Keep ours."""
+        """Keep the optimizer."""
 
-    def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """The parameters that are not frozen."""
-        return list(self.named_trainables().values())
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are not frozen; of a sharded one, this process's shard."""
+        return list(self.named_trainable_parameters().values())
 
-    def named_trainables(self) -> dict[str, torch.nn.Parameter]:
-        """{name: parameter} of those that are not frozen; of one that is cut into parts, the part that is here."""
-        return self.layout.trainables()
+    def named_trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return {name: parameter} of those that are not frozen; of a sharded one, this process's shard."""
+        return self.layout.trainable_parameters()
 
     def named_gradients(self) -> dict[str, Tensor]:
-        """{name: gradient} of the parameters that have one."""
-        return {name: p.grad for name, p in self.named_trainables().items() if getattr(p, "grad", None) is not None}
+        """Return {name: gradient} of the parameters that have one."""
+        named = self.named_trainable_parameters().items()
+        return {name: param.grad for name, param in named if getattr(param, "grad", None) is not None}
 
-    def prepare(self, micro_steps: int) -> None:
-        """Draw the batches of the next micro-steps: what cannot be read is known before the step begins."""
-        while len(self.prepared) < micro_steps:
-            self.prepared.append(self.draw(self._count + len(self.prepared)))
+    def prefetch(self, micro_steps: int) -> None:
+        """Fetch the batches of the next micro-steps, so that a file that cannot be read is known before the step."""
+        while len(self._prefetched) < micro_steps:
+            self._prefetched.append(self.fetch_batch(self._count + len(self._prefetched)))
 
-    def get_batch(self):
-        """The batch of this micro-step; Betty has counted it already."""
-        return self.prepared.popleft() if self.prepared else self.draw(self._count - 1)
+    def get_batch(self) -> Any:
+        """Return the batch of this micro-step, which Betty has counted already."""
+        return self._prefetched.popleft() if self._prefetched else self.fetch_batch(self._count - 1)
 
-    def training_step_exec(self, batch) -> Tensor:
-        """The loss, under autocast where `--precision bf16` asks for it, on any device."""
+    def training_step_exec(self, batch: Any) -> Tensor:
+        """Compute the loss, a scalar, under autocast where the precision is bf16, on any device."""
         with autocast(torch.device(self.device), self.precision):
             return self.training_step(batch)
 
-    def get_loss(self, batch) -> tuple[Tensor, dict]:
-        """As Betty's, without waiting for the device."""
+    def get_loss(self, batch: Any) -> tuple[Tensor, dict]:
+        """Compute the loss divided by the micro-batches of a step, without waiting for the device."""
         loss = self.training_step_exec(batch)
         self.losses.append(self.loss)
         return loss / self.gas, {}
 
+    def mean_loss(self) -> float | None:
+        """Return the mean of the finite losses since the last call, None if there are none.
+
+        Waits for the device, and for every process.
+        """
+        losses = collectives.all_reduce_sum(torch.stack(self.losses)) if self.losses else torch.zeros(0)
+        self.losses = []
+        losses = losses[losses.isfinite()]
+        return losses.mean().item() if len(losses) else None
+
     def state_dict(self) -> dict:
-        """Trained parameters, the optimizer's state, the losses not yet reported and the count of micro-steps, between
-        two steps: of all processes together, in the main one. Every process calls it."""
-        names = list(self.named_trainables())
-        module = {name: self.layout.gather_full(name, p.detach()) for name, p in self.named_trainables().items()}
-        optimizer = self._in_optimizer(self.layout.gather_full, self.optimizer.state_dict()["state"], names)
+        """Return trained parameters, optimizer state, micro-step count and unreported losses, between two steps.
+
+        It is complete on rank 0. Every process calls it.
+        """
+        params = self.named_trainable_parameters()
+        module = {name: self.layout.gather_full(name, param.detach()) for name, param in params.items()}
+        optimizer = _map_state(self.optimizer.state_dict()["state"], list(params), self.layout.gather_full)
         losses = [collectives.all_reduce_sum(loss) for loss in self.losses]
         return {"module": module, "optimizer": optimizer, "count": self._count, "losses": losses}
 
-    @staticmethod
-    def _in_optimizer(change: Callable[[str, Tensor], Tensor], state: dict, names: list[str]) -> dict:
-        """An optimizer's state with `change` made to what has a parameter's shape; names: in the optimizer's order."""
-        return {
-            index: {key: value if _is_count(value) else change(names[index], value) for key, value in kept.items()}
-            for index, kept in state.items()
-        }
-
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` gave. The optimizer's settings stay what they are now.
+        """Continue from a state; the optimizer's settings stay what they are now.
 
-        Raises ValueError if other parameters are trained now.
+        Raises:
+            ValueError: Other parameters are trained now.
         """
-        params = self.named_trainables()  # what is frozen was loaded with the backbone
+        params = self.named_trainable_parameters()  # frozen ones were loaded with the backbone
         if different := sorted(params.keys() ^ state["module"].keys()):
             raise ValueError(f"{different[0]} is trained in one of them and not in the other")
         for name, param in params.items():
@@ -105,21 +128,23 @@ class BettyProblemAdapter(ImplicitProblem):
                 raise ValueError(f"{name} has the shape {tuple(saved.shape)} in it and {tuple(param.shape)} here")
             param.data.copy_(saved)
         groups = self.optimizer.state_dict()["param_groups"]
-        kept = self._in_optimizer(self.layout.local_shard, state["optimizer"], list(params))
-        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        optimizer_state = _map_state(state["optimizer"], list(params), self.layout.local_shard)
+        self.optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
         self._count = state["count"]
-        # Each is a sum over processes: the others add nothing to what the main one has.
+        # Each is a sum over processes: the other ranks add nothing to what rank 0 has.
         self.losses = [loss.to(self.device) * float(collectives.is_rank0()) for loss in state["losses"]]
 
-    def mean_loss(self) -> float | None:
-        """The mean of the losses since the last call, without those that are no numbers; None if there are none.
-        Waits for the device, and for every process."""
-        losses = collectives.all_reduce_sum(torch.stack(self.losses)) if self.losses else torch.zeros(0)
-        self.losses = []
-        losses = losses[losses.isfinite()]
-        return losses.mean().item() if len(losses) else None
 
+def _map_state(state: dict, names: list[str], change: Callable[[str, Tensor], Tensor]) -> dict:
+    """An optimizer's state with `change` applied to the tensors that have a parameter's shape.
 
-def _is_count(value: object) -> bool:
-    """Whether an entry of an optimizer's state is one number, like AdamW's `step`, and not as large as a parameter."""
-    return not isinstance(value, Tensor) or value.dim() == 0
+    names: of the parameters, in the optimizer's order.
+    """
+
+    def is_scalar(value: object) -> bool:  # like AdamW's `step`
+        return not isinstance(value, Tensor) or value.dim() == 0
+
+    return {
+        index: {key: value if is_scalar(value) else change(names[index], value) for key, value in values.items()}
+        for index, values in state.items()
+    }

@@ -1,14 +1,17 @@
-"""The upper level's parameters: one raw number alpha a domain, and the weights that they stand for."""
+"""The upper level's parameters: a raw number alpha for each domain, and the weights w(alpha)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+MIN_WEIGHT = 0.05  # a domain below hardly takes part any more
+
 
 class DomainWeights(nn.Module):
-    """The table of raw parameters alpha [K], all 0 at the start: every weight 1.
+    """The table of raw parameters alpha [K], all 0 at the start, so that every weight is 1.
 
-    domains: the K domain names, in the order of the weights.
+    Args:
+        domains: The K domain names, in the order of the weights.
     """
 
     def __init__(self, domains: list[str]):
@@ -17,21 +20,25 @@ class DomainWeights(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(len(domains)))
 
     def forward(self) -> Tensor:
-        """The weights w(alpha) = softplus(alpha) / mean(softplus(alpha)), [K]: positive, mean 1."""
+        """Compute the weights w(alpha) = softplus(alpha) / mean(softplus(alpha)), [K]: positive, with mean 1."""
         positive = softplus(self.alpha)
         return positive / positive.mean()
 
 
-LEAST_WEIGHT = 0.05  # a domain below takes no part any more
-
-
 def collapsed(weights: dict[str, float]) -> dict[str, str]:
-    """What is wrong, in words, with each domain whose weight (mean 1) has all but lost or won everything."""
+    """Find the domains whose weight has lost or won nearly everything.
+
+    Args:
+        weights: {domain: weight}, mean 1.
+
+    Returns:
+        {domain: what is wrong with its weight, in words}.
+    """
     half = len(weights) / 2
     words = {}
     for domain, weight in weights.items():
-        if weight < LEAST_WEIGHT:
-            words[domain] = f"{domain} has all but no weight ({weight:.3f})"
+        if weight < MIN_WEIGHT:
+            words[domain] = f"the weight of {domain} has nearly vanished ({weight:.3f})"
         elif weight > half and len(weights) > 2:  # of two domains, one always has half or more
-            words[domain] = f"{domain} has more than half of all the weight ({weight:.2f} of {len(weights)})"
+            words[domain] = f"{domain} has more than half of the total weight ({weight:.2f} of {len(weights)})"
     return words

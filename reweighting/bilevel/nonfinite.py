@@ -1,9 +1,10 @@
-"""What a run watches about itself: numbers that are not finite, and domain weights that collapse."""
+"""Steps that are left out because a loss or a gradient is not finite: what is known of them."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +15,13 @@ from reweighting.files import atomic_write_text
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The chains of a micro-batch, its loss (a scalar) and whether loss and gradient are finite (a bool scalar)."""
+    """What is known of a micro-batch after its backward pass.
+
+    Attributes:
+        chains: Its chains on this process.
+        loss: Its loss, a scalar.
+        finite: Whether loss and gradient are finite on this process, a bool scalar.
+    """
 
     chains: Sequence[Chain]
     loss: Tensor
@@ -23,10 +30,14 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """A step of a level ("lower" or "upper") that was left out because a loss or gradient was not finite.
+    """A step that was left out.
 
-    losses: of its micro-batches, as text since JSON has no NaN. rows: where the chains of those that are not finite
-    come from; images: their images. parameters: the parameters whose gradient is not finite.
+    Attributes:
+        level: "lower" or "upper".
+        losses: The losses of its micro-batches, as text since JSON has no NaN.
+        rows: Where the chains of its non-finite micro-batches come from.
+        images: Their images.
+        parameters: The parameters whose gradient is not finite.
     """
 
     level: str
@@ -37,31 +48,36 @@ class NonFinite:
 
     @classmethod
     def collect(cls, level: str, micro_batches: Sequence[MicroBatch], gradients: dict[str, Tensor]) -> "NonFinite":
-        """What there is to say about micro-batches and the sum of their gradients, {parameter: gradient}. Every process
-        calls it: the losses are those of all."""
+        """Describe a step from what this process knows. Every process calls it, since losses are summed over them.
+
+        Args:
+            level: "lower" or "upper".
+            micro_batches: Those of the step.
+            gradients: {parameter: gradient} of the step.
+        """
         bad = [chain for one in micro_batches if not one.finite for chain in one.chains]
         return cls(
             level,
-            [str(collectives.all_reduce_sum(one.loss).item()) for one in micro_batches],
-            [chain.source_location for chain in bad],
-            [str(chain.image) for chain in bad if chain.image is not None],
-            [name for name, gradient in gradients.items() if not gradient.isfinite().all()],
+            losses=[str(collectives.all_reduce_sum(one.loss).item()) for one in micro_batches],
+            rows=[chain.source_location for chain in bad],
+            images=[str(chain.image) for chain in bad if chain.image is not None],
+            parameters=[name for name, gradient in gradients.items() if not gradient.isfinite().all()],
         )
 
     @classmethod
     def merge(cls, faults: Sequence["NonFinite"]) -> "NonFinite":
-        """One of all processes' faults in the same step, each of which knows its own share of the chains."""
+        """Merge what the processes know of the same step, each of its own part of the chains."""
         first = faults[0]
         names = ("rows", "images", "parameters")
-        joined = {name: list(dict.fromkeys(item for one in faults for item in getattr(one, name))) for name in names}
-        return cls(first.level, first.losses, **joined)
+        merged = {name: list(dict.fromkeys(item for one in faults for item in getattr(one, name))) for name in names}
+        return cls(first.level, first.losses, **merged)
 
     def file_name(self, step: int) -> Path:
-        """Its file in the output folder."""
+        """Return the path of its file in the output folder."""
         return Path("diagnostics") / f"nonfinite-{step:08d}-{self.level}.json"
 
-    def write(self, path: Path, step: int, more: dict) -> None:
-        """Write all of it, and `more`, as JSON."""
+    def write(self, path: Path, step: int, more: dict[str, Any]) -> None:
+        """Write it and `more` as JSON."""
         path.parent.mkdir(exist_ok=True)
         atomic_write_text(path, json.dumps({"step": step, **asdict(self), **more}, indent=1) + "\n")
 

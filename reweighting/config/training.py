@@ -26,7 +26,7 @@ EMBEDDED_BACKBONE = PACKAGE / "_backbone"  # where `pip install` puts it
 if not EMBEDDED_BACKBONE.is_dir():
     EMBEDDED_BACKBONE = PACKAGE.parent / "backbone"  # where the repository has it
 
-HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts", "sama"]
+HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import torch
 
-from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
 from reweighting.config.training import TrainingConfig
 from reweighting.devices import choose_device
 from reweighting.distributed import collectives
@@ -67,10 +66,7 @@ def dry_run(
         if not same(saved, state):
             raise UserError(f"{folder}: a checkpoint was not read as it was written: check the disk")
         size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
-    # A checkpoint inside a window also holds the window's gradients; this one was saved at its end.
-    lower = engine.lower
-    if isinstance(lower.window, UnrolledHypergradient):
-        size += 4 * steps * lower.gas * sum(tensor.numel() for tensor in state["problems"]["lower"]["module"].values())
+    size += expected.kept  # a checkpoint inside a window holds these too; this one was saved at the end of one
     # The newest checkpoints, the best one, the one being written, and the final reward model.
     disk = size * (config.run.keep_checkpoints + 3)
     free = shutil.disk_usage(folder).free

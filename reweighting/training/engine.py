@@ -165,9 +165,9 @@ class ReweightingEngine(Engine):
         """Fetch the batches of the next step, so that unreadable files are found before the step begins."""
 
         def prepare() -> None:
-            self.lower.prepare(self.lower.gas)
+            self.lower.prefetch(self.lower.gas)
             if self.reweights and self.lower.ends_window(self.global_step + 1):
-                self.upper.prepare(1)
+                self.upper.prefetch(1)
 
         self._read_with_retries(prepare)
 

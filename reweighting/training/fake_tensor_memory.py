@@ -56,13 +56,6 @@ def _backward_into_parts(loss: Tensor, params: Sequence[nn.Parameter], parts: in
     return kept
 
 
-def forward_memory(loss: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
-    """The most bytes that a forward pass without a graph has at a time, its attention as plain arithmetic."""
-    with torch.no_grad(), LiveMemory(known) as live:
-        loss()
-    return live.peak
-
-
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of all tensors made inside it that are still referenced: `now`, and their `peak`."""
 

@@ -1,55 +1,68 @@
-"""What a run's memory will be, by part, before any weight is loaded.
+"""What memory a run will take, by part, before any weight is loaded.
 
     model = ProcessRewardModel.from_backbone("backbone", device="meta")
     print(table(estimate(model, batch, meta_batch, MemoryScenario())))
 
-The model is built from its config on tensors without memory, and one micro-batch of the longest chain goes through it
+The model is built from its config on tensors without memory, and one micro-batch of the longest chains goes through it
 there, forward and backward (`fake_tensor_memory.py`): activations are counted, not guessed. What the optimizer and the
-window keep follows from the number P of trained parameters.
+hypergradient keep follows from the number P of trained parameters.
 
-It counts tensors. A GPU has besides them what CUDA itself takes (about half a gigabyte) and what its allocator cannot
-use (5 to 10 % is usual): `benchmarks/memory_check.py` compares with measured peaks, on the CPU.
+The estimate counts tensors. A GPU also holds what CUDA itself takes (about half a gigabyte) and what its allocator
+cannot use (5 to 10 % is usual). `benchmarks/memory_check.py` compares with measured peaks, on the CPU.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW
 
-from reweighting.bilevel.hypergradients.unrolled import LARGE_PART, PARTS
+from reweighting.bilevel.hypergradients import make_hypergradient
+from reweighting.bilevel.hypergradients.base import WindowMemory, WindowSize
+from reweighting.bilevel.losses import squared_error
 from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
-from reweighting.distributed.sharding import uncut_parameters
+from reweighting.distributed.sharding import unsharded_parameters
 from reweighting.modeling.aggregation import aggregate
 from reweighting.modeling.collate import Batch, collate
 from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
-from reweighting.training.fake_tensor_memory import forward_memory, step_memory
+from reweighting.training.build import micro_batches_per_step
+from reweighting.training.fake_tensor_memory import step_memory
+from reweighting.training.run_data import RunData
 
-FLOAT = 4  # bytes of what is trained, and of all that belongs to it
-SAMPLED = 64  # chains that are looked at for the longest ones, beside those with most text
+SAMPLED = 64  # chains that are tokenized to find the longest ones, beside those with most text
 MOST_TEXT = 8
-NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in 4 bits, with its share of doubly quantised scales
+NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of a weight in 4 bits, with its part of doubly quantised scales
 
 
 @dataclass(frozen=True)
 class MemoryScenario:
     """What the estimate depends on beside the model and its batches.
 
-    hypergradient: window, jvp, finite_difference, darts, sama, or None where no weights are learned. steps: of a
-    window. accumulation: micro-batches in a step. clipped: whether steps are. meta_batches: batches in an update of the
-    weights. images: bytes of the remembered ones, where these are in the device's memory. processes: that make the run;
-    sharded: each holds a part of the parameters, as `sharding.Sharded` cuts them.
+    Attributes:
+        optimizer: Of the lower level, "adamw" or "sgd".
+        precision: Of the compute, "fp32" or "bf16".
+        hypergradient: A key of `hypergradients.METHODS`; None where no weights are learned.
+        steps: Optimizer steps in a window.
+        micro_batches: Micro-batches in a step.
+        clipped: Whether steps are clipped.
+        meta_batches: Batches in an update of the weights.
+        images: Bytes of cached image features, where these are in the device's memory.
+        device: Type of the device, "cpu" or "cuda".
+        processes: Processes that make the run.
+        sharded: Whether these shard the parameters, as `sharding.Sharded` does.
     """
 
     optimizer: str = "adamw"
     precision: str = "bf16"
     hypergradient: str | None = "unrolled"
     steps: int = 5
-    accumulation: int = 1
+    micro_batches: int = 1
     clipped: bool = False
     meta_batches: int = 1
     images: int = 0
@@ -58,29 +71,31 @@ class MemoryScenario:
     sharded: bool = False
 
     @property
-    def window_gradients(self) -> int:
-        """How many gradients [P] a window keeps: each micro-batch's, and each step's where that is a sum over
-        processes."""
-        return self.steps * (self.accumulation + (self.processes > 1 and not self.sharded))
-
-    @property
-    def window_vectors(self) -> int:
-        """How many vectors [P] a window keeps: gradients, and the moments before it."""
-        return self.window_gradients + (2 if self.optimizer == "adamw" else 0)
+    def partial_gradients(self) -> bool:
+        """Whether a process's gradients are of its part of each batch only."""
+        return self.processes > 1 and not self.sharded
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part, on one process. The first four are there throughout. A step's activations and gradients and the
-    meta pass take turns, so `total`, the most at a time, is mostly less than the sum.
+    """Bytes by part, on one process.
 
-    gradients: all copies of a step's gradient that are there at once, without the kept ones. meta_pass: activations and
-    gradients of the meta loss, or what the hypergradient then takes, whichever is more.
+    A step and the meta pass take turns, so `total`, the most at a time, is mostly less than the sum of the parts.
+
+    Attributes:
+        weights: All parameters and buffers.
+        optimizer: The lower level's optimizer state.
+        kept: What the hypergradient keeps of a window: gradients, or micro-batches.
+        image_features: Cached ones, and a micro-batch with its own.
+        activations: What the forward pass of a micro-batch leaves for the backward pass.
+        gradients: All copies of a step's gradient that exist at once, without the kept ones.
+        meta_pass: Activations and gradients of the meta loss, or what the hypergradient then takes, whichever is more.
+        total: The most at a time.
     """
 
     weights: int
     optimizer: int
-    kept_gradients: int
+    kept: int
     image_features: int
     activations: int
     gradients: int
@@ -89,111 +104,115 @@ class MemoryEstimate:
 
 
 def table(estimate: MemoryEstimate) -> str:
-    """The parts as lines of text."""
-    words = {name: name.replace("_", " ") for name in vars(estimate)} | {"total": "most at a time"}
+    """Format the parts as lines of text, in GB."""
+    words = {name: name.replace("_", " ") for name in vars(estimate)}
+    words |= {"kept": "kept gradients", "total": "most at a time"}
     return "\n".join(f"  {words[name]:<16}{count / 1e9:9.3f} GB" for name, count in vars(estimate).items())
 
 
 def estimate(
-    model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, setting: MemoryScenario
+    model: ProcessRewardModel, batch: Batch, meta_batch: Batch | None, scenario: MemoryScenario
 ) -> MemoryEstimate:
-    """The memory of a run with this model, made on the device meta. batch, meta_batch: one process's part of a
-    micro-batch of each level, with real tokens; meta_batch None where no weights are learned."""
+    """Estimate the memory of a run.
+
+    Args:
+        model: On tensors without memory (`device="meta"`).
+        batch: One process's part of a micro-batch of the lower level, with real token ids.
+        meta_batch: Likewise of the upper level; None where no weights are learned.
+        scenario: The rest.
+    """
     model.train()
-    weights, one, gathered, parts = weight_bytes(model), _bytes(model.parameters(), trained=True), 0, 1
-    if setting.sharded:
-        parts = setting.processes
-        weights, one, gathered = _cut(model, parts)
-    window = setting.hypergradient == "unrolled"
-
-    optimizer = one * (2 if setting.optimizer == "adamw" else 1) + (one if setting.hypergradient == "sama" else 0)
-    kept = one * setting.window_vectors if window else 0
-    if setting.hypergradient in ("jvp", "finite_difference"):
-        kept = setting.steps * setting.accumulation * _batch_bytes(batch)
-    features = setting.images + _batch_bytes(batch)
-
+    trained = [param for param in model.parameters() if param.requires_grad]
+    weights, vector, gathered, shards = weight_bytes(model), _bytes(trained), 0, 1
+    if scenario.sharded:
+        shards = scenario.processes
+        weights, vector, gathered = _sharded_bytes(model, shards)
     known = [*model.parameters(), *model.buffers(), *_tensors([batch, meta_batch])]
-    saved, peak = _pass(model, known, lambda: _lower_loss(model, batch, setting.precision), parts, gathered)
-    total = one if setting.accumulation > 1 else 0  # the sum of a step's micro-batches, whose memory is kept
-    # The newest gradient in pieces and as a vector, which the window may hold already; an earlier micro-batch's too.
-    gradients = total + (one if window else 2 * one + total)
-    step = max(total + peak + (0 if window else total), gradients)
+
+    def passes(loss: Callable[[], Tensor]) -> tuple[int, int]:
+        activations, peak = step_memory(loss, trained, known, shards)
+        return activations, peak + gathered
+
+    optimizer = vector * (2 if scenario.optimizer == "adamw" else 1)
+    features = scenario.images + _batch_bytes(batch)
+    window = _window_memory(model, scenario, vector, _batch_bytes(batch))
+    activations, peak = passes(lambda: _lower_loss(model, batch, scenario.precision))
+    # The step's sum, whose memory is kept, and either a micro-batch's gradient or what comes of the sum.
+    gradients = vector * (1 + max(1, scenario.partial_gradients + scenario.clipped))
+    step = max(vector + peak, gradients)
     meta = 0
     if meta_batch is not None:
-        upper = _pass(model, known, lambda: _upper_loss(model, meta_batch, setting.precision), parts, gathered)
-        # The graphs of all its batches are there until the one backward pass.
-        backward = upper[1] + (setting.meta_batches - 1) * upper[0] + (one if setting.meta_batches > 1 else 0)
-        meta = max(backward, 2 * one, one + _hypergradient_bytes(model, batch, known, setting, one, saved)) + total
-    there = weights + optimizer + kept + features
-    return MemoryEstimate(weights, optimizer, kept, features, saved, gradients, meta, there + max(step, meta))
+        meta_activations, meta_peak = passes(lambda: _upper_loss(model, meta_batch, scenario.precision))
+        # The graphs of all its batches are there until the one backward pass, which sums their gradients.
+        more = scenario.meta_batches - 1
+        backward = meta_peak + more * meta_activations + (vector if more else 0)
+        meta = vector + max(backward, 2 * vector, vector + window.compute)
+    lasting = weights + optimizer + window.kept + features
+    total = lasting + max(step, meta)
+    return MemoryEstimate(weights, optimizer, window.kept, features, activations, gradients, meta, total)
 
 
-def _pass(
-    model: ProcessRewardModel, known: list[Tensor], loss: Callable[[], Tensor], parts: int, gathered: int
-) -> tuple[int, int]:
-    """Bytes that the forward pass of a loss leaves behind, and the most that it and its backward pass have at a time.
-
-    known: tensors that are there anyway. parts: that parameters are cut into; gathered: see `_cut`.
-    """
-    trained = [param for param in model.parameters() if param.requires_grad]
-    saved, peak = step_memory(loss, trained, known, parts)
-    return saved, peak + gathered
-
-
-def _hypergradient_bytes(
-    model: ProcessRewardModel, batch: Batch, known: list[Tensor], setting: MemoryScenario, one: int, saved: int
-) -> int:
-    """What the hypergradient takes beside the meta gradient. saved: bytes that a forward pass leaves behind."""
-    if setting.hypergradient == "unrolled":
-        workers = torch.get_num_threads() if setting.device == "cpu" else 1  # each at a part
-        part = min(one, FLOAT * PARTS.get(setting.device, LARGE_PART) * workers)
-        return max(part * (3 * setting.steps + 8), one if setting.clipped else 0)
-    if setting.hypergradient in ("darts", "sama"):
-        return one + saved
-    forward = forward_memory(lambda: _lower_loss(model, batch, setting.precision), known)
-    return 2 * forward if setting.hypergradient == "jvp" else one + forward
+def _window_memory(model: nn.Module, scenario: MemoryScenario, vector: int, batch: int) -> WindowMemory:
+    """What the hypergradient takes. vector: bytes of a vector [P]. batch: bytes of a micro-batch."""
+    if scenario.hypergradient is None:
+        return WindowMemory(0, 0)
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = {"adamw": AdamW, "sgd": SGD}[scenario.optimizer](params)
+    window = WindowSize(
+        vector=vector,
+        steps=scenario.steps,
+        micro_batches=scenario.micro_batches,
+        batch=batch,
+        partial=scenario.partial_gradients,
+        clipped=scenario.clipped,
+        device=scenario.device,
+    )
+    return make_hypergradient(scenario.hypergradient, model, optimizer).memory_bytes(window)
 
 
 def estimate_run(
     model: ProcessRewardModel,
     config: TrainingConfig,
-    hypergradient: str | None,
-    precision: str,
-    accumulation: int,
+    data: RunData,
+    method: str | None,
     device: torch.device,
-    train: Sequence[Chain],
-    meta: Sequence[Chain],
+    precision: str,
 ) -> MemoryEstimate:
-    """The memory of the run that the flags describe, on these chains; of the longest of them, as far as `longest` finds
-    them, a whole micro-batch (which --group_by_question may make a little larger).
+    """Estimate the memory of the run that the flags describe, with a micro-batch of the longest chains.
 
-    model: made on the device meta. hypergradient: what --hypergradient means, None where no weights are learned.
-    accumulation: micro-batches in a step.
+    Args:
+        model: On tensors without memory (`device="meta"`).
+        config: The settings.
+        data: What the run reads.
+        method: What --hypergradient means; None where no weights are learned.
+        device: Where this process computes.
+        precision: "fp32" or "bf16".
     """
     world = collectives.world_size()
     size = math.ceil(config.lower.batch_size / world)  # this process's part of a micro-batch
-    chains = longest(model, train, size)
-    chains = (chains * size)[:size]  # as chains are drawn again where there are few
-    batch = _batch(model, train, chains, config.lower.group_by_question, config.run.shard)
-    meta_batch = _batch(model, meta, longest(model, meta, size), True, config.run.shard) if meta else None
-    setting = MemoryScenario(
+    chains = longest(model, data.train, size)
+    batch = _batch(model, data.train, chains, config.lower.group_by_question, config.run.shard)
+    meta_batch = None
+    if data.meta:
+        meta_batch = _batch(model, data.meta, longest(model, data.meta, size), True, config.run.shard)
+    scenario = MemoryScenario(
         optimizer=config.lower.optimizer,
         precision=precision,
-        hypergradient=hypergradient,
+        hypergradient=method,
         steps=config.upper.unroll_steps,
-        accumulation=accumulation,
+        micro_batches=micro_batches_per_step(config, len(data.domains)),
         clipped=config.lower.max_grad_norm > 0,
-        meta_batches=math.ceil(min(config.upper.meta_batch_size, len(meta)) / config.lower.batch_size),
-        images=_image_bytes(model, [*train, *meta]) if device.type == "cpu" else 0,
+        meta_batches=math.ceil(min(config.upper.meta_batch_size, len(data.meta)) / config.lower.batch_size),
+        images=_image_bytes(model, [*data.train, *data.meta]) if device.type == "cpu" else 0,
         device=device.type,
         processes=world,
         sharded=config.run.shard,
     )
-    return estimate(model, batch, meta_batch, setting)
+    return estimate(model, batch, meta_batch, scenario)
 
 
 def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
-    """What is remembered of the chains' images once all were seen, each as large as that of the longest chain."""
+    """Bytes of the image cache once all images were seen, each as large as the longest chain's."""
     with_image = {chain.image: chain for chain in chains if chain.image is not None}
     if not with_image:
         return 0
@@ -203,27 +222,31 @@ def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
 
 
 def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:
-    """So many chains with most tokens, the longest first, among those with most text and an even sample of all."""
+    """Find the chains with most tokens, among those with most text and an even sample of all.
+
+    Returns:
+        At most `count` chains, the longest first.
+    """
     by_text = sorted(chains, key=lambda chain: sum(map(len, (chain.question, *chain.steps))))
-    looked_at = by_text[-max(MOST_TEXT, count) :] + list(chains[:: -(-len(chains) // SAMPLED)])
-    distinct = {id(chain): chain for chain in looked_at}.values()
+    sample = by_text[-max(MOST_TEXT, count) :] + list(chains[:: -(-len(chains) // SAMPLED)])
+    distinct = {id(chain): chain for chain in sample}.values()
     return sorted(distinct, key=lambda chain: -len(model.chain_tokenizer.encode(chain).input_ids))[:count]
 
 
 def _batch(
-    model: ProcessRewardModel, chains: Sequence[Chain], first: list[Chain], together: bool, sharded: bool
+    model: ProcessRewardModel, chains: Sequence[Chain], first: list[Chain], by_question: bool, sharded: bool
 ) -> Batch:
-    """A micro-batch of these first chains; with `together`, of as many answers to the first one's question and then
+    """A micro-batch of the chains `first`; or, by question, of as many answers to the first one's question and then
     others, which share passes over prompts where the model can."""
     chosen = first
-    if together:
+    if by_question:
         chosen = sorted(chains, key=lambda other: other.prompt != first[0].prompt)[: len(first)]
-    share = together and model.shares_prompts and not sharded
-    return collate([model.chain_tokenizer.encode(chain) for chain in chosen], share)
+    share_prompts = by_question and model.shares_prompts and not sharded
+    return collate([model.chain_tokenizer.encode(chain) for chain in chosen], share_prompts)
 
 
 def weight_bytes(model: ProcessRewardModel) -> int:
-    """The bytes of all parameters and buffers, those of a 4-bit base as they will be."""
+    """Count the bytes of all parameters and buffers, those of a 4-bit base as they will be."""
     total = _bytes(model.parameters()) + _bytes(model.buffers())
     if not model.config.load_in_4bit:
         return total
@@ -234,31 +257,32 @@ def weight_bytes(model: ProcessRewardModel) -> int:
     return total - sum(int(weight.numel() * (weight.element_size() - NF4)) for weight in frozen)
 
 
-def _cut(model: ProcessRewardModel, parts: int) -> tuple[int, int, int]:
-    """Of a model that is cut into parts: bytes of the weights and of the trained ones on one process, and of what is
-    gathered there for a moment: what belongs to no layer, the layer that is computed and the next one, with their
-    gradients."""
+def _sharded_bytes(model: ProcessRewardModel, shards: int) -> tuple[int, int, int]:
+    """Bytes on one process of a sharded model: its weights, its shard of a vector [P], and what is gathered for a
+    moment, with gradients: the parameters outside of the layers, the layer that is computed and the next one."""
     decoder, layers = model.language_model_layers()
-    uncut = uncut_parameters(model, decoder)
+    unsharded = unsharded_parameters(model, decoder)
     inside = {param for layer in layers for param in layer.parameters()}
-    cut = [param for param in model.parameters() if param not in uncut]
-    weights = _bytes(uncut) + _bytes(model.buffers()) + math.ceil(_bytes(cut) / parts)
-    outside, gathered = [param for param in cut if param not in inside], 0
-    for trained in (False, True):  # weights, gradients
-        largest = max(_bytes(layer.parameters(), trained) for layer in layers)
-        gathered += _bytes(outside, trained) + 2 * largest
-    return weights, math.ceil(_bytes(cut, trained=True) / parts), gathered
+    sharded = [param for param in model.parameters() if param not in unsharded]
+    weights = _bytes(unsharded) + _bytes(model.buffers()) + math.ceil(_bytes(sharded) / shards)
+    outside, gathered = [param for param in sharded if param not in inside], 0
+    for choose in (list, _trained):  # weights, then gradients
+        largest = max(_bytes(choose(layer.parameters())) for layer in layers)
+        gathered += _bytes(choose(outside)) + 2 * largest
+    return weights, math.ceil(_bytes(_trained(sharded)) / shards), gathered
 
 
-def _bytes(tensors: Iterable[Tensor], trained: bool = False) -> int:
-    """The bytes of tensors, or of those among them that are trained."""
-    return sum(tensor.nbytes for tensor in tensors if tensor.requires_grad or not trained)
+def _trained(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [param for param in params if param.requires_grad]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _lower_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:
     with autocast(torch.device("cpu"), precision):
-        errors = (model(batch).sigmoid() - batch.targets).square()
-        return (errors * batch.target_mask).sum()  # how many are chosen by a mask is not known without numbers
+        return squared_error(model(batch), batch)
 
 
 def _upper_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:
@@ -266,14 +290,14 @@ def _upper_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tens
         return aggregate(model(batch), batch.step_mask, "mean_logit").sigmoid().mean()
 
 
-def _tensors(batch) -> list[Tensor]:
+def _tensors(value: Any) -> list[Tensor]:
     """All tensors in a batch's fields."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    inner = vars(batch) if is_dataclass(batch) and not isinstance(batch, Chain) else batch
+    if isinstance(value, Tensor):
+        return [value]
+    inner = vars(value) if is_dataclass(value) and not isinstance(value, Chain) else value
     inner = inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list | tuple) else ()
-    return [tensor for value in inner for tensor in _tensors(value)]
+    return [tensor for item in inner for tensor in _tensors(item)]
 
 
 def _batch_bytes(batch: Batch) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(batch))
+    return _bytes(_tensors(batch))

@@ -1,58 +1,19 @@
-"""The window hypergradient against autograd through the unrolled optimizer, in float64."""
-
-import copy
+"""`UnrolledHypergradient` against autograd through the unrolled optimizer, in float64."""
 
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
 
-from reweighting.bilevel.hypergradients import unrolled as hypergradient
+from reweighting.bilevel.hypergradients import unrolled
+from reweighting.bilevel.hypergradients.base import WindowSize
 from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
-from reweighting.distributed.flat_vectors import flatten, unflatten
+from reweighting.distributed.sharding import Replicated
 from reweighting.training.fake_tensor_memory import LiveMemory
-
-DOMAINS, DECAY = 4, 0.01
-LR = {"sgd": 0.02, "adamw": 1e-3}
+from tests.bilevel.unrolling import Case, cosine_and_ratio
 
 
-def toy_loss(model, params, batch):
-    inputs, targets = batch
-    return (functional_call(model, params, (inputs,)).squeeze(1).sigmoid() - targets).square().mean()
-
-
-def toy_batch():
-    return torch.randn(8, 10, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
-
-
-def norm_of(grads):
-    return torch.sqrt(sum(g.square().sum() for g in grads))
-
-
-def unrolled(kind, model, params, state, weights, steps, clip, momentum):
-    """The parameters after the steps as a differentiable function of the weights: the optimizers by hand."""
-    for micro_batches in steps:
-        loss = sum(weights[d] * toy_loss(model, params, batch) for d, batch in micro_batches) / len(micro_batches)
-        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-        factor = torch.clamp(clip / norm_of(grads), max=1.0) if clip else 1.0
-        new = {}
-        for (name, value), grad in zip(params.items(), grads, strict=True):
-            own, grad = state[name], grad * factor
-            if kind == "sgd":
-                grad = grad + DECAY * value
-                if momentum:
-                    grad = own["momentum_buffer"] = momentum * own["momentum_buffer"] + grad
-                new[name] = value - LR[kind] * grad
-            else:
-                own["step"] = own["step"] + 1
-                t = own["step"].item()
-                own["exp_avg"] = 0.9 * own["exp_avg"] + 0.1 * grad
-                own["exp_avg_sq"] = 0.999 * own["exp_avg_sq"] + 0.001 * grad.square()
-                denominator = (own["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8
-                decayed = value * (1 - LR[kind] * DECAY)
-                new[name] = decayed - LR[kind] * own["exp_avg"] / (1 - 0.9**t) / denominator
-        params = new
-    return params
+def make(case: Case) -> UnrolledHypergradient:
+    return UnrolledHypergradient(case.optimizer, Replicated(case.model))
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -60,82 +21,101 @@ def unrolled(kind, model, params, state, weights, steps, clip, momentum):
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_window_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed, monkeypatch):
-    monkeypatch.setitem(hypergradient.PARTS, "cpu", 50)  # of the 193 parameters
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
-    params = list(model.parameters())
-    weights = torch.rand(DOMAINS, dtype=torch.float64) + 0.5
-    if kind == "sgd":
-        optimizer = torch.optim.SGD(params, lr=LR[kind], momentum=momentum, weight_decay=DECAY)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=LR[kind], weight_decay=DECAY)
-    window = UnrolledHypergradient(optimizer)
-
-    def draw(step):
-        return [((step * accumulation + i) % DOMAINS, toy_batch()) for i in range(accumulation)]
-
-    def step(micro_batches):
-        shares = []
-        for domain, batch in micro_batches:
-            loss = weights[domain] * toy_loss(model, dict(model.named_parameters()), batch) / accumulation
-            shares.append(flatten(torch.autograd.grad(loss, params)))
-            window.add_micro_batch(domain, shares[-1])
-        grad = torch.stack(shares).sum(0)
-        factor = min(1.0, clip / grad.norm().item()) if clip else 1.0
-        for param, piece in zip(params, unflatten(grad * factor, params), strict=True):
-            param.grad = piece
-        optimizer.step()
-        window.close_step(factor, LR[kind])
-
-    for number in range(10):  # so that the optimizer's state is not at its start
-        step(draw(number))
-    window.clear()
-    start = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    state = {name: copy.deepcopy(optimizer.state[p]) for name, p in model.named_parameters()}
-    steps, meta = [draw(10 + number) for number in range(count)], toy_batch()
-
-    exact_weights = weights.clone().requires_grad_()
-    after = unrolled(kind, model, start, state, exact_weights, steps, clip, momentum)
-    exact = torch.autograd.grad(toy_loss(model, after, meta), exact_weights)[0]
-
-    for micro_batches in steps:
-        step(micro_batches)
-    for name, param in model.named_parameters():  # the hand-made optimizer is torch's
-        torch.testing.assert_close(param.detach(), after[name].detach(), rtol=0, atol=1e-12)
-    v = flatten(torch.autograd.grad(toy_loss(model, dict(model.named_parameters()), meta), params))
-    ours = window.hypergradient(v, weights)
-
+def test_it_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed, monkeypatch):
+    monkeypatch.setitem(unrolled.CHUNK, "cpu", 50)  # of the 193 parameters
+    case = Case(kind, momentum, count=count, accumulation=accumulation, clip=clip, seed=seed)
+    hypergradient = make(case)
+    exact, v = case.window(hypergradient)
+    found = hypergradient.compute(v, case.weights)
     if clip and accumulation == 1 and exact.norm() < 1e-9:  # a clipped gradient of one domain has no weight in it
-        assert ours.norm() < 1e-9
+        assert found.norm() < 1e-9
         return
-    assert torch.cosine_similarity(exact, ours, dim=0) >= 0.999
-    assert 0.98 <= ours.norm() / exact.norm() <= 1.02
+    cosine, ratio = cosine_and_ratio(exact, found)
+    assert cosine >= 0.999 and 0.98 <= ratio <= 1.02
 
 
-def test_window_wants_one_parameter_group():
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_window_knows_nothing_of_the_one_before(kind):
+    results = []
+    for reported in (True, False):
+        case = Case(kind, before=5, clip=0.05)
+        hypergradient, v = make(case), torch.ones(193, dtype=torch.float64)
+        for number in range(5):
+            case.step(number, hypergradient if reported else None)
+        if reported:
+            hypergradient.compute(v, case.weights)
+        for number in range(5, 10):
+            case.step(number, hypergradient)
+        results.append(hypergradient.compute(v, case.weights))
+    assert torch.equal(*results) and results[0].norm() > 0
+
+
+def test_an_optimizer_that_the_adjoint_does_not_describe_is_refused():
     layer = nn.Linear(2, 1)
     groups = [{"params": [layer.weight]}, {"params": [layer.bias]}]
-    with pytest.raises(ValueError, match="one parameter group"):
-        UnrolledHypergradient(torch.optim.AdamW(groups))
+    for optimizer, message in (
+        (torch.optim.AdamW(groups), "one parameter group"),
+        (torch.optim.AdamW(layer.parameters(), amsgrad=True), "without amsgrad"),
+        (torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, nesterov=True), "without nesterov"),
+        (torch.optim.RMSprop(layer.parameters()), "SGD or AdamW, not RMSprop"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnrolledHypergradient(optimizer, Replicated(layer))
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_window_whose_steps_were_all_left_out_moves_no_weight(optimizer):
     layer = nn.Linear(2, 1)
-    window = UnrolledHypergradient(optimizer(layer.parameters(), lr=0.1))
-    window.add_micro_batch(0, torch.full((3,), torch.nan))
-    window.drop_step()
-    assert torch.equal(window.hypergradient(torch.ones(3), torch.ones(2)), torch.zeros(2))
+    hypergradient = UnrolledHypergradient(optimizer(layer.parameters(), lr=0.1), Replicated(layer))
+    hypergradient.add_micro_batch(0, 0, None, [torch.full((1, 2), torch.nan), torch.full((1,), torch.nan)])
+    hypergradient.drop_step()
+    assert torch.equal(hypergradient.compute(torch.ones(3), torch.ones(2)), torch.zeros(2))
+
+
+def clipped_window(count: int, size: int) -> UnrolledHypergradient:
+    """One clipped step of `count` micro-batches, of a model with `size` parameters."""
+    layer = nn.Linear(size, 1, bias=False)
+    hypergradient = UnrolledHypergradient(torch.optim.SGD(layer.parameters(), lr=0.1), Replicated(layer))
+    for domain in range(count):
+        hypergradient.add_micro_batch(domain, domain, None, [torch.randn(1, size)])
+    hypergradient.close_step(torch.zeros(size), 0.5, 0.1)
+    return hypergradient
 
 
 def test_clipping_takes_one_more_vector_at_a_time():
-    parameter = nn.Parameter(torch.zeros(10_000))
-    window, vector = UnrolledHypergradient(torch.optim.SGD([parameter], lr=0.1)), 4 * 10_000
-    for domain in range(5):
-        window.add_micro_batch(domain, torch.randn(10_000))
-    window.close_step(0.5, 0.1)
-    v, grads = torch.randn(10_000), [grad for _, grad in window.records[0].domain_grads]
-    with LiveMemory([v, *grads]) as live:
-        window.hypergradient(v, torch.ones(5))
+    hypergradient, vector = clipped_window(5, 10_000), 4 * 10_000
+    v, gradients = torch.randn(10_000), [gradient for _, gradient in hypergradient.steps[0].domain_grads]
+    with LiveMemory([v, *gradients]) as live:
+        hypergradient.compute(v, torch.ones(5))
     assert vector <= live.peak < 1.2 * vector
+
+
+def test_it_takes_the_memory_that_it_names():
+    """Kept: to the byte. For a moment: no more than named."""
+    size, steps = 3 * 2**17, 4
+    layer = nn.Linear(size, 1, bias=False)
+    hypergradient = UnrolledHypergradient(torch.optim.AdamW(layer.parameters()), Replicated(layer))
+    gradient, v = torch.randn(1, size), torch.randn(size)
+    kept, compute = hypergradient.memory_bytes(WindowSize(vector=4 * size, steps=steps, micro_batches=2, clipped=True))
+    with LiveMemory([gradient, v]) as live:
+        for step in range(steps):
+            for domain in range(2):
+                hypergradient.add_micro_batch(2 * step + domain, domain, None, [gradient])
+            hypergradient.close_step(gradient[0], 0.5, 0.1)
+        assert live.now == kept == 4 * size * (2 * steps + 2)
+        hypergradient.compute(v, torch.ones(2))
+    assert kept < live.peak <= kept + compute
+
+
+def test_memory_of_earlier_windows_is_used_again():
+    hypergradient = clipped_window(3, 100)
+    before = {gradient.data_ptr() for _, gradient in hypergradient.steps[0].domain_grads}
+    hypergradient.compute(torch.randn(100), torch.ones(3))
+    hypergradient.add_micro_batch(3, 0, None, [torch.ones(1, 100)])
+    hypergradient.drop_step()
+    for domain in range(3):
+        hypergradient.add_micro_batch(4 + domain, domain, None, [torch.full((1, 100), float(domain))])
+    hypergradient.close_step(torch.zeros(100), 1.0, 0.1)
+    gradients = [gradient for _, gradient in hypergradient.steps[0].domain_grads]
+    assert {gradient.data_ptr() for gradient in gradients} == before
+    assert [gradient.unique().tolist() for gradient in gradients] == [[0.0], [1.0], [2.0]]

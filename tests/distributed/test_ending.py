@@ -144,7 +144,7 @@ def test_what_ends_one_process_ends_all_with_one_error(tiny, tmp_path, monkeypat
     [
         (3, ("--batch_size", "2"), "--batch_size 2: 3 processes share the chains of a batch, which can be 2: use a"),
         (3, ("--meta_batch_size", "2"), "--meta_batch_size 2: 3 processes share"),
-        (2, ("--hypergradient", "darts"), "--hypergradient darts: Betty's own work in one process only"),
+        (2, ("--shard", "--hypergradient", "darts"), "--hypergradient darts cannot move sharded parameters: use un"),
         (2, ("--device", "cpu:1"), "--device cpu:1: several processes compute on cuda"),
         (2, ("--shard", "--lora_rank", "2", "--no_freeze_projector"), "--shard with a trained projector beside"),
         (2, ("--no_such_flag",), "unrecognized arguments: --no_such_flag"),

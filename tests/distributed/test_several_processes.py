@@ -109,10 +109,10 @@ def stopped_work(work) -> None:
 
 
 def test_a_run_without_kept_gradients_cannot_go_on_in_parts(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(hypergradient_choice, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    monkeypatch.setattr(hypergradient_choice, "choose_method", lambda *_: ("jvp", "as it were"))
     run = tiny(tmp_path / "run", "--resume")
     command_module.main([*run, "--iteration_num", "5"])
     launched = Launched(2, lambda: command([*run, "--shard"]), tmp_path / "output")
     assert launched.exit_codes() == [2, 2]
-    assert "--hypergradient jvp cannot move parameters that are cut into parts" in launched.printed()
+    assert "--hypergradient jvp cannot move sharded parameters" in launched.printed()
     assert [line["step"] for line in history(tmp_path / "run")] == [5]

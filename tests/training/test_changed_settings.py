@@ -35,7 +35,7 @@ def test_auto_keeps_the_method_of_the_run_so_far(tiny, tmp_path, finished, monke
         main(tiny(folder))
     with pytest.raises(UserError, match="hypergradient was auto and is jvp now"):
         main(tiny(folder, "--hypergradient", "jvp", "--resume"))
-    monkeypatch.setattr(hypergradient_choice, "plan_hypergradient", lambda *_: ("jvp", "as it were"))
+    monkeypatch.setattr(hypergradient_choice, "choose_method", lambda *_: ("jvp", "as it were"))
     main(tiny(folder, "--resume"))
     assert "hypergradient: unrolled: as when the run was started" in capsys.readouterr().out
     assert without_times(folder) == without_times(finished) and weights(folder) == weights(finished)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import ModelConfig, parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.main import main
@@ -16,15 +16,14 @@ from reweighting.modeling.collate import collate
 from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.families import FAMILIES
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training import hypergradient_choice as hypergradient_plan
+from reweighting.training import hypergradient_choice
 from reweighting.training.build import load_backbone
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.fake_tensor_memory import LiveMemory, step_memory
 from reweighting.training.free_memory import GROUP_FILES, _free_in_groups, free_memory
-from reweighting.training.hypergradient_choice import estimate_memory, has_forward_mode, plan_hypergradient
+from reweighting.training.hypergradient_choice import choose_method, estimate_memory, has_forward_mode
 from reweighting.training.memory_estimate import (
     NF4,
-    MemoryEstimate,
     MemoryScenario,
     _lower_loss,
     _tensors,
@@ -115,8 +114,8 @@ def test_parts_of_a_model_take_their_part():
     whole, two = (estimate(model, batch, batch, MemoryScenario(processes=2, sharded=cut)) for cut in (False, True))
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     assert 2 * (two.weights - buffers) == whole.weights - buffers and two.optimizer * 2 == whole.optimizer
-    assert whole.kept_gradients == (5 + 5 + 2) * whole.optimizer // 2, "each micro-batch's, the sums, two moments"
-    assert two.kept_gradients == (5 + 2) * two.optimizer // 2 and two.activations == whole.activations
+    assert whole.kept == (5 + 5 + 2) * whole.optimizer // 2, "each micro-batch's, the sums, two moments"
+    assert two.kept == (5 + 2) * two.optimizer // 2 and two.activations == whole.activations
     whole, two = (
         estimate(model, batch, None, MemoryScenario(hypergradient=None, processes=2, sharded=cut))
         for cut in (False, True)
@@ -157,7 +156,6 @@ def estimated(demo, tmp_path):
         (("--lora_rank", "2"), 2, 5 * 2 + 2),
         (("--no_freeze_vision", "--gradient_accumulation", "3"), 2, 5 * 3 + 2),
         (("--optimizer", "sgd"), 1, 5 * 2),
-        (("--hypergradient", "sama"), 3, 0),
         (("--baseline",), 2, 0),
     ],
 )
@@ -166,9 +164,9 @@ def test_what_can_be_known_is_exact(estimated, more, optimizer, kept):
     one = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     tensors = [*model.parameters(), *model.buffers()]
     assert estimate.weights == sum(tensor.nbytes for tensor in tensors)
-    assert estimate.optimizer == optimizer * one and estimate.kept_gradients == kept * one
+    assert estimate.optimizer == optimizer * one and estimate.kept == kept * one
     assert (estimate.meta_pass == 0) == ("--baseline" in more)
-    least = estimate.weights + estimate.optimizer + estimate.kept_gradients + estimate.image_features
+    least = estimate.weights + estimate.optimizer + estimate.kept + estimate.image_features
     assert least + max(estimate.activations, estimate.meta_pass) <= estimate.total
     assert estimate.total < 1.1 * (sum(vars(estimate).values()) - estimate.total)
 
@@ -179,18 +177,14 @@ def test_what_saves_memory_does_so_in_the_estimate(estimated):
     replayed, _ = estimated("--hypergradient", "jvp")
     longer, _ = estimated("--batch_size", "4")
     assert checkpointed.activations < plain.activations < longer.activations
-    assert replayed.kept_gradients < plain.kept_gradients and replayed.total < plain.total
+    assert replayed.kept < plain.kept and replayed.total < plain.total
 
 
 def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
-    """No more meta answers than there are; chains again where there are few; images, whatever the longest row has."""
+    """No more meta answers than there are; images, whatever the longest row has."""
     all_of_them, _ = estimated("--meta_batch_size", "20")
     more, _ = estimated("--meta_batch_size", "64")
     assert more == all_of_them
-    everything, _ = estimated("--batch_size", "40")
-    twice, _ = estimated("--batch_size", "80")
-    assert twice.activations > 1.8 * everything.activations
-
     config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     data = read_run_data(config)
     text = Chain("How many words are there? " * 20, ("Step 1: one hundred",), targets=(0.5,))
@@ -229,41 +223,44 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
     assert 0.2 * alone < free_memory(CPU) < 0.3 * alone
 
 
-def rest(total: int, weights: int = 0):
-    return lambda: MemoryEstimate(weights, 0, 0, 0, 0, 0, 0, total)
+def test_auto_takes_unrolled_while_half_of_the_free_memory_holds_it(demo, tmp_path):
+    def choose(free: int, *more: str):
+        config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
+        return choose_method(config, data, model, free)
+
+    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    data, model = read_run_data(config), load_backbone(config, torch.device("meta"), "fp32")
+    vector = 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
+    kept = vector * (5 * 2 + 2)  # gradients of five steps of two micro-batches, and AdamW's moments
+    assert choose(2 * kept)[0] == "unrolled" and choose(2 * kept - 1)[0] == "jvp"
+    assert choose(2 * kept - 2 * 2 * vector, "--optimizer", "sgd")[0] == "unrolled"
+    method, reason = choose(2 * kept - 1, "--attention", "flash_attention_2")
+    assert method == "finite_difference" and "no forward mode" in reason
+    assert choose(0, "--hypergradient", "darts") == ("darts", "as asked for")
+    assert choose(0, "--shard")[0] == "unrolled"
 
 
-def test_the_plan_takes_the_most_exact_way_that_fits():
-    def never():
-        raise AssertionError("there is plenty: nothing needs to be estimated")
-
-    gigabyte = 10**9
-    million = dict(trained=10**6, window=MemoryScenario(steps=4, accumulation=2))  # 40 MB
-    assert plan_hypergradient(**million, free=gigabyte, forward_mode=True, rest=never)[0] == "unrolled"
-    assert plan_hypergradient(**million, free=10**8, forward_mode=True, rest=rest(40 * 10**6))[0] == "unrolled"
-    way, reason = plan_hypergradient(**million, free=10**8, forward_mode=True, rest=rest(60 * 10**6))
-    assert way == "jvp" and "8 kept gradients take 0.04 GB of 0.10 GB" in reason
-    # Weights that are there already do not count again.
-    assert plan_hypergradient(**million, free=10**8, forward_mode=True, rest=rest(10**9, 10**9))[0] == "unrolled"
-    assert plan_hypergradient(**million, free=10**7, forward_mode=False, rest=rest(1))[0] == "finite_difference"
-    assert has_forward_mode("sdpa", False) and has_forward_mode("eager", False)
-    assert not has_forward_mode("flash_attention_2", False) and not has_forward_mode("sdpa", True)
+def test_forward_mode_needs_plain_arithmetic():
+    config = ModelConfig()
+    assert has_forward_mode(config) and has_forward_mode(replace(config, attention="eager"))
+    assert not has_forward_mode(replace(config, attention="flash_attention_2"))
+    assert not has_forward_mode(replace(config, load_in_4bit=True))
 
 
 def test_auto_looks_at_the_memory_and_a_resume_keeps_its_choice(demo, tmp_path, monkeypatch, capsys):
     run = flags(demo, tmp_path, "--reward_model", str(tiny_backbone()))
     with monkeypatch.context() as patch:
-        patch.setattr(hypergradient_plan, "free_memory", lambda device: 10**6)
+        patch.setattr(hypergradient_choice, "free_memory", lambda device: 10**6)
         main(run)
-    assert "hypergradient: jvp: 10 kept gradients take" in capsys.readouterr().out
+    assert "hypergradient: jvp: kept gradients take" in capsys.readouterr().out
     main([*run, "--iteration_num", "15", "--resume"])
     assert "hypergradient: jvp: as when the run was started" in capsys.readouterr().out
     assert load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])["settings"]["planned_hypergradient"] == "jvp"
     with monkeypatch.context() as patch, pytest.raises(UserError, match="jvp: there is no forward mode through"):
-        patch.setattr(hypergradient_plan, "has_forward_mode", lambda attention, load_in_4bit: False)
+        patch.setattr(hypergradient_choice, "has_forward_mode", lambda config: False)
         main([*run, "--hypergradient", "jvp"])
     main(run)
-    assert "hypergradient: window: 10 kept gradients take" in capsys.readouterr().out
+    assert "hypergradient: unrolled: kept gradients take" in capsys.readouterr().out
 
 
 def test_a_weightless_model_is_the_model():

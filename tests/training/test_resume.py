@@ -74,9 +74,9 @@ def cut_and_resume(monkeypatch, run: list[str], steps: int, *more: str) -> None:
         ("--optimizer", "sgd", "--scheduler", "step", "--scheduler_step_size", "3"),
         ("--gradient_accumulation", "3", "--max_grad_norm", "0.1", "--no_freeze_vision"),
         ("--baseline", "--scheduler", "constant"),
-        ("--hypergradient", "sama"),
+        ("--hypergradient", "darts"),
     ],
-    ids=["plain", "lora-bf16", "sgd", "accumulation", "baseline", "sama"],
+    ids=["plain", "lora-bf16", "sgd", "accumulation", "baseline", "darts"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, more, cut):
     main(tiny(tmp_path / "whole", *more))

@@ -1,7 +1,6 @@
 """Warm-up: its steps are plain fine-tuning's to the bit, nothing of the upper level happens in it, and it resumes."""
 
 import pytest
-from tests.test_resume import cut_and_resume
 
 from reweighting.data.samplers import QuestionSampler
 from reweighting.errors import UserError
@@ -10,6 +9,7 @@ from reweighting.training.checkpoints import load_checkpoint
 from reweighting.training.dry_run import same
 from tests.runs import flags, history, same_results, weights, without_times
 from tests.tiny import tiny_backbone
+from tests.training.test_resume import cut_and_resume
 
 WARM = ("--warmup_iterations", "5", "--iteration_num", "15")
 

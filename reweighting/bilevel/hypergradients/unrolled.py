@@ -1,57 +1,68 @@
-"""The window hypergradient: how the meta loss after a window of optimizer steps depends on the domain weights.
+"""Keeps the gradient of every micro-batch of a window: the most exact method.
 
-Notation: P trainable parameters as one flat vector phi, K domains, N optimizer steps in the window, phi_n the
-parameters after step n, g_n the gradient that step n's optimizer received, v = dL_meta / dphi_N.
+The backward pass of the lower level has already made w_k g_nk, and u_n follows from v by running the optimizer's
+elementwise arithmetic backwards over the window (`optimizer_adjoint.py`). Neither an extra forward pass nor a second
+derivative of the model is needed. `tests/bilevel/test_unrolled.py` compares with autograd through the unrolled
+optimizer.
 
-The lower loss is linear in the weights, so a step's gradient is g_n = sum over its micro-batches of w_k g_nk, with
-g_nk the unweighted gradient of one domain's micro-batch, which the backward pass has already made. Hence
-
-    dL_meta / dw_k = sum_n < u_n , g_nk >      with  u_n = dL_meta / dg_n ,
-
-and u_n follows from v by running the optimizer's elementwise arithmetic backwards over the window. Neither an extra
-forward pass nor a second derivative of the model is needed. What is left out is how g_n itself depends on phi_(n-1)
-(the Hessian): a term of second order in the learning rate. Against autograd through the unrolled optimizer see
-`tests/bilevel/test_unrolled.py`.
-
-Of several processes each keeps its own share of every g_nk: the products are linear in it, and summed over processes.
+Of several processes each keeps its own part of every gradient: the products are linear in it and summed over processes.
 """
 
-import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
+from reweighting.bilevel.hypergradients.base import (
+    FetchBatch,
+    Hypergradient,
+    WindowMemory,
+    WindowSize,
+    steps_in_state,
+    sum_by_domain,
+    through_clipping,
+)
+from reweighting.bilevel.hypergradients.optimizer_adjoint import (
+    AdamWStep,
+    adamw_adjoint,
+    check_optimizer,
+    sgd_adjoint,
+)
 from reweighting.distributed import collectives
 from reweighting.distributed.flat_vectors import flatten
+from reweighting.distributed.sharding import Replicated
+from reweighting.modeling.collate import Batch
 
-# Parameters that the adjoint is run over at a time: what a processor core's cache holds, one part on each core; on a
-# GPU, few large kernels.
-PARTS = {"cpu": 2**17}
-LARGE_PART = 2**24
+# Entries that the adjoint is run over at a time: on a CPU what a core's cache holds, one chunk on each core; on a GPU,
+# few large kernels.
+CHUNK = {"cpu": 2**17, "cuda": 2**24}
 
 
 @dataclass
-class StepRecord:
-    """What one optimizer step leaves behind for the adjoint.
+class UnrolledStep:
+    """What one optimizer step leaves behind.
 
-    domain_grads: (domain, weight * gradient [P]) for each micro-batch. clip: the factor (at most 1) that clipping
-    multiplied their sum with. lr: the step's learning rate. whole: the sum over all processes' micro-batches [P], where
-    it is not that of these.
+    Attributes:
+        domain_grads: (domain, w_k g_nk [P]) for each micro-batch.
+        clip_factor: What clipping multiplied their sum with, at most 1.
+        learning_rate: The step's learning rate.
+        total: g_n [P] of all processes, where it is not the sum of `domain_grads`.
     """
 
     domain_grads: list[tuple[int, Tensor]]
-    clip: float
-    lr: float
-    whole: Tensor | None = None
+    clip_factor: float
+    learning_rate: float
+    total: Tensor | None = None
 
-    def unclipped(self, part: slice = slice(None)) -> Tensor:
-        """The step's gradient before clipping, of these parameters."""
-        if self.whole is not None:
-            return self.whole[part]
-        grads = [grad[part] for _, grad in self.domain_grads]
+    def gradient(self, chunk: slice = slice(None)) -> Tensor:
+        """Return g_n of these parameters, before clipping."""
+        if self.total is not None:
+            return self.total[chunk]
+        grads = [grad[chunk] for _, grad in self.domain_grads]
         if len(grads) == 1:
             return grads[0]
         total = grads[0] + grads[1]
@@ -59,163 +70,151 @@ class StepRecord:
             total += grad
         return total
 
-    def gradient(self, part: slice) -> Tensor:
-        """What the optimizer received, of these parameters."""
-        total = self.unclipped(part)
-        return total if self.clip == 1.0 else total * self.clip
+    def clipped_gradient(self, chunk: slice) -> Tensor:
+        """Return what the optimizer received, of these parameters."""
+        gradient = self.gradient(chunk)
+        return gradient if self.clip_factor == 1.0 else gradient * self.clip_factor
 
 
-class UnrolledHypergradient:
-    """The optimizer steps since the last update of the weights: their gradients, and AdamW's state before them.
+class UnrolledHypergradient(Hypergradient):
+    """The gradients of the window's micro-batches, and AdamW's moments before the first of its steps.
 
-    The state after each step follows from these. It is computed anew when it is needed, for a part of the parameters
-    at a time, since everything but the dot products is elementwise: kept, it would take more memory than the gradients.
+    The moments after each step follow from these. They are computed again in `compute`, for a chunk of the parameters
+    at a time: kept, they would take more memory than the gradients.
 
-    optimizer: torch.optim.SGD or AdamW with one parameter group and no amsgrad, nesterov or maximize.
+    Args:
+        optimizer: The lower level's, SGD or AdamW, see `check_optimizer`.
+        layout: How the trained parameters lie on the processes.
+
+    Raises:
+        ValueError: The optimizer is another one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        if len(optimizer.param_groups) != 1:
-            raise ValueError("the window hypergradient expects an optimizer with one parameter group")
-        self.optimizer = optimizer
-        self._adamw = isinstance(optimizer, torch.optim.AdamW)
-        self.records: list[StepRecord] = []
+    def __init__(self, optimizer: Optimizer, layout: Replicated):
+        check_optimizer(optimizer)
+        self.optimizer, self.layout = optimizer, layout
+        self.steps: list[UnrolledStep] = []
         self._pending: list[tuple[int, Tensor]] = []
-        self._free: list[Tensor] = []
-        self.clear()
+        self._buffers: list[Tensor] = []  # of earlier windows: memory that is new to a process costs more than a copy
+        self._begin()
 
-    def clear(self) -> None:
-        """Forget the window."""
-        self._free += [grad for record in self.records for _, grad in record.domain_grads]
-        self.records = []
+    @property
+    def _adamw(self) -> bool:
+        return isinstance(self.optimizer, AdamW)
+
+    @property
+    def _group(self) -> dict:
+        return self.optimizer.param_groups[0]
+
+    def _begin(self) -> None:
+        """Begin an empty window."""
+        self._buffers += [grad for step in self.steps for _, grad in step.domain_grads]
+        self.steps = []
         self.drop_step()
-        self._start: dict[str, Tensor] = {}  # AdamW's moments before the first step, [P] each
+        self._moments: dict[str, Tensor] = {}  # AdamW's before the first step, [P] each
         self._count = 0  # AdamW's steps before the first one
 
-    def storage(self) -> Tensor | None:
-        """A vector [P] of an earlier window to write the next gradient into, if there is one: memory that is new to
-        the process costs more time than the copy."""
-        return self._free.pop() if self._free else None
+    def add_micro_batch(self, micro_step: int, domain: int, batch: Batch, gradient: Sequence[Tensor]) -> None:
+        """Keep the gradient as one vector."""
+        if self._adamw and not self.steps and not self._pending:
+            self._keep_moments()
+        self._pending.append((domain, flatten(gradient, self._buffers.pop() if self._buffers else None)))
 
-    def add_micro_batch(self, domain: int, grad: Tensor) -> None:
-        """Keep a micro-batch's share of the step's gradient: weight * g_nk, [P]. It stays the window's."""
-        if self._adamw and not self.records and not self._pending:
-            self._note_start(grad)
-        self._pending.append((domain, grad))
-
-    def _note_start(self, like: Tensor) -> None:
-        states = [self.optimizer.state[p] for p in self.optimizer.param_groups[0]["params"]]
+    def _keep_moments(self) -> None:
+        params = self._group["params"]
+        states = [self.optimizer.state[param] for param in params]
         self._count = int(states[0].get("step", 0))
-        for name in ("exp_avg", "exp_avg_sq"):
-            self._start[name] = flatten(s[name] for s in states) if self._count else torch.zeros_like(like)
+        for name in ("exp_avg", "exp_avg_sq"):  # there are none before the first step
+            tensors = [state.get(name, torch.zeros_like(param)) for state, param in zip(states, params, strict=True)]
+            self._moments[name] = flatten(tensors)
 
-    def close_step(self, clip: float, lr: float, whole: Tensor | None = None) -> None:
-        """Call once a step: `clip` is what clipping multiplied its gradient with, `lr` its learning rate, `whole` its
-        gradient [P], where that is not the sum of this process's micro-batches."""
-        self.records.append(StepRecord(self._pending, clip, lr, whole))
+    def close_step(self, gradient: Tensor, clip_factor: float, learning_rate: float) -> None:
+        """Keep the step's scalars, and its gradient where that is a sum over processes."""
+        total = gradient.clone() if self.layout.partial_gradients else None
+        self.steps.append(UnrolledStep(self._pending, clip_factor, learning_rate, total))
         self._pending = []
 
     def drop_step(self) -> None:
-        """Forget the micro-batches of a step that was not made."""
-        self._free += [grad for _, grad in self._pending]
+        """Forget the gradients of a step that is not made."""
+        self._buffers += [grad for _, grad in self._pending]
         self._pending = []
 
-    def state(self, layout) -> dict:
-        """The steps so far, between two steps, as plain containers of tensors and numbers, of all processes together.
-
-        layout: how the parameters lie on the processes, see `sharding.py`.
-        """
+    def state(self) -> dict:
+        """Return gradients, moments and scalars of the window so far, of all processes together."""
         steps = []
-        for record in self.records:
-            grads = [(domain, layout.gather_local_gradient(grad)) for domain, grad in record.domain_grads]
-            steps.append({"domain_grads": grads, "clip": record.clip, "lr": record.lr})
-        start = {name: layout.gather_full_vector(vector) for name, vector in self._start.items()}
+        for step in self.steps:
+            grads = [(domain, self.layout.gather_local_gradient(grad)) for domain, grad in step.domain_grads]
+            steps.append({"domain_grads": grads, "clip": step.clip_factor, "lr": step.learning_rate})
+        start = {name: self.layout.gather_full_vector(vector) for name, vector in self._moments.items()}
         return {"steps": steps, "start": start, "count": self._count}
 
-    def load(self, state: dict, layout, device: torch.device | str) -> None:
-        """Go on from what `state` gave, on as many processes as there are now."""
-        self.clear()
-        self._start = {name: layout.local_shard_vector(vector).to(device) for name, vector in state["start"].items()}
+    def load(self, state: dict, fetch_batch: FetchBatch) -> None:
+        """Continue the window of a state; each process takes its part of it."""
+        self._begin()
+        saved_steps = steps_in_state(state, "steps")
+        device = self._group["params"][0].device
+        shard = self.layout.local_shard_vector
+        self._moments = {name: shard(vector).to(device) for name, vector in state["start"].items()}
         self._count = state["count"]
-        for saved in state["steps"]:
-            whole = [(domain, layout.local_shard_vector(grad).to(device)) for domain, grad in saved["domain_grads"]]
-            grads = [(domain, layout.split_local_gradient(grad)) for domain, grad in whole]
-            total = None if grads[0][1] is whole[0][1] else torch.stack([grad for _, grad in whole]).sum(0)
-            self.records.append(StepRecord(grads, saved["clip"], saved["lr"], total))
+        for saved in saved_steps:
+            full = [(domain, shard(grad).to(device)) for domain, grad in saved["domain_grads"]]
+            grads = [(domain, self.layout.split_local_gradient(grad)) for domain, grad in full]
+            total = torch.stack([grad for _, grad in full]).sum(0) if self.layout.partial_gradients else None
+            self.steps.append(UnrolledStep(grads, saved["clip"], saved["lr"], total))
 
-    def hypergradient(self, v: Tensor, weights: Tensor) -> Tensor:
-        """dL_meta / dw [K] from the meta gradient v [P] at the window's end and the weights [K] that held in it."""
-        if not self.records:  # every step was left out
+    def compute(self, v: Tensor, weights: Tensor) -> Tensor:
+        """Return dL_meta / dw [K] from the kept gradients, and begin the next window."""
+        if not self.steps:  # every step was left out
             return v.new_zeros(len(weights))
-        size = PARTS.get(v.device.type, LARGE_PART)
-        parts = [slice(start, start + size) for start in range(0, max(len(v), 1), size)]
+        size = CHUNK.get(v.device.type, CHUNK["cuda"])
+        chunks = [slice(start, start + size) for start in range(0, max(len(v), 1), size)]
         workers = torch.get_num_threads() if v.device.type == "cpu" else 1
         with ThreadPoolExecutor(workers) as pool:
-            dots = collectives.all_reduce_sum(torch.stack(list(pool.map(partial(self._products, v), parts))).sum(0))
-        result, counts = v.new_zeros(len(weights)), [len(record.domain_grads) for record in self.records]
-        for record, products in zip(self.records, dots.split(counts), strict=True):
-            products = _through_clipping(products, record)
-            for (domain, _), product in zip(record.domain_grads, products, strict=True):
-                result[domain] += product
-        weights = weights.detach().to(v.dtype)
-        # A weight that has become 0 to the last bit does not come back: its raw parameter's slope is 0 as well.
-        return torch.where(weights > 0, result / weights, 0)
+            products = torch.stack(list(pool.map(partial(self._products, v), chunks))).sum(0)
+        products = collectives.all_reduce_sum(products).split([len(step.domain_grads) for step in self.steps])
+        products = torch.cat([self._through_clipping(*pair) for pair in zip(products, self.steps, strict=True)])
+        domains = [domain for step in self.steps for domain, _ in step.domain_grads]
+        self._begin()
+        return sum_by_domain(products, domains, weights)
 
     @torch.no_grad()
-    def _products(self, v: Tensor, part: slice) -> Tensor:
-        """< u_n , g_nk > over a part of the parameters, an entry for each micro-batch of the window."""
-        adjoint, products = self._adamw_adjoint if self._adamw else self._sgd_adjoint, []
-        for record, u in zip(reversed(self.records), adjoint(v[part], part), strict=True):
-            products += [torch.dot(u, grad[part]) for _, grad in reversed(record.domain_grads)]
+    def _products(self, v: Tensor, chunk: slice) -> Tensor:
+        """< dL_meta / d clipped g_n , w_k g_nk > over a chunk of the parameters, for each micro-batch of the window."""
+        learning_rates, products = [step.learning_rate for step in self.steps], []
+        if self._adamw:
+            newest = self._count + len(self.steps)
+            adjoint = adamw_adjoint(v[chunk], self._group, learning_rates, newest, self._adamw_steps(chunk))
+        else:
+            adjoint = sgd_adjoint(v[chunk], self._group, learning_rates)
+        for step, u in zip(reversed(self.steps), adjoint, strict=True):
+            products += [torch.dot(u, grad[chunk]) for _, grad in reversed(step.domain_grads)]
         return torch.stack(products[::-1])
 
-    def _sgd_adjoint(self, v: Tensor, part: slice):
-        """dL_meta / d clipped gradient of these parameters, from the newest step to the oldest."""
-        group = self.optimizer.param_groups[0]
-        phi, buffer = v.clone(), torch.zeros_like(v)  # adjoints of the parameters and of the momentum buffer
-        for record in reversed(self.records):
-            buffer.sub_(phi, alpha=record.lr)  # phi_n = phi_(n-1) - lr * b_n
-            # b_n = momentum * b_(n-1) + (1 - dampening) * (g_n + weight_decay * phi_(n-1)); torch starts with b = g
-            grad = buffer * (1 - group["dampening"])
-            phi.add_(grad, alpha=group["weight_decay"])
-            yield grad
-            buffer.mul_(group["momentum"])
-
-    def _adamw_adjoint(self, v: Tensor, part: slice):
-        """dL_meta / d clipped gradient of these parameters, from the newest step to the oldest."""
-        group = self.optimizer.param_groups[0]
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        m, square, after = self._start["exp_avg"][part], self._start["exp_avg_sq"][part], []
-        for record in self.records:
-            grad = record.gradient(part)
+    def _adamw_steps(self, chunk: slice) -> list[AdamWStep]:
+        """AdamW's moments after each step, computed again from those before the window."""
+        beta1, beta2 = self._group["betas"]
+        m, square, steps = self._moments["exp_avg"][chunk], self._moments["exp_avg_sq"][chunk], []
+        for step in self.steps:
+            grad = step.clipped_gradient(chunk)
             m, square = m.lerp(grad, 1 - beta1), (square * beta2).addcmul_(grad, grad, value=1 - beta2)
-            after.append((m, square, grad))
-        first, second = torch.zeros_like(v), torch.zeros_like(v)  # adjoints of m and v
-        decay = 1.0  # the adjoint of phi_n is v times this: phi_n = (1 - lr * weight_decay) * phi_(n-1) - lr * step
-        for record, count in zip(reversed(self.records), range(self._count + len(self.records), 0, -1), strict=False):
-            m, square, grad = after.pop()
-            bias1, root2 = 1 - beta1**count, math.sqrt(1 - beta2**count)
-            # step = (m_n / bias1) / denominator,  denominator = root / root2 + eps,  root = sqrt(v_n). Where root is
-            # 0, so are m_n and every gradient so far: there it may be any number.
-            root = square.sqrt_().clamp_(min=torch.finfo(square.dtype).tiny)
-            denominator = root + eps * root2
-            slope = v / denominator  # up to numbers
-            first.sub_(slope, alpha=decay * record.lr * root2 / bias1)
-            # d denominator / d v_n = 1 / (2 * root * root2)
-            slope.mul_(m).div_(denominator).div_(root)
-            second.add_(slope, alpha=decay * record.lr * root2 / (2 * bias1))
-            # m_n = beta1 * m_(n-1) + (1 - beta1) * g_n,  v_n = beta2 * v_(n-1) + (1 - beta2) * g_n ** 2
-            yield (first * (1 - beta1)).addcmul_(grad, second, value=2 * (1 - beta2))
-            first.mul_(beta1)
-            second.mul_(beta2)
-            decay *= 1 - record.lr * group["weight_decay"]
+            steps.append(AdamWStep(m, square, grad))
+        return steps
 
+    def _through_clipping(self, products: Tensor, step: UnrolledStep) -> Tensor:
+        """< u_n , w_k g_nk > for each micro-batch of a step, [M]."""
+        if step.clip_factor == 1.0:
+            return products
+        total = step.gradient()
+        along = torch.stack([grad @ total for _, grad in step.domain_grads])
+        return through_clipping(products, collectives.all_reduce_sum(along), step.clip_factor)
 
-def _through_clipping(products: Tensor, record: StepRecord) -> Tensor:
-    """< dL_meta / dg_n , g_nk > from the same with the clipped g_n: clipping scales by max_norm / |g_n|, and |g_n|
-    depends on g_n too. One entry for each micro-batch, before and after; their sums are the products with g_n."""
-    if record.clip == 1.0:
-        return products
-    total = record.unclipped()
-    along = collectives.all_reduce_sum(torch.stack([grad @ total for _, grad in record.domain_grads]))  # < g_n , g_nk >
-    return record.clip * (products - along * products.sum() / along.sum())
+    def memory_bytes(self, window: WindowSize) -> WindowMemory:
+        """Return what the kept gradients take, and the chunks that the adjoint is run over."""
+        gradients = window.steps * (window.micro_batches + window.partial)
+        moments = 2 if self._adamw else 0
+        chunks = torch.get_num_threads() if window.device == "cpu" else 1
+        entry = torch.float32.itemsize
+        chunk = min(window.vector, entry * CHUNK.get(window.device, CHUNK["cuda"]) * chunks)
+        # Of a chunk: both moments and the gradient after each step, and the adjoints. Of a clipped step: its gradient.
+        compute = max(chunk * (3 * window.steps + 8), window.vector if window.clipped else 0)
+        return WindowMemory(window.vector * (gradients + moments), compute)

@@ -1,0 +1,101 @@
+"""The losses of the two levels, as functions of step logits.
+
+A process may hold a part of a batch only. Its loss is then its part of the batch's loss: the parts add up.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from reweighting.data.chains import Chain
+from reweighting.devices import autocast
+from reweighting.distributed import collectives
+from reweighting.modeling.collate import Batch
+
+LossFunction = Callable[[dict[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> its loss, a scalar
+
+
+def squared_error(logits: Tensor, batch: Batch) -> Tensor:
+    """Compute the loss of a micro-batch: the mean of (sigmoid(z) - p)^2 over its labeled steps.
+
+    Args:
+        logits: Step logits z, [B, S].
+        batch: Their chains, with the targets p in [0, 1].
+
+    Returns:
+        This process's part of the mean, a scalar.
+    """
+    errors = (logits.sigmoid() - batch.targets).square()  # [B, S]
+    return errors[batch.target_mask].sum() / batch.num_labeled_steps
+
+
+def loss_at_parameters(module: nn.Module, precision: str) -> LossFunction:
+    """Make the unweighted loss a function of the trained parameters, without dropout.
+
+    Args:
+        module: The reward model.
+        precision: Of the compute, "fp32" or "bf16".
+
+    Returns:
+        ({name: parameter}, micro-batch) -> this process's part of its loss, a scalar.
+    """
+
+    def loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
+        was_training = module.training
+        module.eval()
+        try:
+            with autocast(batch.targets.device, precision):
+                return squared_error(functional_call(module, params, (batch,)), batch)
+        finally:
+            module.train(was_training)
+
+    return loss
+
+
+def center_aggregates(aggregates: Tensor, chains: Sequence[Chain], positive_rate: float) -> Tensor:
+    """Move the aggregates of each group of compared answers to where their mean belongs, see `centering_groups`.
+
+    Args:
+        aggregates: Of this process's chains, [B].
+        chains: This process's chains, [B].
+        positive_rate: Fraction of correct answers in the whole meta set.
+
+    Returns:
+        Centered aggregates, [B]. Gradients flow through the group means, across processes too.
+    """
+    parts = collectives.all_gather_object(list(chains))
+    groups, level = centering_groups([chain for part in parts for chain in part], positive_rate)  # [all B], [G]
+    level = level.to(aggregates)
+    counts = torch.bincount(groups).to(aggregates)  # [G]
+    own = groups.split([len(part) for part in parts])[collectives.rank()].to(aggregates.device)  # [B]
+    sums = collectives.differentiable_all_reduce_sum(torch.zeros_like(level).index_add(0, own, aggregates))  # [G]
+    return aggregates + (level - sums / counts)[own]
+
+
+def centering_groups(chains: Sequence[Chain], positive_rate: float) -> tuple[Tensor, Tensor]:
+    """Decide which answers are compared with each other, and where their mean belongs.
+
+    Choosing compares the answers to one question, so what these have in common does not matter; and it would drown the
+    rest: a domain whose labels are too high as a whole would be a cheap remedy for scores that are too low, however
+    poor its labels. Correct and incorrect answers to one question are a group; all others together are one more.
+
+    Args:
+        chains: Meta chains, [B].
+        positive_rate: Fraction of correct answers in the whole meta set.
+
+    Returns:
+        The group of each chain, [B] int64, and for each group the logit of its fraction of correct answers, [G]; for
+        the group of all others, of `positive_rate`.
+    """
+    labels = defaultdict(list)
+    for chain in chains:
+        labels[chain.prompt].append(chain.label)
+    rates = {prompt: sum(found) / len(found) for prompt, found in labels.items()}
+    mixed = [prompt for prompt, rate in rates.items() if 0 < rate < 1]
+    number = {prompt: index for index, prompt in enumerate(mixed)}
+    groups = [number.get(chain.prompt, len(mixed)) for chain in chains]
+    used = [rates[prompt] for prompt in mixed] + [positive_rate] * (len(mixed) in groups)
+    return torch.tensor(groups), torch.logit(torch.tensor(used))

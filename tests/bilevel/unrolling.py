@@ -1,0 +1,138 @@
+"""A small network in float64 whose exact hypergradient is known: autograd through the unrolled optimizer.
+
+The optimizers are written out by hand as differentiable functions of the domain weights; `window` makes the same steps
+with torch's optimizer and reports them to a `Hypergradient`.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from reweighting.distributed.flat_vectors import flatten, unflatten
+
+DOMAINS, DECAY = 4, 0.01
+LR = {"sgd": 0.02, "adamw": 1e-3}
+
+
+def toy_loss(model, params, batch) -> Tensor:
+    inputs, targets = batch
+    return (functional_call(model, params, (inputs,)).squeeze(1).sigmoid() - targets).square().mean()
+
+
+def toy_batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 10, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+
+
+def norm_of(grads) -> Tensor:
+    return torch.sqrt(sum(grad.square().sum() for grad in grads))
+
+
+def unrolled(kind, model, params, state, weights, steps, clip, momentum):
+    """The parameters after the steps as a differentiable function of the weights: the optimizers by hand."""
+    for micro_batches in steps:
+        loss = sum(weights[d] * toy_loss(model, params, batch) for d, batch in micro_batches) / len(micro_batches)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        factor = torch.clamp(clip / norm_of(grads), max=1.0) if clip else 1.0
+        new = {}
+        for (name, value), grad in zip(params.items(), grads, strict=True):
+            own, grad = state[name], grad * factor
+            if kind == "sgd":
+                grad = grad + DECAY * value
+                if momentum:
+                    grad = own["momentum_buffer"] = momentum * own["momentum_buffer"] + grad
+                new[name] = value - LR[kind] * grad
+            else:
+                own["step"] = own["step"] + 1
+                t = own["step"].item()
+                own["exp_avg"] = 0.9 * own["exp_avg"] + 0.1 * grad
+                own["exp_avg_sq"] = 0.999 * own["exp_avg_sq"] + 0.001 * grad.square()
+                denominator = (own["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8
+                decayed = value * (1 - LR[kind] * DECAY)
+                new[name] = decayed - LR[kind] * own["exp_avg"] / (1 - 0.9**t) / denominator
+        params = new
+    return params
+
+
+@dataclass
+class Case:
+    """A window of optimizer steps.
+
+    kind: sgd or adamw. before: steps before the window. count: steps in it. accumulation: micro-batches in a step.
+    clip: the largest norm of a gradient, 0 for none.
+    """
+
+    kind: str
+    momentum: float = 0.0
+    before: int = 10
+    count: int = 5
+    accumulation: int = 2
+    clip: float = 0.0
+    seed: int = 0
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self):
+        torch.manual_seed(self.seed)
+        self.model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+        self.params = dict(self.model.named_parameters())
+        self.weights = torch.rand(DOMAINS, dtype=torch.float64) + 0.5
+        if self.kind == "sgd":
+            more = {"momentum": self.momentum}
+            self.optimizer = torch.optim.SGD(self.params.values(), lr=LR["sgd"], weight_decay=DECAY, **more)
+        else:
+            self.optimizer = torch.optim.AdamW(self.params.values(), lr=LR["adamw"], weight_decay=DECAY)
+        self.batches = [
+            [((step * self.accumulation + i) % DOMAINS, toy_batch()) for i in range(self.accumulation)]
+            for step in range(self.before + self.count)
+        ]
+        self.meta = toy_batch()
+
+    def fetch_batch(self, micro_step: int):
+        """As a run's `fetch_batch`."""
+        return self.batches[micro_step // self.accumulation][micro_step % self.accumulation]
+
+    def loss(self, params, batch) -> Tensor:
+        """The unweighted loss of a micro-batch at given parameters."""
+        return toy_loss(self.model, params, batch)
+
+    def step(self, number: int, hypergradient=None) -> None:
+        """Make an optimizer step, and report it."""
+        total, params = 0, list(self.params.values())
+        for i, (domain, batch) in enumerate(self.batches[number]):
+            loss = self.weights[domain] * self.loss(self.params, batch) / self.accumulation
+            gradient = torch.autograd.grad(loss, params)
+            total = total + flatten(gradient)
+            if hypergradient is not None:
+                hypergradient.add_micro_batch(number * self.accumulation + i, domain, batch, gradient)
+        factor = min(1.0, self.clip / total.norm().item()) if self.clip else 1.0
+        for param, piece in zip(params, unflatten(total * factor, params), strict=True):
+            param.grad = piece
+        self.optimizer.step()
+        if hypergradient is not None:
+            hypergradient.close_step(total, factor, LR[self.kind])
+
+    def window(self, hypergradient) -> tuple[Tensor, Tensor]:
+        """Make all steps, those of the window reported; return the exact hypergradient and v.
+
+        Also checks that the optimizers written by hand are torch's.
+        """
+        for number in range(self.before):
+            self.step(number)
+        start = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
+        state = {name: copy.deepcopy(self.optimizer.state[p]) for name, p in self.params.items()}
+        weights = self.weights.clone().requires_grad_()
+        steps = self.batches[self.before :]
+        after = unrolled(self.kind, self.model, start, state, weights, steps, self.clip, self.momentum)
+        exact = torch.autograd.grad(self.loss(after, self.meta), weights)[0]
+        for number in range(self.before, self.before + self.count):
+            self.step(number, hypergradient)
+        for name, param in self.params.items():
+            torch.testing.assert_close(param.detach(), after[name].detach(), rtol=0, atol=1e-12)
+        return exact, flatten(torch.autograd.grad(self.loss(self.params, self.meta), list(self.params.values())))
+
+
+def cosine_and_ratio(exact: Tensor, found: Tensor) -> tuple[float, float]:
+    """How near a hypergradient is to the exact one: the cosine, and the ratio of the norms."""
+    return torch.cosine_similarity(exact, found, dim=0).item(), (found.norm() / exact.norm()).item()
