@@ -4,6 +4,7 @@ import sys
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 UNLIMITED = 10_000  # columns, where no terminal limits the width
@@ -16,13 +17,14 @@ def new_table(title: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """Print a table to the standard output.
+    """Print a table to the standard output, without colours.
 
-    On a terminal a cell that does not fit is folded. Elsewhere the table is as wide as its cells, without colours, so
-    that no number is cut or broken.
+    On a terminal a cell that does not fit is folded between words. Elsewhere the table is as wide as its cells.
     """
-    terminal = sys.stdout.isatty()
-    console = Console(
-        file=sys.stdout, width=None if terminal else UNLIMITED, markup=False, highlight=False, emoji=False
-    )
+    console = Console(file=sys.stdout, color_system=None, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    # rich would cut words, numbers too, on a terminal that is too narrow for them; this leaves it to the terminal.
+    words = Measurement.get(console, console.options.update(width=UNLIMITED), table).minimum
+    console.width = max(console.width, words)
     console.print(table)

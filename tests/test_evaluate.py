@@ -1,7 +1,10 @@
 """evaluate.py and step_metrics.py: labels, first incorrect steps, splits, thresholds, what is written."""
 
+import errno
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +60,7 @@ def test_labels_come_from_correct_else_from_the_accuracy(demo, weights_path, tmp
     rows[1]["correct"], rows[2]["correct"] = True, False
     for row, accuracy in zip(rows, (0.9, 0.0, 1.0, 0.3, 0.2), strict=True):
         row["accuracy"] = accuracy
+        del row["score"], row["times"]
     (demo / "labels.json").write_text(json.dumps(rows))
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")
     (scored,) = score_rows(model, load_evaluation_rows(demo / "labels.json"), 0.25, 8, "labels.json")
@@ -130,3 +134,61 @@ def test_what_the_user_can_fix(demo, weights_path, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             main(flags(demo, weights_path, tmp_path, *more))
+
+
+def test_a_domain_may_have_any_name(demo, weights_path, tmp_path, capsys):
+    """`all`, the name of the total, with markup of rich, and with what a terminal would obey."""
+    rows = json.loads((demo / "train.json").read_text())
+    domains = sorted({row["dataset"] for row in rows})
+    names = ["all", "[red]x[/red]", "a\x1b[31m\nb"]
+    new = dict(zip(domains, names, strict=False))
+    (demo / "names.json").write_text(json.dumps([row | {"dataset": new.get(row["dataset"], "x")} for row in rows]))
+    more = ("--eval_json_file", str(demo / "names.json"), "--dev_json_file", str(demo / "train.json"))
+    main(flags(demo, weights_path, tmp_path, *more))
+    results = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert set(results["domains"]) == {*names, "x"}
+    assert results["all"]["steps"] == len(rows) > results["domains"]["all"]["steps"]
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [lines.count(name) for name in ("all", "[red]x[/red]", r"a\x1b[31m\nb")] == [2, 1, 1]  # "all domains"
+
+
+def test_answers_of_a_single_step_are_counted(demo, weights_path, tmp_path, capsys):
+    rows = json.loads((demo / "train.json").read_text())
+    for row in rows[:5]:  # one answer
+        row["add"] = row["add"].replace("Step", "Part")
+    (demo / "parts.json").write_text(json.dumps(rows))
+    more = ("--eval_json_file", str(demo / "parts.json"), "--dev_json_file", str(demo / "train.json"))
+    main(flags(demo, weights_path, tmp_path, *more))
+    assert re.search(r"warning: .*parts.json: 5 of 44 answers are a single step", capsys.readouterr().err)
+
+
+def test_no_input_is_overwritten(demo, weights_path, tmp_path):
+    for name in ("evaluation.json", "reliability.png"):
+        (tmp_path / name).write_bytes((demo / "train.json").read_bytes())
+        for flag in ("--eval_json_file", "--dev_json_file"):
+            with pytest.raises(UserError, match=f"would overwrite the input .*{name}. Name another folder"):
+                main(flags(demo, weights_path, tmp_path, flag, str(tmp_path / name)))
+        assert (tmp_path / name).read_bytes() == (demo / "train.json").read_bytes()
+
+
+def test_a_full_disk_leaves_the_earlier_files(demo, weights_path, tmp_path, monkeypatch):
+    main(flags(demo, weights_path, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        main(flags(demo, weights_path, tmp_path, "--threshold", "0.5"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--output", ""), ("--output", "."), ("--output", "/"), ("--weights_path", ""), ("--dev_json_file", " ")],
+)
+def test_empty_paths_are_refused(demo, weights_path, folder, flag, value):
+    with pytest.raises(UserError, match=f"{flag}: found '{value}', allowed: a path"):
+        main(flags(demo, weights_path, Path("x"), flag, value))
+    assert not list(folder.iterdir())

@@ -3,12 +3,22 @@
 import json
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from PIL import Image
 
-from reweighting.plots import draw_run, draw_weights_against_quality, smoothed, spread_out
+from reweighting.fonts import choose_fonts
+from reweighting.plots import (
+    draw_run,
+    draw_weights,
+    draw_weights_against_quality,
+    shown_name,
+    smoothed,
+    spread_out,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,3 +134,31 @@ def test_losses_that_are_no_numbers_leave_a_gap(tmp_path):
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in draw_run(folder):
         check_picture(path)
+
+
+def test_a_name_in_another_script_is_drawn_in_a_font_that_has_it():
+    lacking = "\u1d81"  # DejaVu Sans lacks it and STIXGeneral has it; both come with matplotlib
+    assert choose_fonts(["ü½"]) == (["DejaVu Sans"], ["ü½"])
+    families, texts = choose_fonts(["ü½", f"a{lacking}b"])
+    assert families[0] == "DejaVu Sans" and len(families) > 1 and texts == ["ü½", f"a{lacking}b"]
+    path = font_manager.findfont(font_manager.FontProperties(family=families[1]))
+    assert ord(lacking) in font_manager.get_font(path).get_charmap()
+
+
+def test_characters_that_no_font_has_are_boxes_and_named_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["DejaVu Sans"])
+    monkeypatch.setattr("reweighting.fonts._warned", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_weights({"图表": 1.2, "표": 0.8, "ascii": 1.0}, tmp_path / "weights.png")
+        draw_weights_against_quality({"图表": 1.2, "b": 0.8}, {"图表": 0.9, "b": 0.1}, tmp_path / "quality.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no installed font has 图表표: the figures show boxes")
+    assert choose_fonts(["图1"]) == (["DejaVu Sans"], ["\N{WHITE SQUARE}1"])
+    for name in ("weights", "quality"):
+        check_picture(tmp_path / f"{name}.png")
+
+
+def test_names_of_domains_are_one_line_that_a_terminal_does_not_obey():
+    assert shown_name("a\x1b[31m\nb \u202e") == r"a\x1b[31m b \u202e"
+    assert len(shown_name("x" * 100)) == 40

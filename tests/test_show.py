@@ -1,6 +1,8 @@
 """show.py and html_page.py: one self-contained page, all text escaped, and what a real browser makes of it."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -157,3 +159,30 @@ def test_only_an_earlier_page_is_replaced(shown, demo, weights_path, tmp_path):
     page.write_bytes(shown[0].read_bytes())
     main([*arguments, "--output", str(page)])
     assert page.read_bytes() != shown[0].read_bytes() and "Candidate 4" in page.read_text()
+
+
+def test_a_candidate_of_which_nothing_is_known_is_called_neither():
+    candidates = [PageCandidate(1, [("a", 0.2)], -1.4, None), PageCandidate(2, [("b", 0.8)], 0.9, False)]
+    html = html_page("Q", None, candidates, 2, "min")
+    assert "correct answer" not in html.replace("incorrect answer", "").partition("<section")[2]
+    assert Texts(html).texts["h2"][1] == "Candidate 2 · ★ chosen · ✗ incorrect answer · min 0.90"
+
+
+def test_a_full_disk_leaves_the_earlier_page(shown, demo, weights_path, tmp_path, monkeypatch):
+    page = tmp_path / "page.html"
+    page.write_bytes(shown[0].read_bytes())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    arguments = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "test.json"), "--id", "1"]
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        main([*arguments, "--output", str(page)])
+    assert page.read_bytes() == shown[0].read_bytes() and list(tmp_path.iterdir()) == [page]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_an_output_needs_a_name(name):
+    with pytest.raises(UserError, match="--output: found .*allowed: a path that ends in a name"):
+        main(["--candidates_json_file", "x.json", "--id", "1", "--output", name])
