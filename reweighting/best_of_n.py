@@ -30,7 +30,7 @@ from reweighting.files import atomic_write_text
 from reweighting.inference.best_of_n_metrics import BestOfNResults, measure, results_table, warnings
 from reweighting.inference.candidate_file import CandidateFile
 from reweighting.inference.candidates import score_candidates
-from reweighting.inference.scorer import Scorer, model_digest
+from reweighting.inference.scorer import Scorer
 from reweighting.inference.selections_file import Selections, sidecar
 from reweighting.modeling.aggregation import aggregate
 from reweighting.tables import print_table
@@ -58,14 +58,7 @@ def main(argv: list[str]) -> None:
     for warning in candidates.warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     scorer = Scorer(config.scoring, config.candidates.aggregation_function)
-    settings = {
-        "reward model": model_digest(config.scoring),
-        **candidates.identity(),
-        "aggregation_function": scorer.aggregation,
-        "precision": scorer.precision,
-        "device": scorer.device.type,
-        "batch_size": config.scoring.batch_size,
-    }
+    settings = {**scorer.identity(), **candidates.identity(), "batch_size": config.scoring.batch_size}
     selections = Selections(output, settings)
     if not selections.finished:
         score(scorer, candidates, selections, config.scoring.batch_size)

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from reweighting.best_of_n import main
 from reweighting.config.training import EMBEDDED_BACKBONE
@@ -275,9 +276,15 @@ def test_a_base_that_has_moved_is_named_and_one_that_has_changed_is_noticed(demo
     more = ("--aggregation_function", "min")
     main(flags(demo, tmp_path, output, *more))
     moved = base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="has moved, name it .*backbone"):
+    with pytest.raises(UserError, match="has moved, name it with --backbone"):
         main(flags(demo, tmp_path, output, *more))
     main(flags(demo, tmp_path, output, *more, "--backbone", str(moved)))  # the same choices: nothing to do
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, moved / "model.safetensors")
+    with pytest.raises(UserError, match="not the one that the model was trained on.*--allow_changed_base"):
+        main(flags(demo, tmp_path, output, *more, "--backbone", str(moved)))
+    with pytest.raises(UserError, match="its base differs"):
+        main(flags(demo, tmp_path, output, *more, "--backbone", str(moved), "--allow_changed_base"))
     with pytest.raises(UserError, match="--backbone does nothing"):
         ProcessRewardModel.from_backbone(moved).save_pretrained(tmp_path / "full")
         main(flags(demo, tmp_path / "full", output, *more, "--backbone", str(moved)))

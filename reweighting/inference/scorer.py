@@ -19,6 +19,7 @@ class Scorer:
     """The reward model of `--weights_path` on its device.
 
     Attributes:
+        folder: of the saved model.
         model: in eval mode.
         device: where it computes.
         precision: "bf16" or "fp32".
@@ -39,11 +40,11 @@ class Scorer:
         transformers_logging.disable_progress_bar()
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
-        folder = model_folder(config.weights_path)
-        if config.backbone is not None and SavedModel.read(folder).config.train == "full":
-            raise UserError(f"--backbone does nothing: {folder} holds the whole backbone. Leave it out.")
+        self.folder = model_folder(config.weights_path)
+        if config.backbone is not None and SavedModel.read(self.folder).config.train == "full":
+            raise UserError(f"--backbone does nothing: {self.folder} holds the whole backbone. Leave it out.")
         self.model = ProcessRewardModel.from_pretrained(
-            folder,
+            self.folder,
             backbone=config.backbone,
             allow_changed_base=config.allow_changed_base,
             device=self.device,
@@ -54,18 +55,22 @@ class Scorer:
         """Return the context to score in, which sets the precision."""
         return autocast(self.device, self.precision)
 
+    def identity(self) -> dict[str, str | None]:
+        """Return what tells this model's scores from those of others, beside the input and the batches."""
+        config_file, base = self.folder / CONFIG_FILE, self.model.base_identity
+        # The config holds a digest of each other file, checked on loading; that of an earlier version does not.
+        listed = SavedModel.read(self.folder).files is not None
+        files = [config_file] if listed else sorted(path for path in self.folder.iterdir() if path.is_file())
+        return {
+            "reward model": digest(*files),
+            "base": base and base.digest,
+            "aggregation_function": self.aggregation,
+            "precision": self.precision,
+            "device": self.device.type,
+        }
+
 
 def model_folder(weights_path: str) -> Path:
     """Return the folder of the model itself: what is given, or the `prm` in it."""
     folder = Path(weights_path)
     return folder if (folder / CONFIG_FILE).is_file() else folder / "prm"
-
-
-def model_digest(config: ScoringConfig) -> str:
-    """Compute a digest of all that a score depends on: the model's files and, if it is kept elsewhere, its base."""
-    folder = model_folder(config.weights_path)
-    saved = SavedModel.read(folder)
-    if saved.files is not None and not config.allow_changed_base:
-        return digest(folder / CONFIG_FILE)  # names the digests of all others and of the base, checked on loading
-    folders = [folder] if saved.config.train == "full" else [folder, Path(config.backbone or saved.config.backbone)]
-    return digest(*(file for place in folders for file in sorted(place.glob("*")) if file.is_file()))

@@ -125,7 +125,8 @@ def saved_source(folder: str | Path, backbone: str | Path | None, allow_changed_
         revision = _check_base(saved, base_name, allow_changed_base)
         base = identify(base_name) if saved.base is None or allow_changed_base else saved.base
     except UserError as error:
-        hint = "" if Path(base_name).is_dir() else " If the model's base has moved, name it (`backbone`)."
+        moved = " If the model's base has moved, name it with --backbone (from Python `backbone`)."
+        hint = "" if Path(base_name).is_dir() else moved
         raise UserError(f"{folder}: {error}{hint}") from error
     return ModelSource(config, base_name, revision, base, str(folder), folder, config)
 
@@ -150,7 +151,8 @@ def _check_base(saved: SavedModel, name: str, allow_changed: bool) -> str | None
     if identify(name).digest != saved.base.digest:
         raise UserError(
             f"the base {name} is not the one that the model was trained on: its config or weights have changed. Name "
-            "the original (`backbone`), or insist with allow_changed_base=True (--allow_changed_base): scores change."
+            "the original with --backbone (from Python `backbone`), or insist with --allow_changed_base (from Python "
+            "`allow_changed_base=True`): scores change."
         )
     return None
 
