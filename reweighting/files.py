@@ -6,8 +6,8 @@
     atomic_write_dir(folder, fill)
     with temporary_dir(parent, "trial") as trial: ...
 
-What is unfinished lies beside its target as `.tmp-<8 hex digits>-<new or old>-<name>`. A killed process leaves it
-there; `remove_temporaries` clears it away at the next start.
+What has not its name lies beside it as `.tmp-<8 hex digits>-<age>-<name>`: `new` is unfinished, `whole` waits for the
+name, `old` had it. A killed process leaves it there; `remove_temporaries` clears it away at the next start.
 """
 
 import errno
@@ -27,7 +27,8 @@ from safetensors import SafetensorError
 
 from reweighting.errors import UserError
 
-TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}-(?P<age>new|old)-(?P<name>.+)", re.DOTALL)
+AGES = ("whole", "old", "new")  # in this order they get a name that nothing else has; `new` never does
+TEMPORARY = re.compile(rf"\.tmp-[0-9a-f]{{8}}-(?P<age>{'|'.join(AGES)})-(?P<name>.+)", re.DOTALL)
 PIPES = ("/dev/fd/", "/dev/stdin", "/proc/")  # where the shell's pipes have their names
 KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 _copies: dict[tuple[int, int], IO[bytes]] = {}  # of pipes, by device and inode; they are removed when the process ends
@@ -104,18 +105,21 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
-def atomic_write_dir(folder: Path, fill: Callable[[Path], object]) -> None:
+def atomic_write_dir(
+    folder: Path, fill: Callable[[Path], object], set_aside: Callable[[], object] | None = None
+) -> None:
     """Create or replace a folder, which takes its name only when everything in it is on disk.
 
     Args:
         folder: the folder; one that is there is replaced as a whole.
         fill: writes the content into the folder that it is given. All of it then gets the permissions of the user's
             umask.
+        set_aside: moves the folder that is there elsewhere; by default it is removed.
 
     Raises:
         UserError: if the disk refuses. What was there before is still there.
     """
-    unfinished, old = _temporary(folder, "new"), _temporary(folder, "old")
+    unfinished, whole, old = (_temporary(folder, age) for age in ("new", "whole", "old"))
     try:
         unfinished.mkdir(parents=True)
         fill(unfinished)
@@ -129,9 +133,12 @@ def atomic_write_dir(folder: Path, fill: Callable[[Path], object]) -> None:
         if isinstance(error, OSError | RuntimeError | ValueError | SafetensorError):
             raise cannot_write(folder, error) from error
         raise
-    if folder.exists():
+    unfinished.rename(whole)
+    if set_aside is not None:
+        set_aside()
+    elif folder.exists():
         folder.rename(old)
-    unfinished.rename(folder)
+    whole.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -159,15 +166,14 @@ def temporary_dir(parent: Path, name: str) -> Generator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left unfinished in a folder.
+    """Remove what killed processes have left in a folder; what is whole gets its name if nothing else has it.
 
-    A replaced folder whose successor never got its name is the only whole copy: it gets its name back. Only whoever
-    has locked the folder may call this.
+    Only whoever has locked the folder may call this.
     """
     left = [(path, match) for path in folder.glob(".tmp-*") if (match := TEMPORARY.fullmatch(path.name))]
-    for path, match in left:
+    for path, match in sorted(left, key=lambda item: AGES.index(item[1]["age"])):
         target = path.with_name(match["name"])
-        if match["age"] == "old" and not target.exists():
+        if match["age"] != "new" and not os.path.lexists(target):
             path.rename(target)
         elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -185,7 +191,7 @@ def cannot_write(path: Path, error: Exception) -> UserError:
 
 
 def _temporary(path: Path, age: str) -> Path:
-    """Name what is not yet (`new`) or no longer (`old`) `path`."""
+    """Name what is not yet, or no longer, `path`."""
     return path.with_name(f".tmp-{secrets.token_hex(4)}-{age}-{path.name}")
 
 

@@ -85,7 +85,7 @@ calls, rename = [], Path.rename
 
 def rename_and_die(self, target):
     calls.append(self)
-    if len(calls) == {"first": 1, "second": 2}.get(moment):
+    if len(calls) == {"first": 1, "second": 2, "third": 3}.get(moment):
         kill()
     rename(self, target)
 
@@ -96,7 +96,8 @@ files.atomic_write_dir(folder, lambda new: (new / "a").write_text("new"))
 
 
 @pytest.mark.parametrize(
-    ("moment", "content"), [("filling", "old"), ("first", "old"), ("second", "old"), ("removing", "new")]
+    ("moment", "content"),
+    [("filling", "old"), ("first", "old"), ("second", "old"), ("third", "new"), ("removing", "new")],
 )
 def test_a_kill_at_any_moment_leaves_one_whole_folder(tmp_path, moment, content):
     folder = tmp_path / "step-00000005"
@@ -116,8 +117,11 @@ def test_only_temporary_names_are_cleared_away(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / ".tmp-01234567-new-link").symlink_to(tmp_path / ".hidden")
     (tmp_path / ".tmp-89abcdef-new-folder" / "deep").mkdir(parents=True)
+    for age in ("old", "whole"):
+        (tmp_path / f".tmp-00000000-{age}-a").write_text(age)
     remove_temporaries(tmp_path)
-    assert names(tmp_path) == sorted([*mine, "name\nand-old-x"])
+    assert names(tmp_path) == sorted([*mine, "name\nand-old-x", "a"])
+    assert (tmp_path / "a").read_text() == "whole"
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])

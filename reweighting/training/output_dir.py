@@ -40,7 +40,7 @@ def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Pa
 
     Args:
         path: the folder.
-        inputs: {flag: file or folder that the run reads}.
+        inputs: {what a message calls it: file or folder that the run reads}.
 
     Yields:
         The folder.
@@ -73,14 +73,14 @@ def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Pa
 def _check_inputs(folder: Path, inputs: Mapping[str, str | None]) -> None:
     """Raise UserError if the run would move or overwrite what it reads."""
     target = Path(os.path.realpath(folder))
-    for flag, value in inputs.items():
+    for name, value in inputs.items():
         path = target.parent if value is None else Path(os.path.realpath(value))
         if not path.is_relative_to(target) or not path.exists():
             continue
         inside = path.relative_to(target).parts
-        if (inside and inside[0] in (*OUTPUTS, RUN_FILE)) or (not inside and flag == "reward_model"):
+        if (inside and inside[0] in (*OUTPUTS, RUN_FILE)) or (not inside and "reward_model" in name):
             raise UserError(
-                f"--{flag} {value} lies among the outputs in --weights_path {folder}, which this run would move or "
+                f"{name} {value} lies among the outputs in --weights_path {folder}, which this run would move or "
                 "overwrite: name another --weights_path, or first move that input elsewhere"
             )
 
@@ -181,11 +181,12 @@ def prepare_output_dir(config: TrainingConfig, folder: Path, checkpoint_dir: Pat
         return
     history = (checkpoint_dir / HISTORY_FILE).read_text(encoding="utf-8")
     if config.run.resume_from is not None:
-        with temporary_dir(folder, CHECKPOINTS) as waiting:
-            copy = waiting / checkpoint_name(read_manifest(checkpoint_dir).step)
-            atomic_write_dir(copy, lambda new: shutil.copytree(checkpoint_dir, new, dirs_exist_ok=True))
-            archive_previous_run(folder)
-            waiting.rename(folder / CHECKPOINTS)
+        name = checkpoint_name(read_manifest(checkpoint_dir).step)
+        atomic_write_dir(
+            folder / CHECKPOINTS,
+            lambda new: shutil.copytree(checkpoint_dir, new / name),
+            set_aside=lambda: archive_previous_run(folder),
+        )
     _write_run_file(folder, list(OUTPUTS))
     atomic_write_text(folder / HISTORY_FILE, history)
 

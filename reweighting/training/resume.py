@@ -10,7 +10,8 @@ from reweighting.devices import choose_device, choose_precision
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.files import digest
-from reweighting.modeling.config import with_defaults
+from reweighting.modeling.config import CONFIG_FILE, with_defaults
+from reweighting.modeling.saved_model import SavedModel
 from reweighting.terminal import printable
 from reweighting.training.checkpoints import load_latest, load_named, load_state
 
@@ -28,9 +29,16 @@ BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a sett
 
 
 def run_inputs(config: TrainingConfig) -> dict[str, str | None]:
-    """List what the run reads: {flag: file or folder}, None for a flag that is not given."""
+    """List what the run reads: {what a message calls it: file or folder}, None for a flag that is not given.
+
+    Raises:
+        UserError: if --reward_model is a saved reward model that is damaged.
+    """
     flags = config.flags()
-    return {name: flags[name] for name in INPUTS}
+    inputs = {f"--{name}": flags[name] for name in INPUTS}
+    if (Path(config.model.reward_model) / CONFIG_FILE).is_file():
+        inputs["the base of --reward_model"] = SavedModel.read(Path(config.model.reward_model)).config.backbone
+    return inputs
 
 
 def run_settings(config: TrainingConfig) -> dict[str, Any]:
