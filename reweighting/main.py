@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     """Run the command: flags, rows, the two levels, training, results. Raises UserError for what the user can fix."""
     config = parse_training_config(argv)
     with process_group(choose_device(config.run.device), config.run.distributed_timeout):
-        data = read_run_data(config)  # every row is checked before a model is loaded
+        data = preflight.check_chains(config, read_run_data(config))  # all of them, before a weight is read
         with lock_output_dir(config.data.weights_path, run_inputs(config)) as folder:
             settings = run_settings(config)
             check_same_on_all_ranks(settings)
@@ -86,7 +86,6 @@ def build_engine(
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
-    preflight.check_chains(model, data, validation)
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
     method = resolve_hypergradient(config, data, model, device, state and state["settings"])  # None likewise
 

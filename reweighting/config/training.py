@@ -42,6 +42,10 @@ class DataConfig:
         default=None,
         help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
     )
+    drop_too_long: bool = HfArg(
+        default=False,
+        help="leave out chains that are longer than the model takes, and print how many; else they are an error",
+    )
     weights_path: str = HfArg(default="weights", help="output folder")
 
 

@@ -1,19 +1,21 @@
 """Checks before hours of computing: flags against the machine, chains against the model."""
 
 import sys
+from dataclasses import replace
+from itertools import compress
 
 import torch
 
 from reweighting.config.training import TrainingConfig
-from reweighting.data.chains import Chain
+from reweighting.data.chains import candidate_chains
+from reweighting.data.row_files import short_repr
 from reweighting.devices import check_attention
 from reweighting.distributed import collectives
-from reweighting.errors import UserError
+from reweighting.errors import LISTED_PLACES, UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training.build import micro_batches_per_step
+from reweighting.training.build import load_backbone, micro_batches_per_step
 from reweighting.training.hypergradient_choice import check_method
 from reweighting.training.run_data import RunData
-from reweighting.training.validation import Validation
 
 
 def check_possible(config: TrainingConfig, device: torch.device, precision: str) -> None:
@@ -47,14 +49,65 @@ def _check_shard(config: TrainingConfig) -> None:
         )
 
 
-def check_chains(model: ProcessRewardModel, data: RunData, validation: Validation | None) -> None:
-    """Check that the model can read every chain: none is too long, no image has an impossible shape.
+def check_chains(config: TrainingConfig, data: RunData) -> RunData:
+    """Check, without reading the model's weights, that it can read every chain.
+
+    Args:
+        config: the settings.
+        data: what the run reads.
+
+    Returns:
+        The same; under --drop_too_long without the chains that are too long, and without the validation questions of
+        which a candidate is.
 
     Raises:
-        UserError: naming the rows.
+        UserError: naming the rows; or if nothing is left of a domain, of a kind of meta answers or of the validation.
     """
-    chains: list[Chain] = [*data.train, *data.meta]
-    model.check(chains + validation.chains() if validation else chains)
+    model = load_backbone(config, torch.device("meta"), "fp32")
+    chains = [*data.train, *data.meta]
+    questions: list[int] = []  # of each validation chain behind these: its place in data.validation
+    for place, row in enumerate(data.validation):
+        candidates = candidate_chains(row, config.data.validation_json_file or "")
+        chains += candidates
+        questions += [place] * len(candidates)
+    try:
+        too_long = model.check(chains, config.data.drop_too_long)
+    except UserError as error:
+        raise UserError(f"{error}\nTo train without the chains that are too long: --drop_too_long") from error
+    return _without(config, data, set(too_long), questions, model) if too_long else data
+
+
+def _without(
+    config: TrainingConfig, data: RunData, too_long: set[int], questions: list[int], model: ProcessRewardModel
+) -> RunData:
+    """The data without chains that are too long, and how many those are, printed. Raises UserError if too little is left.
+
+    too_long: positions in the list of training, meta and validation chains. questions: of each of the last.
+    """
+    first_meta = len(data.train)
+    first_candidate = first_meta + len(data.meta)
+    train = [chain for place, chain in enumerate(data.train) if place not in too_long]
+    meta = [chain for place, chain in enumerate(data.meta, first_meta) if place not in too_long]
+    dropped = {question for place, question in enumerate(questions, first_candidate) if place in too_long}
+    keeps = [place not in dropped for place in range(len(data.validation))]
+    for kept, whole, what, name in (
+        (len(train), len(data.train), "chains", config.data.train_json_file),
+        (len(meta), len(data.meta), "chains", config.data.meta_json_file),
+        (sum(keeps), len(keeps), "questions", config.data.validation_json_file),
+    ):
+        if kept < whole:
+            print(f"--drop_too_long: {name}: {whole - kept} of {whole} {what} are left out, which are longer than "
+                  f"{model.chain_tokenizer.max_length} tokens")  # fmt: skip
+    remedy = "Shorten their texts, raise --max_length or lower --max_image_side"
+    if lost := sorted({chain.domain for chain in data.train} - {chain.domain for chain in train}):
+        names = ", ".join(short_repr(data.domains[domain]) for domain in lost[:LISTED_PLACES])
+        raise UserError(f"--drop_too_long leaves no chain of {len(lost)} domains ({names}). {remedy}")
+    if {chain.label for chain in meta} != {chain.label for chain in data.meta}:
+        raise UserError(f"--drop_too_long leaves only one kind of meta answers, correct or incorrect ones. {remedy}")
+    if data.validation and not any(keeps):
+        raise UserError(f"--drop_too_long leaves no validation question. {remedy}")
+    validation, correct = list(compress(data.validation, keeps)), list(compress(data.correct, keeps))
+    return replace(data, train=train, meta=meta, validation=validation, correct=correct)
 
 
 def print_summary(

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from reweighting.data.chains import Chain, candidate_chains
 from reweighting.data.schema import CandidateRow
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
@@ -37,10 +36,6 @@ class Validation:
     ):
         self.model, self.rows, self.correct, self.source, self.batch_size = model, rows, correct, source, batch_size
         self.device, self.precision = device, precision
-
-    def chains(self) -> list[Chain]:
-        """Return all chains that will be scored."""
-        return [chain for row in self.rows for chain in candidate_chains(row, self.source)]
 
     def score_share(self) -> list[tuple[Tensor, Tensor]]:
         """Score this process's part of the rows; a sharded model scores all rows on all processes.
