@@ -80,7 +80,7 @@ def check_chains(config: TrainingConfig, data: RunData) -> RunData:
 def _without(
     config: TrainingConfig, data: RunData, too_long: set[int], questions: list[int], model: ProcessRewardModel
 ) -> RunData:
-    """The data without chains that are too long, and how many those are, printed. Raises UserError if too little is left.
+    """The data without chains that are too long, which are counted in a line. Raises UserError if too little is left.
 
     too_long: positions in the list of training, meta and validation chains. questions: of each of the last.
     """
