@@ -279,7 +279,7 @@ def test_a_moved_base_can_be_named(image, tmp_path):
     model = ProcessRewardModel.from_backbone(tmp_path / "base", lora_rank=2)
     model.save_pretrained(tmp_path / "prm")
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"no folder .*base.* name it \(`backbone`\)"):
+    with pytest.raises(UserError, match=r"no folder .*base.* name it with --backbone"):
         ProcessRewardModel.from_pretrained(tmp_path / "prm")
     loaded = ProcessRewardModel.from_pretrained(tmp_path / "prm", backbone=tmp_path / "moved")
     assert loaded.score(image, QUESTION, STEPS) == model.score(image, QUESTION, STEPS)
