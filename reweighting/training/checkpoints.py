@@ -27,6 +27,7 @@ from reweighting.terminal import printable
 from reweighting.training.saved_state import check_history, check_state
 
 STATE_FILE, HISTORY_FILE, MANIFEST_FILE, MODEL_FOLDER = "state.pt", "history.jsonl", "manifest.json", "prm"
+MAX_NAME = 256  # characters
 FORMAT_VERSION = 2  # 1: settings under the flags' earlier names
 # What the system says where a file is not there or is no file. Anything else, such as a lack of permission, says
 # nothing about the file.
@@ -134,11 +135,17 @@ def read_manifest(checkpoint_dir: Path) -> Manifest:
             "started it, or start a new one"
         )
     names = manifest.files.keys()
-    if outside := next((name for name in names if PurePosixPath(name).is_absolute() or ".." in Path(name).parts), None):
+    if outside := next((name for name in names if not _is_inside(name)), None):
         raise DamagedCheckpoint(f"{path} is damaged: it names {outside[:100]!r}, which is no file of the checkpoint")
     if missing := {STATE_FILE, HISTORY_FILE} - names:
         raise DamagedCheckpoint(f"{path} is damaged: it does not name {min(missing)}")
     return manifest
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name in a manifest leads to a place inside the checkpoint."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and len(name) < MAX_NAME and "\0" not in name
 
 
 def best_checkpoint(folder: Path, name: str) -> tuple[Path, float] | None:

@@ -125,7 +125,7 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
     """
     # A flag that did not exist when the run was started had the effect of its default.
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
-    learned, learns = (TrainingConfig.from_flags(one).learns_weights for one in (saved, settings))
+    learned, learns = (TrainingConfig.from_flags(settings | one).learns_weights for one in (saved, settings))
     if learned != learns:
         kinds = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
         raise UserError(

@@ -3,12 +3,14 @@
 Right checksums do not prove that a run wrote the files: anyone can compute them.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from reweighting.training.random_states import check_random_states
+
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -31,13 +33,13 @@ class SavedState(_Strict):
     """What `ReweightingEngine.state_dict` gives."""
 
     step: NonNegativeInt
-    seconds: NonNegativeFloat
+    seconds: Seconds
     domains: list[str]
     scored: NonNegativeInt
     skipped: NonNegativeInt
     meta_losses: list[FiniteFloat]
     warned: list[str]
-    settings: dict[str, Any]
+    settings: dict[str, JsonValue]
     random: dict[str, Any]
     random_of_others: list[dict[str, Any]]
     problems: dict[str, ProblemState]
@@ -51,7 +53,7 @@ class HistoryLine(_Strict):
     meta_loss: FiniteFloat | None = None
     weights: dict[str, FiniteFloat]
     rows_seen: NonNegativeInt
-    seconds: FiniteFloat
+    seconds: Seconds
 
 
 def check_state(state: Any, step: int) -> None:

@@ -19,11 +19,9 @@ from reweighting.errors import UserError
 from reweighting.main import main
 from reweighting.training.checkpoints import (
     best_checkpoint,
-    checkpoint_name,
     checkpoints,
     load_checkpoint,
     read_manifest,
-    remove_old,
 )
 from reweighting.training.resume import check_same_run
 from reweighting.training.signals import Stopped, StopSignals
@@ -326,24 +324,6 @@ def test_resume_before_there_is_a_checkpoint_starts_at_the_beginning(tiny, tmp_p
     main(tiny(tmp_path / "new", "--resume"))
     assert "starting at step 0" in capsys.readouterr().out
     same_results(finished, tmp_path / "new")
-
-
-def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    files = dict.fromkeys(("state.pt", "history.jsonl"), 64 * "0")
-    for step, score in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, None)):
-        checkpoint_dir = tmp_path / checkpoint_name(step)
-        checkpoint_dir.mkdir()
-        manifest = {"format_version": 2, "step": step, "files": files}
-        manifest |= {} if score is None else {"score": score, "score_name": "a"}
-        (checkpoint_dir / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "step-mine").mkdir()
-    remove_old(tmp_path, 2, "a")
-    assert (tmp_path / "step-mine").exists()
-    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [2, 4, 5]
-    assert best_checkpoint(tmp_path, "a") == (tmp_path / "step-00000002", 0.9)
-    assert best_checkpoint(tmp_path, "b") is None
-    remove_old(tmp_path, 1, "b")
-    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [5]
 
 
 def test_checkpoints_are_scored_by_the_meta_loss_or_on_validation_rows(demo, tiny, tmp_path, finished, capsys):
