@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,12 +19,10 @@ class Progress:
         initial: units that were done before this process started.
         unit: what is counted, in the singular.
         disable: show nothing, as on every process but rank 0.
-        file: where to show it.
+        file: where to show it, like a text file; None for stderr.
     """
 
-    def __init__(
-        self, total: int, initial: int = 0, unit: str = "step", disable: bool = False, file: TextIO | None = None
-    ):
+    def __init__(self, total: int, initial: int = 0, unit: str = "step", disable: bool = False, file: Any = None):
         self.total, self.count, self.initial, self.unit = total, initial, initial, unit
         self.file: Any = sys.stderr if file is None else file
         self._lines = not disable and not self.file.isatty()

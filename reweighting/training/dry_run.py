@@ -62,10 +62,10 @@ def dry_run(
         state = engine.state_dict()
         if not collectives.is_rank0():
             return
-        place, saved = load_latest(trial / "checkpoints")
-        if not same(saved, state):
+        latest = load_latest(trial / "checkpoints")
+        if latest is None or not same(latest[1], state):
             raise UserError(f"{folder}: a checkpoint was not read as it was written: check the disk")
-        size = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in latest[0].rglob("*") if path.is_file())
     size += expected.kept  # a checkpoint inside a window holds these too; this one was saved at the end of one
     # The newest checkpoints, the best one, the one being written, and the final reward model.
     disk = size * (config.run.keep_checkpoints + 3)

@@ -61,6 +61,11 @@ class ReweightingEngine(Engine):
         persistent: whether the folder outlives the run, so that the run can be resumed; a dry run's does not.
     """
 
+    # Set by Betty: the problems under their names, and what starts as None in its code.
+    lower: PRMFineTuning
+    upper: DomainReweighting
+    device: torch.device
+
     def __init__(
         self,
         lower: PRMFineTuning,
@@ -179,15 +184,15 @@ class ReweightingEngine(Engine):
             wait=wait_exponential(FIRST_PAUSE),
             reraise=True,
         )
-        error = result = None
+        error, results = None, []
         try:
-            result = retrying(read)
+            results.append(retrying(read))
         except UnreadableImage as unreadable:
             error = str(unreadable)
         if collectives.all_reduce_max(error is not None):
             errors = filter(None, collectives.all_gather_object(error))
             self._end_with(f"{'; '.join(dict.fromkeys(errors))}; tried {READ_ATTEMPTS} times")
-        return result  # type: ignore[return-value]  # `read` has succeeded here
+        return results[0]
 
     def _report_nonfinite(self) -> None:
         """Report a step that was skipped, and end the run if there were too many."""
