@@ -10,6 +10,7 @@ What has not its name lies beside it as `.tmp-<8 hex digits>-<age>-<name>`: `new
 name, `old` had it. A killed process leaves it there; `remove_temporaries` clears it away at the next start.
 """
 
+import atexit
 import errno
 import hashlib
 import os
@@ -237,6 +238,7 @@ def regular_file(path: Path) -> Path:
     place = status.st_dev, status.st_ino
     if place not in _copies:
         copy = _copies[place] = tempfile.NamedTemporaryFile(prefix="pipe_")
+        atexit.register(copy.close)  # which removes it; the end of the interpreter alone does not always
         with open(path, "rb") as pipe:
             shutil.copyfileobj(pipe, copy)
         copy.flush()

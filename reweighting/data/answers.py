@@ -7,6 +7,7 @@ An answer that cannot be read or compared is unknown, never incorrect.
 """
 
 import re
+from collections import deque
 
 from reweighting.data.answer_values import MAX_LENGTH, answers_match, in_braces, is_blank, is_number, normal_answer
 from reweighting.data.schema import CandidateRow
@@ -19,6 +20,7 @@ STATEMENT = re.compile(
     r"|^[ \t#*_>]{0,99}(?P<heading>(?:final[ \t]+)?answer)[ \t*_]{0,9}\n[\s*_`]{0,99}",
     re.IGNORECASE | re.MULTILINE,
 )
+STATEMENTS_TRIED = 20  # from the end, until one states anything
 SENTENCE_END = re.compile(r"(?<=\S)[.!?](?=\s|$)|,?\s(?:because|since|which|so)\b", re.IGNORECASE)
 
 
@@ -28,11 +30,12 @@ def final_answer(response: str) -> str | None:
     Read are `Final answer: 7`, `the final answer is: $7$`, `Answer: 7`, `the answer is 7.`, `**Final answer:**` with
     the answer on the next line, `\boxed{7}` anywhere, and `#### 7` on the last line.
     """
-    for found in reversed(list(STATEMENT.finditer(response))):
+    for found in reversed(deque(STATEMENT.finditer(response), maxlen=STATEMENTS_TRIED)):
         if found["box"]:
             answer = in_braces(response, found.end())
         else:
-            line = response[found.end() :].partition("\n")[0] if found.end() < len(response) else ""
+            end = response.find("\n", found.end())
+            line = response[found.end() : end if end >= 0 else None]
             answer = line if found["hashes"] else _told(line, whole_line=bool(found["colon"] or found["heading"]))
         if answer is not None and not is_blank(answer):
             return answer.strip()

@@ -119,7 +119,7 @@ def test_answers_are_compared(stated, truth, correct):
 
 
 def test_no_arithmetic_is_done_on_what_never_ends():
-    start = time.perf_counter()
+    start = time.process_time()
     nines = "9" * 3_000_000
     assert answers_match(nines, nines) is True
     assert answers_match(nines, "7") is None
@@ -134,7 +134,7 @@ def test_no_arithmetic_is_done_on_what_never_ends():
     ):
         assert answers_match(monster, "7") is not True
     assert final_answer(r"\boxed{" * 100_000) is None
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 10
 
 
 def test_formulas_are_compared_in_threads_too():
@@ -178,7 +178,7 @@ pieces = st.sampled_from(
 
 
 @given(st.lists(pieces, max_size=12).map("".join) | st.text(max_size=30), st.lists(pieces, max_size=6).map("".join))
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(derandomize=True, deadline=None, max_examples=200)
 def test_any_answer_is_read_and_equals_itself(text, truth):
     stated = final_answer(text)
     assert stated is None or normal_answer(stated)

@@ -160,9 +160,9 @@ def test_warnings_count_single_steps_and_odd_numbering():
 
 def test_many_steps_take_linear_time_and_too_many_are_refused():
     add = "\n".join(f"Step {n}: a" for n in range(1, MAX_STEPS + 1))
-    start = time.perf_counter()
+    start = time.process_time()
     (chain,), _ = training_chains([training_row(0, add), training_row(1, add[:-20].rpartition("\n")[0])])
-    assert time.perf_counter() - start < 2  # quadratic: 20 s
+    assert time.process_time() - start < 2  # quadratic: 20 s
     assert chain.num_labeled_steps == 2 and len(chain.steps) == MAX_STEPS
     add += f"\nStep {MAX_STEPS + 1}: a"
     with pytest.raises(UserError, match=f"t.json: row 7: {MAX_STEPS + 1} steps, allowed: at most {MAX_STEPS}"):
