@@ -19,8 +19,6 @@ from dataclasses import asdict
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from tqdm import tqdm
-
 from reweighting.config.inference import BestOfNConfig, parse_inference_config
 from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
@@ -32,7 +30,8 @@ from reweighting.inference.candidate_file import CandidateFile
 from reweighting.inference.candidates import score_candidates
 from reweighting.inference.scorer import Scorer
 from reweighting.inference.selections_file import Selections, sidecar
-from reweighting.modeling.aggregation import aggregate
+from reweighting.modeling.aggregation import AggregationName, aggregate
+from reweighting.progress import Progress
 from reweighting.tables import print_table
 from reweighting.terminal import printable
 
@@ -73,14 +72,14 @@ def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, bat
     """
     todo = islice(candidates.rows(), selections.done, None)
     scorer.model.check(chain for row in todo for chain in candidate_chains(row, candidates.path))
-    with tqdm(total=candidates.questions, unit=" questions", mininterval=1) as bar:
-        start = 0
+    with Progress(candidates.questions, selections.done, unit="question") as progress:
+        end = 0
         for block in blocks(candidates.rows(), BATCHES_IN_A_BLOCK * batch_size):
-            if start + len(block) > selections.done:
+            start, end = end, end + len(block)
+            if end > selections.done:
                 selections.keep(start)
                 selections.append(select(scorer, block, batch_size, candidates.path))
-            start += len(block)
-            bar.update(len(block))
+                progress.update(end - progress.count)
     selections.finish()
 
 
@@ -130,7 +129,7 @@ def pairs(rows: Iterator[CandidateRow], choices: Iterator[dict], output: Path) -
         yield row, choice
 
 
-def report(results: BestOfNResults, questions: int, aggregation: str, output: Path) -> None:
+def report(results: BestOfNResults, questions: int, aggregation: AggregationName, output: Path) -> None:
     """Write beside the output, and print, what each way of choosing gets; or a few choices if that is not known."""
     path = sidecar(output, ".metrics")
     if results.best_of:

@@ -151,7 +151,7 @@ def test_a_candidate_that_is_too_long_is_found_before_the_first_is_scored(demo, 
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (("--batch_size", "0"), "--batch_size: found 0"),
         (("--weights_path", "nowhere"), "nowhere"),
@@ -159,8 +159,8 @@ def test_a_candidate_that_is_too_long_is_found_before_the_first_is_scored(demo, 
         (("--output", "/proc/nothing/x.json"), "cannot be written"),
     ],
 )
-def test_what_the_user_can_fix(demo, weights_path, tmp_path, more, said):
-    with pytest.raises(UserError, match=said):
+def test_what_the_user_can_fix(demo, weights_path, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
         main(flags(demo, weights_path, tmp_path / "out.json", *more))
 
 

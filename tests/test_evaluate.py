@@ -125,14 +125,14 @@ def test_what_the_user_can_fix(demo, weights_path, tmp_path):
     rows = json.loads((demo / "train.json").read_text())
     (demo / "one.json").write_text(json.dumps(rows[:5]))
     (demo / "wrong.json").write_text(json.dumps([rows[0] | {"correct": "yes"}]))
-    for more, said in (
+    for more, message in (
         (("--eval_json_file", str(demo / "one.json")), "too few questions"),
         (("--eval_json_file", str(demo / "wrong.json")), "row 0: correct: found 'yes', allowed: true, false or null"),
         (("--threshold", "1"), "--threshold: found 1.0"),
         (("--weights_path", str(demo)), "holds no reward model"),
         (("--output", "/proc/nothing"), "cannot be written"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             main(flags(demo, weights_path, tmp_path, *more))
 
 

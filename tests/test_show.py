@@ -72,7 +72,7 @@ def shown(demo, weights_path, tmp_path_factory):
 
 
 def check(html: str, row: dict, demo: Path, weights_path: Path) -> None:
-    """The page says what the model says."""
+    """Check that the page shows what the model gives."""
     found = Texts(html)
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")
     image = demo / row["image_path"]

@@ -9,7 +9,7 @@ from reweighting.tables import new_table, print_table
 
 
 class Terminal(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -9,7 +9,7 @@ To add a flag, add a field to a group: the parser, `--help` and the command-line
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_type_hints
 
 from transformers.hf_argparser import HfArg
 
@@ -155,7 +155,7 @@ def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, prog: 
         UserError: if a value is out of range.
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
-    groups = {field.name: field.type for field in fields(kind)}
+    groups = get_type_hints(kind)
     flags, _ = parse_groups(tuple(groups.values()), argv, prog=prog, description=description, recipes=False)
     return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from reweighting.data.answers import candidate_correctness, stated_answers
 from reweighting.data.schema import CandidateRow
 from reweighting.inference.bootstrap import StreamingBootstrap
-from reweighting.modeling.aggregation import AGGREGATIONS, aggregate
+from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
 from reweighting.tables import new_table
 
 VOTES = ("majority vote", "weighted majority")
@@ -48,7 +48,7 @@ def candidate_counts(largest: int) -> list[int]:
     return powers if powers[-1] == largest else [*powers, largest]
 
 
-def measure(pairs: Iterable[tuple[CandidateRow, dict]], aggregation: str, largest: int) -> BestOfNResults:
+def measure(pairs: Iterable[tuple[CandidateRow, dict]], aggregation: AggregationName, largest: int) -> BestOfNResults:
     """Measure what each way of choosing gets among the first N candidates, or all where there are fewer.
 
     Args:
@@ -57,10 +57,11 @@ def measure(pairs: Iterable[tuple[CandidateRow, dict]], aggregation: str, larges
         largest: the most candidates that a row has.
     """
     found, counts = BestOfNResults(), candidate_counts(largest)
-    having, means = dict.fromkeys(counts, 0), StreamingBootstrap()
+    having = dict.fromkeys(counts, 0)
+    means: StreamingBootstrap[tuple[int, str]] = StreamingBootstrap()  # of N and a way of choosing
     for row, choice in pairs:
-        correct, answers = candidate_correctness(row), stated_answers(row)
-        known = [] if correct is None else [i for i, label in enumerate(correct) if label is not None]
+        correct, answers = candidate_correctness(row) or [], stated_answers(row)
+        known = [i for i, label in enumerate(correct) if label is not None]
         found.answers += len(row.candidates)
         found.unjudged_answers += len(row.candidates) - len(known)
         found.silent_answers += answers.count(None)
@@ -139,7 +140,7 @@ def choice_outcomes(
     correct: Sequence[bool],
     answers: Sequence[str | None],
     n: int,
-    aggregation: str = "mean_logit",
+    aggregation: AggregationName = "mean_logit",
 ) -> dict[str, float]:
     """Compute how probably each way of choosing among a question's first candidates gets a correct one.
 

@@ -1,13 +1,16 @@
 """Means over questions with confidence intervals, for questions that come as a stream."""
 
 from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
 
 import numpy as np
 
 BLOCK = 256  # questions that are drawn for at a time
 
+Name = TypeVar("Name", bound=Hashable)
 
-class StreamingBootstrap:
+
+class StreamingBootstrap(Generic[Name]):
     """Bootstrap means of several numbers a question in memory that does not grow with the questions.
 
     Each replicate counts a question Poisson(1) times, which is the bootstrap of a stream (Chamandy et al. 2012,
@@ -29,11 +32,11 @@ class StreamingBootstrap:
         """
         self.replicates, self.seed = replicates, seed
         self.count = 0
-        self._names: list[Hashable] = []
+        self._names: list[Name] = []
         self._waiting: list[list[float]] = []
         self._blocks = 0
 
-    def add(self, values: Mapping[Hashable, float]) -> None:
+    def add(self, values: Mapping[Name, float]) -> None:
         """Add one question's numbers; every question has the same names."""
         if not self.count:
             self._names = list(values)
@@ -45,7 +48,7 @@ class StreamingBootstrap:
         if len(self._waiting) == BLOCK:
             self._draw()
 
-    def result(self) -> dict[Hashable, dict[str, float]]:
+    def result(self) -> dict[Name, dict[str, float]]:
         """Compute the means and their 95 % intervals; there must be a question.
 
         Returns:

@@ -87,6 +87,6 @@ def best_of_n_accuracy(
         known = [i for i, label in enumerate(own) if label is not None]
         if known:
             pools.append((z[known], mask[known]))
-            labels.append([float(own[i]) for i in known])
+            labels.append([float(bool(own[i])) for i in known])
     chosen = choose(pools, n, aggregation)
     return torch.tensor([own[best] for own, best in zip(labels, chosen, strict=True)]).mean().item()  # NaN for none

@@ -76,7 +76,7 @@ def is_own_page(path: Path) -> bool:
 
 
 def data_uri(image: Path) -> str:
-    """Return the image as it stands in the page: upright, at most IMAGE_SIDE pixels, without a camera's metadata.
+    """Return the image as the page holds it: upright, at most IMAGE_SIDE pixels, without a camera's metadata.
 
     Raises:
         UserError: if it cannot be read.

@@ -63,7 +63,7 @@ class Scorer:
         files = [config_file] if listed else sorted(path for path in self.folder.iterdir() if path.is_file())
         return {
             "reward model": digest(*files),
-            "base": base and base.digest,
+            "base": base.digest if base is not None else None,
             "aggregation_function": self.aggregation,
             "precision": self.precision,
             "device": self.device.type,

@@ -35,17 +35,17 @@ def test_scores_depend_on_no_batch_padding_order_or_neighbour(model, rows):
         assert torch.equal(mask, other_mask.flip(0)) and (z - other.flip(0)).abs().max() <= 1e-5
 
 
-def test_each_image_is_seen_once_and_equal_candidates_are_scored_once(model, rows, monkeypatch):
-    seen, scored = [], []
+def test_each_image_is_encoded_once_and_equal_candidates_are_scored_once(model, rows, monkeypatch):
+    encoded, scored = [], []
     visual, head = model.backbone.visual, model.score_head
-    see = visual.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    visits = visual.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
     count = head.register_forward_pre_hook(lambda _, args: scored.append(len(args[0])))
     same = [row.model_copy(update={"candidates": row.candidates + row.candidates[:2]}) for row in rows]
     both = score_candidates(model, same, batch_size=3)
-    see.remove()
+    visits.remove()
     count.remove()
     images = [model.chain_tokenizer.read_image(row.image) for row in rows if row.image]
-    assert sum(seen) == sum(len(image.inputs["pixel_values"]) for image in images)
+    assert sum(encoded) == sum(len(image.inputs["pixel_values"]) for image in images)
     assert sum(scored) == sum(len(set(row.candidates)) for row in rows)
     for z, _ in both:
         assert torch.equal(z[:2], z[4:])
