@@ -98,6 +98,8 @@ def _check_ranges(flags: dict) -> None:
     for name, value in flags.items():
         if isinstance(value, str) and "\0" in value:
             raise UserError(f"--{name}: found {value!r:.60}, allowed: text without a NUL character")
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"--{name}: found an empty value: name one, or leave the flag out")
 
 
 def _check_useless(config: TrainingConfig, flags: dict, given: set[str]) -> None:

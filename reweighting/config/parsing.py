@@ -1,20 +1,14 @@
-"""Command-line flags from groups of dataclass fields, and recipes: files of flags."""
+"""Command-line flags from groups of dataclass fields."""
 
-import json
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
-from reweighting.errors import UserError
-from reweighting.terminal import printable
-
-ALIASES = {"gradient_accumulation": "gradiant_accumulation"}  # the reference misspells it; a recipe may use either
+from reweighting.config.recipe import read_recipe
 
 
 def parse_groups(
@@ -78,59 +72,3 @@ def _parser(groups: Sequence[type], prog: str, description: str) -> HfArgumentPa
                 parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None,
                                     help=f"the opposite of --{field.name}")  # fmt: skip
     return parser
-
-
-def read_recipe(path: Path, groups: Sequence[type]) -> dict[str, Any]:
-    """Read a JSON or YAML file of flags.
-
-    Raises:
-        UserError: if the file is unreadable, names an unknown flag, or gives a value of another type.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: expected names and values, one flag each")
-    types = {field.name: field.type for group in groups for field in fields(group)}
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = ALIASES.get(key, key)
-        if name in values:
-            raise UserError(f"--config {path}: {' and '.join(sorted({key, name}))} are the same flag")
-        if name not in types:
-            raise UserError(f"--config {path}: {printable(str(name)[:60])}: there is no such flag")
-        try:
-            values[name] = _as_type(value, types[name])
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"--config {path}: {name}: found {value!r:.60}: {error}") from error
-    return values
-
-
-def _as_type(value: Any, wanted: Any) -> Any:
-    """Return a recipe's value as the type of its flag. Raises ValueError or OverflowError if it cannot be one."""
-    if isinstance(wanted, UnionType) or type(None) in get_args(wanted):  # `X | None`
-        if value is None:
-            return None
-        wanted = next(kind for kind in get_args(wanted) if kind is not type(None))
-    if get_origin(wanted) is Literal:
-        if value not in get_args(wanted):
-            raise ValueError(f"expected one of {', '.join(get_args(wanted))}")
-        return value
-    if wanted is bool or isinstance(value, bool):
-        if wanted is not bool or not isinstance(value, bool):
-            raise ValueError("expected true or false" if wanted is bool else f"expected {wanted.__name__}")
-        return value
-    if wanted is str:
-        if not isinstance(value, str):
-            raise ValueError("expected text")
-        return value
-    if value is None or isinstance(value, list | dict):
-        raise ValueError("expected a number")
-    if isinstance(value, int):  # of any size
-        return wanted(value)
-    number = float(value)  # YAML reads 5e-7 as a text, and 1 where 1.0 is meant
-    if wanted is int and number != int(number):
-        raise ValueError("expected a whole number")
-    return wanted(number)
