@@ -87,7 +87,10 @@ def build_engine(
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
-    method = resolve_hypergradient(config, data, model, device, state and state["settings"])  # None likewise
+    method = resolve_hypergradient(config, data, model, device, state and state["settings"])
+    hypergradient = None
+    if method is not None:  # the weights are learned
+        hypergradient = make_hypergradient(method, model, optimizer, layout=layout, precision=precision)
 
     lower = PRMFineTuning(
         Config(
@@ -100,19 +103,20 @@ def build_engine(
         optimizer,
         partial(batches.train, model),
         learning_rate=build.learning_rate_schedule(config.lower),
-        hypergradient=method and make_hypergradient(method, model, optimizer, layout=layout, precision=precision),
+        hypergradient=hypergradient,
         fixed_weights=fixed_weights,
         max_grad_norm=config.lower.max_grad_norm,
         layout=layout,
     )
     upper = None
-    if config.learns_weights:
+    if hypergradient is not None:
         domain_weights = DomainWeights(data.domains).to(device)  # alpha [K], all 0: every weight is 1
         upper = DomainReweighting(
             Config(precision=precision),
             domain_weights,
             build.make_meta_optimizer(config.upper, domain_weights),
             partial(batches.meta, model),
+            hypergradient=hypergradient,
             aggregation=config.upper.aggregation_function,
             positive_rate=build.positive_rate(data) if config.upper.center_meta_scores else None,
         )

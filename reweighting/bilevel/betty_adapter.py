@@ -5,7 +5,7 @@ waits for the device at every loss and leaves counters out of its state. `BettyP
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,17 @@ class BettyProblemAdapter(ImplicitProblem):
         layout: How the module's parameters lie on the processes; by default each process holds all of them.
 
     Attributes:
+        cur_batch: Betty's: the batch of the current micro-step.
         loss: The newest loss to report, a scalar; every `training_step` sets it.
         losses: Those since the last `mean_loss()`.
         nonfinite: Why the newest step was left out; None if it was made.
     """
+
+    module: nn.Module
+    optimizer: Optimizer
+    device: torch.device
+    cur_batch: Any
+    loss: Tensor
 
     def __init__(
         self,
@@ -51,7 +58,7 @@ class BettyProblemAdapter(ImplicitProblem):
         self.fetch_batch = fetch_batch
         self.losses: list[Tensor] = []
         self.nonfinite: NonFinite | None = None
-        self._prefetched: deque = deque()
+        self._prefetched: deque[Any] = deque()
 
     def patch_module(self) -> None:
         """Keep the module on its device: once moved, a sharded module's parameters are not the optimizer's."""
@@ -69,8 +76,8 @@ class BettyProblemAdapter(ImplicitProblem):
 
     def named_gradients(self) -> dict[str, Tensor]:
         """Return {name: gradient} of the parameters that have one."""
-        named = self.named_trainable_parameters().items()
-        return {name: param.grad for name, param in named if getattr(param, "grad", None) is not None}
+        named = {name: getattr(param, "grad", None) for name, param in self.named_trainable_parameters().items()}
+        return {name: gradient for name, gradient in named.items() if gradient is not None}
 
     def prefetch(self, micro_steps: int) -> None:
         """Fetch the batches of the next micro-steps, so that a file that cannot be read is known before the step."""
@@ -83,7 +90,7 @@ class BettyProblemAdapter(ImplicitProblem):
 
     def training_step_exec(self, batch: Any) -> Tensor:
         """Compute the loss, a scalar, under autocast where the precision is bf16, on any device."""
-        with autocast(torch.device(self.device), self.precision):
+        with autocast(self.device, self.precision):
             return self.training_step(batch)
 
     def get_loss(self, batch: Any) -> tuple[Tensor, dict]:
@@ -91,6 +98,22 @@ class BettyProblemAdapter(ImplicitProblem):
         loss = self.training_step_exec(batch)
         self.losses.append(self.loss)
         return loss / self.gas, {}
+
+    def backward(
+        self,
+        loss: Tensor,
+        params: Sequence[nn.Parameter],
+        paths: Sequence[Sequence[ImplicitProblem]],
+        create_graph: bool = False,
+        retain_graph: bool = True,
+        allow_unused: bool = True,
+    ) -> None:
+        """Do the level's own part of a micro-step; Betty would differentiate through its paths here."""
+        self.differentiate(loss)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Make the gradient of a micro-batch's loss, a scalar divided by the micro-batches of a step."""
+        raise NotImplementedError
 
     def mean_loss(self) -> float | None:
         """Return the mean of the finite losses since the last call, None if there are none.
@@ -113,13 +136,13 @@ class BettyProblemAdapter(ImplicitProblem):
         losses = [collectives.all_reduce_sum(loss) for loss in self.losses]
         return {"module": module, "optimizer": optimizer, "count": self._count, "losses": losses}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state; the optimizer's settings stay what they are now.
 
         Raises:
             ValueError: Other parameters are trained now.
         """
-        params = self.named_trainable_parameters()  # frozen ones were loaded with the backbone
+        state, params = state_dict, self.named_trainable_parameters()  # frozen ones were loaded with the backbone
         if different := sorted(params.keys() ^ state["module"].keys()):
             raise ValueError(f"{different[0]} is trained in one of them and not in the other")
         for name, param in params.items():

@@ -4,7 +4,7 @@ A process may hold a part of a batch only. Its loss is then its part of the batc
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from reweighting.devices import autocast
 from reweighting.distributed import collectives
 from reweighting.modeling.collate import Batch
 
-LossFunction = Callable[[dict[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> its loss, a scalar
+LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> its loss, a scalar
 
 
 def squared_error(logits: Tensor, batch: Batch) -> Tensor:
@@ -43,12 +43,12 @@ def loss_at_parameters(module: nn.Module, precision: str) -> LossFunction:
         ({name: parameter}, micro-batch) -> this process's part of its loss, a scalar.
     """
 
-    def loss(params: dict[str, Tensor], batch: Batch) -> Tensor:
+    def loss(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
         was_training = module.training
         module.eval()
         try:
             with autocast(batch.targets.device, precision):
-                return squared_error(functional_call(module, params, (batch,)), batch)
+                return squared_error(functional_call(module, dict(params), (batch,)), batch)
         finally:
             module.train(was_training)
 

@@ -27,10 +27,11 @@ from reweighting.bilevel.hypergradients.base import Hypergradient
 from reweighting.bilevel.losses import center_aggregates, squared_error
 from reweighting.bilevel.nonfinite import MicroBatch, NonFinite
 from reweighting.bilevel.step_gradient import StepGradient, is_finite
+from reweighting.data.chains import Chain
 from reweighting.distributed import collectives
 from reweighting.distributed.flat_vectors import flatten, unflatten
 from reweighting.distributed.sharding import Replicated
-from reweighting.modeling.aggregation import aggregate
+from reweighting.modeling.aggregation import AggregationName, aggregate
 from reweighting.modeling.collate import Batch
 
 
@@ -51,7 +52,12 @@ class PRMFineTuning(BettyProblemAdapter):
         fixed_weights: The weights [K], where they are not.
         max_grad_norm: Clips a step's gradient to this norm; 0 does not clip.
         layout: How the parameters lie on the processes; by default each holds all of them.
+
+    Attributes:
+        upper: The upper level, which Betty makes an attribute; there is none with fixed weights.
     """
+
+    upper: "DomainReweighting"
 
     def __init__(
         self,
@@ -94,34 +100,34 @@ class PRMFineTuning(BettyProblemAdapter):
         self.loss = loss.detach()  # reported without the weight, so that runs with different weights can be compared
         return self.domain_weights()[domain] * loss
 
-    def backward(self, loss: Tensor, params, paths, **options) -> None:
+    def differentiate(self, loss: Tensor) -> None:
         """Add the micro-batch's gradient to the step's, and report it to the hypergradient."""
         domain, chains = self.cur_batch
         gradient = self.layout.local_gradient(loss)
         self.step_gradient.add(gradient)
         self.micro_batches.append(MicroBatch(chains.chains, self.loss, is_finite(loss, gradient)))
         self.rows_seen += chains.num_labeled_steps
-        if self._in_window:
-            self.hypergradient.add_micro_batch(self._count - 1, domain, chains, gradient)
+        if (window := self._window) is not None:
+            window.add_micro_batch(self._count - 1, domain, chains, gradient)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Clip the step's gradient and update phi; leave the step out if anything in it is not finite."""
-        params = self.trainable_parameters()
+        params, window = self.trainable_parameters(), self._window
         gradient = self.layout.reduce_gradient(self.step_gradient.take())  # [P], of all processes
         micro_batches, self.micro_batches = self.micro_batches, []
         if not collectives.all_ranks_true(torch.stack([one.finite for one in micro_batches])).all():
             self._set_gradient(params, gradient)
             self.nonfinite = NonFinite.collect("lower", micro_batches, self.named_gradients())
-            if self._in_window:
-                self.hypergradient.drop_step()
+            if window is not None:
+                window.drop_step()
             return
         clip_factor = self._clip_factor(gradient)
         self._set_gradient(params, gradient if clip_factor == 1.0 else gradient * clip_factor)
         learning_rate = self.learning_rate(self._count // self.gas - 1)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
-        if self._in_window:
-            self.hypergradient.close_step(gradient, clip_factor, learning_rate)
+        if window is not None:
+            window.close_step(gradient, clip_factor, learning_rate)
 
     def _clip_factor(self, gradient: Tensor) -> float:
         """What clipping multiplies a gradient [P] with."""
@@ -142,9 +148,9 @@ class PRMFineTuning(BettyProblemAdapter):
         return 0 < self.warmup_steps and self._count <= self.warmup_steps
 
     @property
-    def _in_window(self) -> bool:
-        """Whether the newest step belongs to a window at whose end the weights are updated."""
-        return self.hypergradient is not None and not self.warming_up
+    def _window(self) -> Hypergradient | None:
+        """The hypergradient, if the newest step belongs to a window at whose end the weights are updated."""
+        return None if self.warming_up else self.hypergradient
 
     def ends_window(self, step: int) -> bool:
         """Tell whether the upper level steps after this optimizer step (from 1), by Betty's rule."""
@@ -155,18 +161,18 @@ class PRMFineTuning(BettyProblemAdapter):
         window = {} if self.hypergradient is None else self.hypergradient.state()
         return super().state_dict() | {"rows_seen": self.rows_seen, "micro_steps": self.gas, "window": window}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state.
 
         Raises:
             ValueError: It does not fit what is trained now, or another method has written the window.
         """
-        super().load_state_dict(state)
-        step = state["count"] // state["micro_steps"]
+        super().load_state_dict(state_dict)
+        step = state_dict["count"] // state_dict["micro_steps"]
         self._count = step * self.gas
-        self.rows_seen = state["rows_seen"]
-        if self._in_window and step % self.config.unroll_steps:
-            self.hypergradient.load(state["window"], self.fetch_batch)
+        self.rows_seen = state_dict["rows_seen"]
+        if step % self.config.unroll_steps and (window := self._window) is not None:
+            window.load(state_dict["window"], self.fetch_batch)
 
 
 class DomainReweighting(BettyProblemAdapter):
@@ -180,10 +186,16 @@ class DomainReweighting(BettyProblemAdapter):
         module: The table of raw parameters alpha.
         optimizer: Over alpha.
         fetch_batch: (update from 0) -> list of batches.
+        hypergradient: Was told of the steps of the window by the lower level.
         aggregation: How the step logits of a chain become its aggregate A, see `modeling/aggregation.py`.
         positive_rate: Fraction of correct answers in the whole meta set, to center the aggregates by; None does not
             center them.
+
+    Attributes:
+        lower: The lower level, which Betty makes an attribute.
     """
+
+    lower: PRMFineTuning
 
     def __init__(
         self,
@@ -192,33 +204,34 @@ class DomainReweighting(BettyProblemAdapter):
         optimizer: Optimizer,
         fetch_batch: Callable[[int], list[Batch]],
         *,
-        aggregation: str = "mean_logit",
+        hypergradient: Hypergradient,
+        aggregation: AggregationName = "mean_logit",
         positive_rate: float | None = None,
     ):
         super().__init__("upper", config, module, optimizer, fetch_batch)
-        self.aggregation, self.positive_rate = aggregation, positive_rate
+        self.hypergradient, self.aggregation, self.positive_rate = hypergradient, aggregation, positive_rate
 
-    def training_step(self, batches: list[Batch]) -> Tensor:
+    def training_step(self, batch: list[Batch]) -> Tensor:
         """Compute the mean of (sigmoid(A) - r)^2 over meta chains; of several processes, this one's part of it."""
-        logits = [(self.lower.module(batch), batch.step_mask) for batch in batches]  # [b, S] each
+        logits = [(self.lower.module(part), part.step_mask) for part in batch]  # [b, S] each
         aggregates = torch.cat([aggregate(z, mask, self.aggregation) for z, mask in logits])  # [B]
-        labels = torch.cat([batch.labels for batch in batches])  # [B]
+        labels = torch.cat([part.labels for part in batch])  # [B]
         if self.positive_rate is not None:
-            aggregates = center_aggregates(aggregates, _chains(batches), self.positive_rate)
+            aggregates = center_aggregates(aggregates, _chains(batch), self.positive_rate)
         count = collectives.all_reduce_sum(torch.tensor(len(labels))).item()  # of all processes
         loss = (aggregates.sigmoid() - labels).square().sum() / count
         self.loss = loss.detach()
         return loss
 
-    def backward(self, loss: Tensor, params, paths, **options) -> None:
+    def differentiate(self, loss: Tensor) -> None:
         """Set alpha's gradient: the meta gradient through the window (dL/dw), then through w(alpha).
 
         If it is not finite, alpha gets no gradient, and the update is left out.
         """
-        layout = self.lower.layout
+        params, layout = self.trainable_parameters(), self.lower.layout
         v = layout.reduce_gradient(flatten(layout.local_gradient(loss)))  # dL_meta / dphi, [P]
         weights = self.module()  # w(alpha), [K]
-        toward_weights = self.lower.hypergradient.compute(v, weights.detach())  # dL_meta / dw, [K]
+        toward_weights = self.hypergradient.compute(v, weights.detach())  # dL_meta / dw, [K]
         gradients = torch.autograd.grad(weights, params, grad_outputs=toward_weights.to(weights.dtype))
         self.set_grads(params, gradients)
         finite = loss.isfinite() & torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
@@ -232,5 +245,5 @@ class DomainReweighting(BettyProblemAdapter):
         self.optimizer.step()
 
 
-def _chains(batches: list[Batch]) -> list:
+def _chains(batches: list[Batch]) -> list[Chain]:
     return [chain for batch in batches for chain in batch.chains]

@@ -14,20 +14,22 @@ class StepGradient:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None  # [P]
-        self._count = 0  # micro-batches of the step so far
+        self._empty = True  # whether the step has no micro-batch yet
 
     def add(self, gradient: Sequence[Tensor]) -> None:
         """Add the gradient of a micro-batch, a tensor for each parameter."""
-        if self._count == 0:
+        if self._sum is None or self._empty:
             self._sum = flatten(gradient, self._sum)
         else:
             for total, piece in zip(unflatten(self._sum, gradient), gradient, strict=True):
                 total.add_(piece)
-        self._count += 1
+        self._empty = False
 
     def take(self) -> Tensor:
         """End the step and return its gradient [P], which is valid until the next `add`."""
-        self._count = 0
+        if self._sum is None or self._empty:
+            raise RuntimeError("the step has no micro-batch")
+        self._empty = True
         return self._sum
 
 
@@ -42,6 +44,7 @@ def is_finite(loss: Tensor, gradient: Sequence[Tensor]) -> Tensor:
         A bool scalar on the loss's device.
     """
     pieces = [piece for piece in gradient if piece.numel()]
-    finite = loss.isfinite()
+    if not pieces:
+        return loss.isfinite()
     # The infinity norm is non-finite if any entry is.
-    return finite & get_total_norm(pieces, math.inf).isfinite() if pieces else finite
+    return loss.isfinite() & get_total_norm(pieces, math.inf).isfinite()

@@ -10,12 +10,16 @@ on such vectors is local; norms and dot products of sharded ones are summed over
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from reweighting.distributed import collectives
 from reweighting.distributed.flat_vectors import flatten, unflatten
+
+if TYPE_CHECKING:  # slow to import
+    from torch.distributed.tensor import DTensor
 
 
 class Replicated:
@@ -110,11 +114,11 @@ class Sharded(Replicated):
             param.data = param.data.to(device)
         for unit in (*layers, module):
             # Reshard after each pass: a gathered parameter is stale after an optimizer step.
-            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=unsharded)
-            unit.set_gradient_divide_factor(1.0)  # the processes' losses add up
-            unit.set_force_sum_reduction_for_comms(True)
-        module.set_reduce_scatter_unused_params(True)  # the vision tower's, in a batch without images
-        self.sharded = super().trainable_parameters()  # DTensors
+            sharded = fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=unsharded)
+            sharded.set_gradient_divide_factor(1.0)  # the processes' losses add up
+            sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_reduce_scatter_unused_params(True)  # the module's: the vision tower, in a batch without images
+        self.sharded = cast("dict[str, DTensor]", super().trainable_parameters())
         with torch.no_grad():  # the optimizer changes the shards' own memory
             self.shards = {name: nn.Parameter(param.to_local()) for name, param in self.sharded.items()}
 
@@ -132,7 +136,7 @@ class Sharded(Replicated):
         loss.backward()  # `autograd.grad` would bypass the hooks that sum over processes
         pieces = []
         for param, shard in zip(self.sharded.values(), self.shards.values(), strict=True):
-            pieces.append(torch.zeros_like(shard) if param.grad is None else param.grad.to_local())
+            pieces.append(torch.zeros_like(shard) if param.grad is None else cast("DTensor", param.grad).to_local())
             param.grad = None
         return pieces
 
@@ -148,7 +152,7 @@ class Sharded(Replicated):
         """Gather in main memory, so that rank 0's GPU need not hold all of it."""
         return self._gather(tensor, self.sharded[name])
 
-    def _gather(self, tensor: Tensor, like) -> Tensor:
+    def _gather(self, tensor: Tensor, like: "DTensor") -> Tensor:
         """A tensor sharded as the DTensor `like`, in full on rank 0; elsewhere the shard."""
         shape, stride = like.shape, like.stride()
         sharded = type(like).from_local(tensor, self.mesh, like.placements, run_check=False, shape=shape, stride=stride)

@@ -1,13 +1,23 @@
 """Models on tensors that have shapes and no memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def on_shapes(model: nn.Module) -> nn.Module:
-    """The model, made on the meta device, with tensors in the place of its own that compute as if they were on the CPU
-    (autocast and checks of devices need that) and have no memory either."""
+    """Replace a model's tensors by ones that have shapes and no memory, but compute as if they were on the CPU.
+
+    Autocast and checks of devices need that; on the device meta they would not work.
+
+    Args:
+        model: A model on the device meta; it is changed.
+
+    Returns:
+        The model.
+    """
     fake, made = FakeTensorMode(allow_non_fake_inputs=True), {}
 
     def empty(tensor: Tensor) -> Tensor:
@@ -18,7 +28,10 @@ def on_shapes(model: nn.Module) -> nn.Module:
             made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
         return made[id(tensor)]
 
+    def replace(tensors: dict[str, Any]) -> None:
+        tensors.update({name: empty(tensor) for name, tensor in tensors.items() if tensor is not None})
+
     for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            own.update({name: empty(tensor) for name, tensor in own.items() if tensor is not None})
+        replace(module._parameters)
+        replace(module._buffers)
     return model

@@ -60,13 +60,14 @@ class Fixture:
     def engine(self, folder: Path, method: str = "unrolled", fixed_weights=None, iterations=UNROLL, positive_rate=None):
         optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=LR)
         config = Config(unroll_steps=UNROLL, gradient_accumulation=ACCUMULATION)
+        hypergradient = None if fixed_weights is not None else make_hypergradient(method, self.model, optimizer)
         lower = PRMFineTuning(
             config,
             self.model,
             optimizer,
             self.train.__getitem__,
             learning_rate=lambda step: LR,
-            hypergradient=make_hypergradient(method, self.model, optimizer) if fixed_weights is None else None,
+            hypergradient=hypergradient,
             fixed_weights=fixed_weights,
         )
         upper = None
@@ -75,7 +76,12 @@ class Fixture:
             table.alpha.data = torch.tensor([0.3, -0.5, 0.2], dtype=torch.float64)
             meta_optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
             upper = DomainReweighting(
-                Config(), table, meta_optimizer, self.meta.__getitem__, positive_rate=positive_rate
+                Config(),
+                table,
+                meta_optimizer,
+                self.meta.__getitem__,
+                hypergradient=hypergradient,
+                positive_rate=positive_rate,
             )
         return ReweightingEngine(lower, upper, DOMAINS, torch.device("cpu"), folder, iterations, 100, {})
 

@@ -20,7 +20,7 @@ from reweighting.training import hypergradient_choice
 from reweighting.training.build import load_backbone
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.fake_tensor_memory import LiveMemory, step_memory
-from reweighting.training.free_memory import GROUP_FILES, _free_in_groups, free_memory
+from reweighting.training.free_memory import CGROUP_FILES, _free_in_cgroups, free_memory
 from reweighting.training.hypergradient_choice import choose_method, estimate_memory, has_forward_mode
 from reweighting.training.memory_estimate import (
     NF4,
@@ -200,20 +200,20 @@ def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypa
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("kept_by", ["", "memory"])
-def test_a_control_group_limits_the_memory(tmp_path, kept_by):
-    """A job's own group has no limit, the one around it has; what is a cache of files can be had."""
-    limit, used, cache = GROUP_FILES[kept_by]
-    job = tmp_path / kept_by / "slurm" / "job_7" / "step_0"
+@pytest.mark.parametrize("controller", ["", "memory"])
+def test_a_control_group_limits_the_memory(tmp_path, controller):
+    """A job's own group has no limit, the one around it has; the cache of files counts as free."""
+    limit, used, cache = CGROUP_FILES[controller]
+    job = tmp_path / controller / "slurm" / "job_7" / "step_0"
     job.mkdir(parents=True)
     for folder, most in ((job, "max"), (job.parent, "1000"), (job.parents[1], "5000")):
         (folder / limit).write_text(f"{most}\n")
         (folder / used).write_text("400\n")
         (folder / "memory.stat").write_text(f"anon 300\n{cache} 100\n")
     own = tmp_path / "own"
-    own.write_text(f"12:cpuset:/elsewhere\n3:{kept_by}:/slurm/job_7/step_0\n")
-    assert min(_free_in_groups(tmp_path, own)) == 1000 - 300
-    assert min(_free_in_groups(tmp_path, tmp_path / "missing")) == float("inf")
+    own.write_text(f"12:cpuset:/elsewhere\n3:{controller}:/slurm/job_7/step_0\n")
+    assert min(_free_in_cgroups(tmp_path, own)) == 1000 - 300
+    assert min(_free_in_cgroups(tmp_path, tmp_path / "missing")) == float("inf")
 
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch):

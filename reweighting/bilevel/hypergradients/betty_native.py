@@ -4,7 +4,7 @@ It differentiates that micro-batch's loss along the meta gradient by central dif
 Architecture Search" (arXiv 1806.09055), as though the optimizer had made one step of plain gradient descent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from betty.configs import Config
@@ -26,7 +26,7 @@ class BettyNative(Hypergradient):
         loss: The unweighted loss of this process's part of a micro-batch at given parameters, without dropout.
     """
 
-    def __init__(self, params: dict[str, Tensor], loss: LossFunction):
+    def __init__(self, params: Mapping[str, Tensor], loss: LossFunction):
         self.params, self.loss = params, loss
         self._pending: tuple[int, Batch] | None = None
         self._last: tuple[int, Batch] | None = None

@@ -1,6 +1,6 @@
 """Directional derivatives of a loss: exact in forward mode, or by central differences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,12 +21,14 @@ class Derivative(Protocol):
     """A way to differentiate a loss along a direction."""
 
     def __call__(
-        self, loss: LossFunction, params: dict[str, Tensor], batches: Sequence[Batch], direction: Tensor
+        self, loss: LossFunction, params: Mapping[str, Tensor], batches: Sequence[Batch], direction: Tensor
     ) -> Tensor:
         """Return the derivative of `loss(params, batch)` along a direction [P] for each batch, [len(batches)]."""
 
 
-def forward_mode(loss: LossFunction, params: dict[str, Tensor], batches: Sequence[Batch], direction: Tensor) -> Tensor:
+def forward_mode(
+    loss: LossFunction, params: Mapping[str, Tensor], batches: Sequence[Batch], direction: Tensor
+) -> Tensor:
     """Differentiate in forward mode; costs about as much as a forward and a backward pass.
 
     Attention runs as plain arithmetic meanwhile, since the fused kernels have no forward mode: the attention matrices
@@ -54,7 +56,7 @@ def forward_mode(loss: LossFunction, params: dict[str, Tensor], batches: Sequenc
 
 def central_differences(
     loss: LossFunction,
-    params: dict[str, Tensor],
+    params: Mapping[str, Tensor],
     batches: Sequence[Batch],
     direction: Tensor,
     radius: float = RADIUS["fp32"],

@@ -15,7 +15,7 @@ parameters is kept during the window. That takes three approximations:
 `tests/bilevel/test_directional.py` compares with autograd through the unrolled optimizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ class DirectionalHypergradient(Hypergradient):
     def __init__(
         self,
         optimizer: Optimizer,
-        params: dict[str, Tensor],
+        params: Mapping[str, Tensor],
         loss: LossFunction,
         derivative: Derivative,
     ):
