@@ -6,7 +6,7 @@ the small learning rates of fine-tuning.
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -38,11 +38,23 @@ def add_adapters(base: PreTrainedModel, config: PRMConfig) -> PeftModel:
     """
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=cast(int, config.lora_alpha),  # peft takes a float too
         use_dora=config.train == "dora",
         target_modules=family_of(base.config).lora_targets,
     )
     return get_peft_model(base, lora)
+
+
+def without_adapters(backbone: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the transformers model itself.
+
+    Args:
+        backbone: it, or what peft has wrapped around it.
+
+    Returns:
+        The transformers model; its linear layers keep their adapters.
+    """
+    return cast(PreTrainedModel, backbone.get_base_model()) if isinstance(backbone, PeftModel) else backbone
 
 
 def set_trainable(base: PreTrainedModel, config: PRMConfig) -> None:
@@ -120,9 +132,9 @@ def save_trained(
     options: dict[str, Any] = {} if weights is None else {"state_dict": weights}
     if isinstance(backbone, PeftModel):
         # Without this option peft asks the hub whether the vocabulary has grown, with or without a network.
-        backbone.save_pretrained(folder, save_embedding_layers=False, **options)
+        backbone.save_pretrained(str(folder), save_embedding_layers=False, **options)
         if config.trains_projector:
-            base = backbone.get_base_model()
+            base = without_adapters(backbone)
             state = base.state_dict() if weights is None else strip_prefix(weights, "base_model.model.")
             tensors = {name: state[name].cpu() for name in _projector_parameters(base)}
             save_file(tensors, folder / PROJECTOR_FILE)
@@ -152,7 +164,7 @@ def load_trained(backbone: PreTrainedModel | PeftModel, config: PRMConfig, folde
     if different:
         raise ValueError(f"{ADAPTER_FILE} does not fit the base: only one of them has {different[0]}")
     if config.trains_projector:
-        base = backbone.get_base_model()
+        base = without_adapters(backbone)
         tensors = load_file(folder / PROJECTOR_FILE)
         if different := sorted(tensors.keys() ^ _projector_parameters(base).keys()):
             raise ValueError(f"{PROJECTOR_FILE} does not fit the base: only one of them has {different[0]}")

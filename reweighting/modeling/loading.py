@@ -208,7 +208,7 @@ def identify(name: str, revision: str | None = None) -> BaseIdentity:
     config = _find(name, "config.json", revision)
     if config is None:
         raise UserError(f"{name} holds no config.json.")
-    commit = None if os.path.isdir(name) else _load(AutoConfig, name, revision=revision)._commit_hash
+    commit = config.parent.name if re.fullmatch("[0-9a-f]{40}", config.parent.name) else None  # in the hub's cache
     return BaseIdentity(digest(config, *weight_files(name, revision)), commit)
 
 

@@ -10,10 +10,10 @@ Notation:
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,14 @@ from transformers import PreTrainedModel
 from reweighting.data.chains import Chain
 from reweighting.data.steps import split_response
 from reweighting.errors import ChainTooLong, Problems, UserError
-from reweighting.modeling.adapters import add_adapters, load_trained, save_trained, set_trainable, strip_prefix
+from reweighting.modeling.adapters import (
+    add_adapters,
+    load_trained,
+    save_trained,
+    set_trainable,
+    strip_prefix,
+    without_adapters,
+)
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
 from reweighting.modeling.backbone_pass import hidden_states
 from reweighting.modeling.collate import Batch, collate
@@ -160,7 +167,7 @@ class ProcessRewardModel(nn.Module):
             max_image_side=config.max_image_side,
             cache_bytes=cache_bytes,
         )
-        chain_tokenizer.check_vocabulary(base.get_input_embeddings().weight.shape[0])
+        chain_tokenizer.check_vocabulary(cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0])
         model = cls(backbone, chain_tokenizer, config)
         model.base_identity = source.base
         set_trainable(base, config)
@@ -172,12 +179,12 @@ class ProcessRewardModel(nn.Module):
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if source.trained is not None and device.type != "meta":
             try:
-                model.score_head.load_state_dict(load_file(source.trained / HEAD_FILE))
-                if source.trained_config.adapted:
-                    load_trained(backbone, source.trained_config, source.trained)
+                model.score_head.load_state_dict(load_file(source.trained.folder / HEAD_FILE))
+                if source.trained.config.adapted:
+                    load_trained(backbone, source.trained.config, source.trained.folder)
             except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
                 raise UserError(
-                    f"{source.trained}: a file of the saved reward model is damaged: {first_line(error)}"
+                    f"{source.trained.folder}: a file of the saved reward model is damaged: {first_line(error)}"
                 ) from error
         return model
 
@@ -200,10 +207,10 @@ class ProcessRewardModel(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """Return the transformers model itself, without the adapters around it."""
-        return self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        return without_adapters(self.backbone)
 
     @contextmanager
-    def attention(self, implementation: str) -> Iterator[None]:
+    def attention(self, implementation: str) -> Generator[None, None, None]:
         """Change how attention is computed while a `with` block runs.
 
         Forward-mode and second derivatives need "eager": fused kernels have none.
@@ -250,7 +257,7 @@ class ProcessRewardModel(nn.Module):
         inputs = {name: tensor.to(device) for name, tensor in pixels.inputs.items()}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
-            return self.chain_tokenizer.family.encode_image(self.backbone, inputs).cpu()
+            return self.chain_tokenizer.family.encode_image(self.base, inputs).cpu()
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute step logits. The backbone runs under the caller's autocast, the head never does.
@@ -422,4 +429,5 @@ class ProcessRewardModel(nn.Module):
         return sorted(range(len(responses)), key=lambda i: -value_of[responses[i]])
 
     def _pixels(self, image: str | Path | Image.Image | None) -> Pixels | None:
-        return None if check_image(image) is None else self.chain_tokenizer.read_image(image)
+        checked = check_image(image)
+        return None if checked is None else self.chain_tokenizer.read_image(checked)

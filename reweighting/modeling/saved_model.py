@@ -4,6 +4,7 @@ The settings alone do not determine the scores: these also change if the chat te
 base that was not trained are replaced. So the digest of each file is kept, and that of the base.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from reweighting.files import digest
 from reweighting.modeling.config import CONFIG_FILE, PRMConfig, check_settings, with_defaults
 
 MAX_CONFIG_BYTES = 2**20
+WAY_OUT = f'To use the folder as it is, whatever the scores then are: delete "files" from its {CONFIG_FILE}.'
 READ_SUFFIXES = (".json", ".jinja", ".safetensors", ".model", ".txt")  # of files that transformers may read
 RENAMED_KEYS = {"base_4bit": "load_in_4bit", "right_token": "correct_token", "wrong_token": "incorrect_token"}
 
@@ -42,7 +44,7 @@ class SavedModel:
     Attributes:
         config: the model's settings.
         base: the weights that it was trained on, if they are not saved with it; None in folders of earlier versions.
-        files: digest of each other file in the folder; None in folders of earlier versions.
+        files: digest of each file in the folder, and of these settings; None in folders of earlier versions.
     """
 
     config: PRMConfig
@@ -77,10 +79,13 @@ class SavedModel:
             config = TypeAdapter(PRMConfig).validate_json(json.dumps(with_defaults(settings)), strict=True)
             check_settings(config)
             rest = {"config": config, "base": values.get("base"), "files": values.get("files")}
-            return TypeAdapter(cls).validate_python(rest)
+            saved = TypeAdapter(cls).validate_python(rest)
+            if saved.files is not None and saved.files.get(CONFIG_FILE) != _settings_digest(values):
+                raise UserError(f"its settings have changed since the model was saved. {WAY_OUT}")
+            return saved
         except ValidationError as error:
             first = error.errors()[0]
-            name, found = ".".join(map(str, first["loc"])), _short(first["input"])
+            name, found = ".".join(map(str, first["loc"]))[:60], _short(first["input"])
             raise UserError(f"{path} is damaged: {name}: {first['msg']}, found {found}") from error
         except (ValueError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
@@ -98,7 +103,8 @@ class SavedModel:
         """
         path = folder / CONFIG_FILE
         files = {name: digest(folder / name) for name in sorted(_files(folder))}
-        content = asdict(config) | {"base": base and asdict(base), "files": files}
+        content = asdict(config) | {"base": base and asdict(base)}
+        content["files"] = files | {CONFIG_FILE: _settings_digest(content)}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name in files:
             (folder / name).chmod(path.stat().st_mode & 0o777)
@@ -116,19 +122,15 @@ class SavedModel:
             print(f"warning: {folder} holds no digests of its files, as an earlier version saved it: a changed or "
                   "missing file would go unnoticed", file=sys.stderr)  # fmt: skip
             return
-        found = set(_files(folder))
+        found = {CONFIG_FILE, *_files(folder)}
         for name in sorted(self.files.keys() - found):
-            raise UserError(f"{folder}: {_short(name)} is missing; copy the whole folder again. {self._way_out}")
-        for name in sorted(found):
+            raise UserError(f"{folder}: {_short(name)} is missing; copy the whole folder again. {WAY_OUT}")
+        for name in sorted(found - {CONFIG_FILE}):
             if name not in self.files:
-                raise UserError(f"{folder}: {name} was not saved with the model; move it away. {self._way_out}")
+                raise UserError(f"{folder}: {name} was not saved with the model; move it away. {WAY_OUT}")
             if digest(folder / name) != self.files[name]:
                 raise UserError(f"{folder}: {name} has changed since the model was saved; copy the whole folder again. "
-                                f"{self._way_out}")  # fmt: skip
-
-    @property
-    def _way_out(self) -> str:
-        return f'To use the folder as it is, whatever the scores then are: delete "files" from its {CONFIG_FILE}.'
+                                f"{WAY_OUT}")  # fmt: skip
 
 
 def flags_of_saved(name: str, train: str | None) -> dict[str, Any]:
@@ -165,6 +167,12 @@ def _files(folder: Path) -> Iterator[str]:
         hidden = any(part.startswith(".") for part in name.parts)
         if not hidden and name.suffix in READ_SUFFIXES and name.name != CONFIG_FILE and path.is_file():
             yield name.as_posix()
+
+
+def _settings_digest(values: dict[str, Any]) -> str:
+    """Digest all settings but `backbone`: one that has moved may be named by hand, since `base` identifies it."""
+    settings = {key: value for key, value in values.items() if key not in ("files", "backbone")}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _translated(values: dict[str, Any]) -> dict[str, Any]:

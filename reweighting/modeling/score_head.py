@@ -11,6 +11,7 @@ training the embedding leaves the head as it is, so that scores depend only on w
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -79,7 +80,7 @@ def _output_rows(name: str, backbone: PreTrainedModel, ids: Sequence[int]) -> Te
                     rows = file.get_slice(key)
                     return torch.cat([rows[index : index + 1] for index in ids])
     if getattr(backbone.config, "tie_word_embeddings", False):
-        return backbone.get_input_embeddings().weight[list(ids)].cpu()
+        return cast(nn.Embedding, backbone.get_input_embeddings()).weight[list(ids)].cpu()
     raise UserError(
         f"the backbone {name} has no LM head ({OUTPUT_EMBEDDING}), and its input embedding does not stand in for one: "
         "--score_head token and linear_from_token need a model that generates; use --score_head linear"

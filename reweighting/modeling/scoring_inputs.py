@@ -1,7 +1,7 @@
 """Check what callers of the Python API give to a reward model, so that each mistake has one clear error."""
 
-import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from PIL import Image
 
@@ -53,7 +53,7 @@ def check_texts(name: str, texts: object) -> list[str]:
     return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
 
 
-def check_image(image: object) -> str | os.PathLike[str] | Image.Image | None:
+def check_image(image: object) -> str | Path | Image.Image | None:
     """Check the kind of an image; whether it can be read is seen when it is opened.
 
     Args:
@@ -65,7 +65,7 @@ def check_image(image: object) -> str | os.PathLike[str] | Image.Image | None:
     Raises:
         TypeError: it is no path, no PIL image and not None.
     """
-    if image is None or isinstance(image, str | os.PathLike | Image.Image):
+    if image is None or isinstance(image, str | Path | Image.Image):
         return image
     raise TypeError(f"image: expected a path, a PIL image or None, found {type(image).__name__}")
 

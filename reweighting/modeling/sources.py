@@ -20,6 +20,19 @@ HEAD_FILE = "score_head.safetensors"
 
 
 @dataclass(frozen=True)
+class TrainedParts:
+    """Name a saved reward model whose head, adapters and projector are taken over.
+
+    Attributes:
+        folder: the saved model's.
+        config: its settings.
+    """
+
+    folder: Path
+    config: PRMConfig
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """Say where the parts of a reward model come from.
 
@@ -29,8 +42,7 @@ class ModelSource:
         revision: commit of the backbone on the hub; None: the newest.
         base: identity of the backbone, if it is not saved with the model.
         processors: folder or hub name of tokenizer and image processor.
-        trained: folder of the saved model that gives the head; None: a new head.
-        trained_config: settings of that saved model; its adapters and projector are taken over as well.
+        trained: what is taken over from a saved model; None: the head is new.
     """
 
     config: PRMConfig
@@ -38,15 +50,15 @@ class ModelSource:
     revision: str | None
     base: BaseIdentity | None
     processors: str
-    trained: Path | None = None
-    trained_config: PRMConfig | None = None
+    trained: TrainedParts | None = None
 
     @property
     def description(self) -> str:
         """Say in one line what is taken over from a saved reward model."""
-        adapters = self.trained_config is not None and self.trained_config.adapted
-        parts = f"its head, its {self.config.train} adapters" if adapters else "its head"
-        return f"continuing from the reward model in {self.trained}: {parts}, and its settings where none are given"
+        if self.trained is None:
+            return f"a new head on the backbone {self.base_name}"
+        parts = f"its head, its {self.config.train} adapters" if self.trained.config.adapted else "its head"
+        return f"continuing from {self.trained.folder}: {parts}, and its settings where none are given"
 
 
 def new_source(
@@ -71,13 +83,13 @@ def new_source(
         is_folder = folder.is_dir()
     except (OSError, ValueError):  # a name too long for a path, or with a NUL character
         is_folder = False
-    trained = folder if is_folder and (folder / CONFIG_FILE).is_file() else None
-    saved = None
-    if trained is None:
-        settings = {**settings, "backbone": str(folder.resolve() if is_folder else name)}
+    saved, trained = None, None
+    if is_folder and (folder / CONFIG_FILE).is_file():
+        saved = _read(folder, check_files=read_weights)
+        trained = TrainedParts(folder, saved.config)
+        settings = _continued(trained, settings)
     else:
-        saved = _read(trained, check_files=read_weights)
-        settings = _continued(trained, saved.config, settings)
+        settings = {**settings, "backbone": str(folder.resolve() if is_folder else name)}
     settings["dtype"] = str(dtype).removeprefix("torch.")
     config = PRMConfig(**with_defaults(settings))
     check_settings(config)
@@ -97,8 +109,8 @@ def new_source(
         base = saved.base
     if config.train != "full" and base is None and read_weights:
         base = identify(config.backbone)
-    processors = str(trained or config.backbone)
-    return ModelSource(config, config.backbone, revision, base, processors, trained, saved and saved.config)
+    processors = config.backbone if trained is None else str(trained.folder)
+    return ModelSource(config, config.backbone, revision, base, processors, trained)
 
 
 def saved_source(folder: str | Path, backbone: str | Path | None, allow_changed_base: bool) -> ModelSource:
@@ -117,9 +129,9 @@ def saved_source(folder: str | Path, backbone: str | Path | None, allow_changed_
     """
     folder = Path(folder)
     saved = _read(folder)
-    config = saved.config
+    config, trained = saved.config, TrainedParts(folder, saved.config)
     if config.train == "full":
-        return ModelSource(config, str(folder), None, None, str(folder), folder, config)
+        return ModelSource(config, str(folder), None, None, str(folder), trained)
     base_name = str(backbone or config.backbone)
     try:
         revision = _check_base(saved, base_name, allow_changed_base)
@@ -128,7 +140,7 @@ def saved_source(folder: str | Path, backbone: str | Path | None, allow_changed_
         moved = " If the model's base has moved, name it with --backbone (from Python `backbone`)."
         hint = "" if Path(base_name).is_dir() else moved
         raise UserError(f"{folder}: {error}{hint}") from error
-    return ModelSource(config, base_name, revision, base, str(folder), folder, config)
+    return ModelSource(config, base_name, revision, base, str(folder), trained)
 
 
 def _read(folder: Path, check_files: bool = True) -> SavedModel:
@@ -157,8 +169,9 @@ def _check_base(saved: SavedModel, name: str, allow_changed: bool) -> str | None
     return None
 
 
-def _continued(folder: Path, saved: PRMConfig, settings: dict[str, Any]) -> dict[str, Any]:
+def _continued(trained: TrainedParts, settings: dict[str, Any]) -> dict[str, Any]:
     """Merge a saved model's settings with those that are given. Raises UserError for what cannot be continued."""
+    folder, saved = trained.folder, trained.config
     given = {name: value for name, value in settings.items() if value is not None}
     if not given.get("lora_rank"):
         given.pop("lora_rank", None)

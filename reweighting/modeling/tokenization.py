@@ -180,7 +180,7 @@ class ChainTokenizer:
         try:
             if pixels is None and chain.image is not None:
                 pixels = self.read_image(chain.image)
-            tokens = self._cached_tokens(chain, pixels and pixels.placeholder)
+            tokens = self._cached_tokens(chain, None if pixels is None else pixels.placeholder)
         except UserError as error:
             raise type(error)(f"{chain.source_location}: {error}") from error
         return EncodedChain(chain, *tokens, pixels)
@@ -331,7 +331,7 @@ class ChainTokenizer:
         text = f"User: {image}{QUESTION_SLOT}\nAssistant: "
         if self.tokenizer.chat_template:
             content = [{"type": "image"}] if with_image else []
-            message = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
+            message: dict[str, Any] = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
             try:
                 text = str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
             except Exception as error:  # of jinja2, or any that the template itself raises

@@ -1,12 +1,12 @@
 """What a family of vision-language models defines, with the defaults that most families share."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Family:
     def __init__(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, image_processor: Any):
         self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
         self.image_token_id: int = config.image_token_id
-        self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        self.image_token = cast(str, tokenizer.convert_ids_to_tokens(self.image_token_id))
         self.template_token = self.image_token
         # A sliding window would count the padding between a prompt and the steps that follow it.
         layers = getattr(config.get_text_config(), "layer_types", None) or ()
@@ -92,11 +92,11 @@ class Family:
         inputs = {name: processed[name] for name in self.image_inputs}
         return {name: x.float() if x.is_floating_point() else x.long() for name, x in inputs.items()}
 
-    def encode_image(self, backbone: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    def encode_image(self, backbone: Any, inputs: dict[str, Tensor]) -> Tensor:
         """Run the vision tower and the projector on one image.
 
         Args:
-            backbone: the model.
+            backbone: a transformers model of this family.
             inputs: from `process`.
 
         Returns:
@@ -113,7 +113,7 @@ class Family:
         Returns:
             The value for `mm_encoder_outputs["image"]`.
         """
-        return BaseModelOutputWithPooling(pooler_output=features)
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, features))  # one tensor an image
 
     def model_inputs(self, tokens: "Tokens") -> dict[str, Any]:
         """Name the backbone's keyword arguments.
@@ -135,11 +135,11 @@ class Family:
             inputs["mm_encoder_outputs"] = {"image": self.pack_features(tokens.image_features)}
         return inputs
 
-    def position_ids(self, backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+    def position_ids(self, backbone: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Compute the position ids that the backbone itself would use.
 
         Args:
-            backbone: the model.
+            backbone: a transformers model of this family.
             inputs: from `model_inputs`.
 
         Returns:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from reweighting.modeling.families.base import Family
@@ -28,7 +27,7 @@ class QwenVL(Family):
         patches = self.image_processor.get_number_of_image_patches(height, width)
         return self.image_token, patches // self.image_processor.merge_size**2
 
-    def position_ids(self, backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor | None:
+    def position_ids(self, backbone: Any, inputs: dict[str, Any]) -> Tensor | None:
         """See `Family.position_ids`; [3, B, T] are time, height and width, which differ inside an image."""
         names = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
         return backbone.get_rope_index(**{n: inputs[n] for n in names})[0] if "image_grid_thw" in inputs else None
@@ -41,7 +40,7 @@ class Qwen3VL(QwenVL):
     model_types = ("qwen3_vl",)
     projector_modules = ("visual.merger", "visual.deepstack_merger_list")
 
-    def encode_image(self, backbone: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    def encode_image(self, backbone: Any, inputs: dict[str, Tensor]) -> Tensor:
         """See `Family.encode_image`; returns [image tokens, D * (1 + deepstack layers)]."""
         found = backbone.get_image_features(**inputs, return_dict=True)
         return torch.cat([torch.cat(layer) for layer in (found.pooler_output, *found.deepstack_features)], dim=-1)
@@ -49,5 +48,5 @@ class Qwen3VL(QwenVL):
     def pack_features(self, features: Sequence[Tensor]) -> BaseModelOutputWithDeepstackFeatures:
         """See `Family.pack_features`."""
         width = self.config.get_text_config().hidden_size
-        last, *deepstack = zip(*(image.split(width, dim=-1) for image in features), strict=True)
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=last, deepstack_features=deepstack)
+        layers: list[Any] = list(zip(*(image.split(width, dim=-1) for image in features), strict=True))
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=layers[0], deepstack_features=layers[1:])
