@@ -13,39 +13,36 @@ import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reweighting.data.chains import Chain
 from reweighting.data.steps import split_response
 from reweighting.errors import ChainTooLong, Problems, UserError
-from reweighting.modeling.adapters import (
-    add_adapters,
-    load_trained,
-    save_trained,
-    set_trainable,
-    strip_prefix,
-    without_adapters,
-)
+from reweighting.modeling.adapters import save_trained, set_trainable, strip_prefix, without_adapters
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
 from reweighting.modeling.backbone_pass import hidden_states
 from reweighting.modeling.collate import Batch, collate
 from reweighting.modeling.config import PRMConfig
 from reweighting.modeling.fake_tensors import on_shapes
-from reweighting.modeling.loading import load_backbone, load_image_processor, load_tokenizer
+from reweighting.modeling.parts import load_parts, load_saved_weights
 from reweighting.modeling.saved_model import BaseIdentity, SavedModel
 from reweighting.modeling.score_head import initialize_from_tokens, random_head
-from reweighting.modeling.scoring_inputs import check_batch_size, check_image, check_text, check_texts
+from reweighting.modeling.scoring_inputs import (
+    check_batch_size,
+    check_image,
+    check_text,
+    check_texts,
+    one_line_errors,
+)
 from reweighting.modeling.sources import HEAD_FILE, ModelSource, new_source, saved_source
 from reweighting.modeling.tokenization import ChainTokenizer, EncodedChain, Pixels
-from reweighting.terminal import first_line
 
 CACHE_BYTES = 2**30  # of main memory for images and tokens, in training
 SCORING = threading.RLock()  # held while a model is in evaluation mode for a call, and its tokenizer in use
@@ -157,20 +154,10 @@ class ProcessRewardModel(nn.Module):
     ) -> "ProcessRewardModel":
         """Load the parts and put them together, for both constructors."""
         config = source.config
-        base = load_backbone(source.base_name, config, device, attn, source.revision)
-        backbone = add_adapters(base, config) if config.adapted else base
-        chain_tokenizer = ChainTokenizer(
-            load_tokenizer(source.processors),
-            load_image_processor(source.processors),
-            base.config,
-            max_length=config.max_length,
-            max_image_side=config.max_image_side,
-            cache_bytes=cache_bytes,
-        )
-        chain_tokenizer.check_vocabulary(cast(nn.Embedding, base.get_input_embeddings()).weight.shape[0])
+        backbone, chain_tokenizer = load_parts(source, device, attn, cache_bytes)
         model = cls(backbone, chain_tokenizer, config)
         model.base_identity = source.base
-        set_trainable(base, config)
+        set_trainable(model.base, config)
         if not (config.trains_vision or config.trains_projector):  # otherwise cached features would be outdated
             chain_tokenizer.encode_image = model.encode_image
         model.gradient_checkpointing = checkpointing
@@ -178,14 +165,7 @@ class ProcessRewardModel(nn.Module):
             # The non-reentrant kind gives exact gradients also where no input needs one (frozen base).
             backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if source.trained is not None and device.type != "meta":
-            try:
-                model.score_head.load_state_dict(load_file(source.trained.folder / HEAD_FILE))
-                if source.trained.config.adapted:
-                    load_trained(backbone, source.trained.config, source.trained.folder)
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-                raise UserError(
-                    f"{source.trained.folder}: a file of the saved reward model is damaged: {first_line(error)}"
-                ) from error
+            load_saved_weights(backbone, model.score_head, source.trained)
         return model
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -336,7 +316,7 @@ class ProcessRewardModel(nn.Module):
             UserError: as `ChainTokenizer.encode`, and if a score is not a finite number.
         """
         check_batch_size(batch_size)
-        with SCORING:
+        with SCORING, one_line_errors():
             logits, mask = self._chain_logits(chains, batch_size, pixels)
         if not logits.isfinite().all():
             raise UserError("the reward model gives scores that are not finite: its training may have diverged.")
@@ -430,4 +410,5 @@ class ProcessRewardModel(nn.Module):
 
     def _pixels(self, image: str | Path | Image.Image | None) -> Pixels | None:
         checked = check_image(image)
-        return None if checked is None else self.chain_tokenizer.read_image(checked)
+        with one_line_errors():
+            return None if checked is None else self.chain_tokenizer.read_image(checked)

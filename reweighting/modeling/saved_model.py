@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from reweighting.errors import UserError
 from reweighting.files import digest
 from reweighting.modeling.config import CONFIG_FILE, PRMConfig, check_settings, with_defaults
+from reweighting.terminal import printable
 
 MAX_CONFIG_BYTES = 2**20
 WAY_OUT = f'To use the folder as it is, whatever the scores then are: delete "files" from its {CONFIG_FILE}.'
@@ -85,7 +86,7 @@ class SavedModel:
             return saved
         except ValidationError as error:
             first = error.errors()[0]
-            name, found = ".".join(map(str, first["loc"]))[:60], _short(first["input"])
+            name, found = printable(".".join(map(str, first["loc"])), one_line=True)[:60], _short(first["input"])
             raise UserError(f"{path} is damaged: {name}: {first['msg']}, found {found}") from error
         except (ValueError, RecursionError, UserError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
@@ -126,11 +127,13 @@ class SavedModel:
         for name in sorted(self.files.keys() - found):
             raise UserError(f"{folder}: {_short(name)} is missing; copy the whole folder again. {WAY_OUT}")
         for name in sorted(found - {CONFIG_FILE}):
+            shown = printable(name, one_line=True)
             if name not in self.files:
-                raise UserError(f"{folder}: {name} was not saved with the model; move it away. {WAY_OUT}")
+                raise UserError(f"{folder}: {shown} was not saved with the model; move it away. {WAY_OUT}")
             if digest(folder / name) != self.files[name]:
-                raise UserError(f"{folder}: {name} has changed since the model was saved; copy the whole folder again. "
-                                f"{WAY_OUT}")  # fmt: skip
+                raise UserError(
+                    f"{folder}: {shown} has changed since the model was saved; copy the whole folder again. {WAY_OUT}"
+                )
 
 
 def flags_of_saved(name: str, train: str | None) -> dict[str, Any]:

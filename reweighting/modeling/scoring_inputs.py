@@ -1,11 +1,13 @@
 """Check what callers of the Python API give to a reward model, so that each mistake has one clear error."""
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from reweighting.errors import UserError
+from reweighting.errors import UserError, is_out_of_memory
+from reweighting.terminal import first_line
 
 
 def check_text(name: str, text: object, may_be_blank: bool = False) -> str:
@@ -88,3 +90,22 @@ def check_batch_size(batch_size: object) -> int:
     if batch_size < 1:
         raise UserError(f"batch_size: found {batch_size}, allowed: a number of at least 1")
     return batch_size
+
+
+@contextmanager
+def one_line_errors() -> Generator[None, None, None]:
+    """Turn what a model raises while it scores into a UserError, except where memory runs out.
+
+    The inputs have been checked, so that it comes from settings in its files that do not fit the weights.
+
+    Raises:
+        UserError: with the first line of the error.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the model cannot compute: {first_line(error)}. Its config.json or preprocessor_config.json may be damaged"
+        ) from error

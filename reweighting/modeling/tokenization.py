@@ -266,7 +266,10 @@ class ChainTokenizer:
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Tokenize users' texts: `<|image_pad|>` in a question is eleven characters, not a special token."""
-        encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            encoding = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        except Exception as error:  # any kind, where its files are damaged
+            raise UserError(f"the tokenizer fails: {first_line(error)}") from error
         return encoding["input_ids"]
 
     def _prompt_tokens(self, placeholder: Placeholder | None) -> tuple[list[int], list[int], int]:
@@ -280,7 +283,10 @@ class ChainTokenizer:
 
     def _template_tokens(self, text: str) -> list[int]:
         """Tokenize text of the chat template, in which special tokens count as such."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        except Exception as error:  # as in `_tokenize`
+            raise UserError(f"the tokenizer fails: {first_line(error)}") from error
 
     def _cached_tokens(self, chain: Chain, placeholder: Placeholder | None) -> ChainTokens:
         """Return what `_chain_tokens` gives, from the cache if it is there."""
