@@ -37,7 +37,7 @@ from reweighting.terminal import printable
 
 SUMMARY = "Choose the best of N candidate answers to each question, and report how well that works."
 AFTER_INTERRUPT = "the same command resumes there"
-MEMORY_FLAGS = "--batch_size"
+LESS_MEMORY = "Lower --batch_size"
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
 SHOWN = 10  # choices that are printed where nobody knows which answers are correct
 

@@ -2,9 +2,7 @@
 
 import errno
 import importlib
-import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -14,16 +12,13 @@ from collections.abc import Callable
 from types import ModuleType
 
 from reweighting.distributed.rank0_output import dist_env, end_process, rank0_output
-from reweighting.errors import ProcessLost, UserError, is_out_of_memory
+from reweighting.errors import ProcessLost, UserError
+from reweighting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from reweighting.terminal import DetachableStream, printable
 from reweighting.training.signals import STDERR, Stopped
 
 # Kinds of OSError that say something about the disk, not about this program.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-
-# How allocators name what they were asked for: torch's, numpy's.
-REQUEST = re.compile(r"(?:allocate|required) ([\d.]+) ?(bytes|[KMGTPE]i?B)\b", re.I)
-UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 # Betty's metadata names no Python newer than 3.10, so it cannot be a dependency, and a plain `pip install` refuses it.
 INSTALL_BETTY = "pip install --no-deps --ignore-requires-python betty-ml==0.2.1"
@@ -49,8 +44,7 @@ def run_command(module: str) -> None:
 
     Args:
         module: name of the command's module. It has `main(argv)`; `AFTER_INTERRUPT`: what to do after Ctrl-C or a
-            full disk, in words that follow a semicolon; and `MEMORY_FLAGS`: the flags that need less memory when they
-            are smaller, in words that follow "make".
+            full disk, in words that follow a semicolon; and `LESS_MEMORY`: what to do where memory runs out.
 
     Raises:
         SystemExit: with 2 for a UserError, for what the system reports of a file or disk and where memory runs out;
@@ -145,31 +139,10 @@ def _foreseen_end(error: BaseException, command: ModuleType | None) -> CommandEr
         case Stopped():
             return CommandError(f"{printable(error)}; {after_interrupt}", 128 + error.signum)
         case _ if is_out_of_memory(error):
-            flags = getattr(command, "MEMORY_FLAGS", "the inputs")
-            wanted = _memory_request(error)
-            return CommandError(f"out of memory: {wanted}; make {flags} smaller. {after_interrupt}")
+            remedy = getattr(command, "LESS_MEMORY", "End other programs")
+            return CommandError(f"{describe_out_of_memory(error)}. {remedy}. {after_interrupt}")
         case OSError(errno=int(number), strerror=reason):
             place = f"{printable(str(error.filename)[:200])}: " if error.filename else ""
             written = f"cannot be written: {reason}; {after_interrupt}"
             return CommandError(f"{place}{written if number in DISK_TROUBLE else reason}")
     return None
-
-
-def _memory_request(error: BaseException) -> str:
-    """Who asked for how much: the innermost function of this package, and the size in the allocator's message."""
-    places = [
-        f"{frame.f_globals['__name__'].partition('.')[2]}.{frame.f_code.co_qualname}"
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith("reweighting.")
-    ]
-    match = REQUEST.search(str(error))
-    size = "more than there is" if match is None else _readable_size(float(match[1]), match[2])
-    return f"{places[-1]} asked for {size}"
-
-
-def _readable_size(number: float, unit: str) -> str:
-    """A size in the largest unit that leaves at least 1; as it is if it is not in bytes."""
-    if unit.lower() != "bytes":
-        return f"{number:g} {unit}"
-    power = min(int(math.log(max(number, 1), 1024)), len(UNITS) - 1)
-    return f"{number / 1024**power:.3g} {UNITS[power]}"

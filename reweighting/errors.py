@@ -1,7 +1,5 @@
 """The one exception for what the user can fix, and the form of a message about many places."""
 
-import errno
-import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -82,16 +80,3 @@ class _Group:
             return f"{first}: {self.text}"
         more = f" and {self.count - len(self.places)} more" if self.count > len(self.places) else ""
         return f"{first}: {self.text} (likewise {'; '.join(others)}{more})"
-
-
-# How allocators report that nothing is left: torch's on the CPU, on CUDA and on MPS; cuBLAS and cuDNN.
-OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can(no|')t allocate memory|ALLOC_FAILED", re.I)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory ran out: Python, numpy, torch, CUDA and the system each have their own error for it."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
-    )

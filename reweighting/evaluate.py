@@ -39,7 +39,7 @@ from reweighting.terminal import printable
 SUMMARY = "Evaluate a reward model step by step, on rows with step labels."
 AFTER_INTERRUPT = "nothing has been written"
 FILES = ("evaluation.json", "reliability.png")  # that it writes
-MEMORY_FLAGS = "--batch_size"
+LESS_MEMORY = "Lower --batch_size"
 
 
 def main(argv: list[str]) -> None:

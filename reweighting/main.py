@@ -38,6 +38,7 @@ from reweighting.training.batches import BatchSource
 from reweighting.training.dry_run import dry_run
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.hypergradient_choice import resolve_hypergradient
+from reweighting.training.last_step import LESS_MEMORY as LESS_MEMORY
 from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
 from reweighting.training.results import save_results
 from reweighting.training.resume import find_checkpoint, run_inputs, run_settings
@@ -45,7 +46,6 @@ from reweighting.training.run_data import RunData, read_run_data
 from reweighting.training.signals import StopSignals
 
 AFTER_INTERRUPT = "the same command with --resume continues from the last checkpoint"
-MEMORY_FLAGS = "--batch_size, --meta_batch_size, --max_image_side or --max_length"
 
 
 def main(argv: list[str]) -> None:

@@ -29,7 +29,7 @@ from reweighting.terminal import printable
 
 SUMMARY = "Look at one question: its candidates, their steps coloured by score, and the choice, as one HTML page."
 AFTER_INTERRUPT = "nothing has been written"
-MEMORY_FLAGS = "--batch_size"
+LESS_MEMORY = "Lower --batch_size"
 
 
 def main(argv: list[str]) -> None:

@@ -21,8 +21,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, StringConstraints, ValidationError
 
 from reweighting.distributed import collectives
-from reweighting.errors import UserError, is_out_of_memory
+from reweighting.errors import UserError
 from reweighting.files import atomic_write_dir, digest, open_regular, remove_dir
+from reweighting.out_of_memory import is_out_of_memory
 from reweighting.terminal import printable
 from reweighting.training.saved_state import check_history, check_state
 

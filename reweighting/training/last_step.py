@@ -1,6 +1,5 @@
 """What an error in a run leaves: a checkpoint of the last whole step."""
 
-import re
 import traceback
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -8,15 +7,18 @@ from typing import TYPE_CHECKING
 from torch.utils.hooks import RemovableHandle
 
 from reweighting.distributed import collectives
-from reweighting.errors import UserError, is_out_of_memory
+from reweighting.errors import UserError
+from reweighting.out_of_memory import describe_out_of_memory, is_out_of_memory
 from reweighting.training.random_states import random_states, set_random_states
 from reweighting.training.signals import STDERR, Stopped
 
 if TYPE_CHECKING:
     from reweighting.training.engine import ReweightingEngine
 
-# How torch on a CPU, torch on CUDA and numpy say what they were asked for.
-AMOUNT = re.compile(r"tried to allocate (\d+) bytes|allocate ([\d.]+ [KMGTPE]?i?B)", re.IGNORECASE)
+LESS_MEMORY = (
+    "Lower --batch_size, --meta_batch_size, --max_length or --max_image_side, or give --gradient_checkpointing (a "
+    "resumed run needs --allow_changed_settings for that)"
+)
 
 
 class LastWholeStep:
@@ -65,9 +67,9 @@ class LastWholeStep:
             traceback.clear_frames(trace)
         words = self._save()
         if out_of_memory:
-            raise UserError(f"{describe_out_of_memory(error)}. {words}".rstrip()) from error
+            raise UserError(f"{describe_out_of_memory(error)}. {LESS_MEMORY}. {words}".rstrip()) from error
         if isinstance(error, UserError) and words:
-            raise UserError(f"{error}. {words}") from error
+            raise type(error)(f"{error}. {words}") from error
         if words:
             print(f"\n{words}", file=STDERR)
 
@@ -89,15 +91,3 @@ class LastWholeStep:
         except UserError as error:  # the error that came first counts
             return f"Saving the run failed: {error}"
         return f"The run is saved at step {engine.saved}: --resume continues from there" if engine.saved else ""
-
-
-def describe_out_of_memory(error: BaseException) -> str:
-    """Say in one line what asked for how much memory, and what lowers it."""
-    found = AMOUNT.search(str(error))
-    amount = "too much" if found is None else found[2] or f"{int(found[1]) / 1e9:.2f} GB"
-    where = "the GPU" if "cuda" in str(error).lower() else "main memory"
-    return (
-        f"out of memory: a tensor of {amount} did not fit into {where}. Lower --batch_size, --meta_batch_size, "
-        "--max_length or --max_image_side, or give --gradient_checkpointing (a resumed run needs "
-        "--allow_changed_settings for that)"
-    )

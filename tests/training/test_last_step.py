@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,7 +16,6 @@ from reweighting.errors import UserError
 from reweighting.main import main
 from reweighting.training.batches import BatchSource
 from reweighting.training.checkpoints import checkpoints, read_manifest
-from reweighting.training.last_step import describe_out_of_memory
 from reweighting.training.validation import Validation
 from tests.runs import ROOT, flags, same_results
 from tests.tiny import build
@@ -85,9 +83,9 @@ def test_an_error_in_a_steps_second_micro_batch_loses_nothing(tiny, tmp_path, mo
     [
         (
             BatchSource, "train", False, lambda: RuntimeError(CPU_MEMORY), UserError,
-            "^out of memory: a tensor of 4000.00 GB did not fit into main memory. Lower --batch_size.* saved at step 6",
+            "^out of memory: 3.64 TiB for .* did not fit into main memory. Lower --batch_size.* saved at step 6",
         ),
-        (PRMFineTuning, "backward", False, MemoryError, UserError, "of too much .*saved at step 6: --resume"),
+        (PRMFineTuning, "backward", False, MemoryError, UserError, "memory: too much for .*saved at step 6: --resume"),
         (PRMFineTuning, "backward", True, KeyboardInterrupt, KeyboardInterrupt, None),
         (PRMFineTuning, "optimizer_step", False, lambda: OSError(5, "Input/output error"), OSError, None),
     ],
@@ -152,25 +150,6 @@ def test_before_the_first_step_and_in_a_dry_run_nothing_is_saved(tiny, tmp_path,
             fail_at_call(patch, PRMFineTuning, "domain_loss", 2, MemoryError)
             main(tiny(tmp_path / str(number), *more))
         assert not list(tmp_path.glob("*/checkpoints/*"))
-
-
-@pytest.mark.parametrize(
-    ("ask", "words"),
-    [
-        (lambda: torch.empty(2**60), "a tensor of 4611686018.43 GB did not fit into main memory. Lower --batch_size"),
-        (lambda: np.zeros(2**56), "a tensor of 512. PiB did not fit into main memory"),
-        (lambda: bytearray(2**62), "a tensor of too much did not fit into main memory"),
-    ],
-)
-def test_real_errors_of_memory_are_understood(ask, words):
-    with pytest.raises((RuntimeError, MemoryError)) as caught:
-        ask()
-    assert words in describe_out_of_memory(caught.value)
-
-
-def test_cudas_error_is_understood():
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of")
-    assert "a tensor of 20.00 GiB did not fit into the GPU" in describe_out_of_memory(error)
 
 
 def test_a_second_ctrl_c_ends_the_step_and_saves_the_one_before(tiny, tmp_path):
