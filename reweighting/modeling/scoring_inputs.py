@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from reweighting.errors import UserError, is_out_of_memory
+from reweighting.errors import UserError
+from reweighting.out_of_memory import is_out_of_memory
 from reweighting.terminal import first_line
 
 
