@@ -4,14 +4,14 @@
 #   sbatch --nodes=2 examples/slurm.sh --train_json_file train.json --meta_json_file meta.json --weights_path weights
 #
 # Data, backbone and --weights_path must be on storage that every machine sees. --batch_size and --meta_batch_size count
-# over all GPUs together. The job may be submitted again as it is: --resume goes on where it ended.
+# over all GPUs together. The job may be submitted again as it is: --resume continues from the last checkpoint.
 #SBATCH --job-name=dreamprm
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# SIGTERM two minutes before the time is up: torchrun hands it on, and the run saves and ends.
+# SIGTERM two minutes before the time is up: torchrun forwards it, and the run saves and ends.
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
