@@ -10,6 +10,7 @@ A marker is `Step 3`, `Step Three`, `步骤3` or `第三步`, under any decorati
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_STEPS = 10_000  # of a response: one with more is no reasoning, and would be tokenized before it is refused
@@ -100,14 +101,19 @@ def split_prompt(prompt: str, responses: Sequence[str]) -> tuple[str, list[str]]
     Returns:
         The question and the first steps, stripped; mostly no steps.
     """
+    run = _run_at_the_end(prompt)
+    if run and all(_continues(response, len(run) + 1) for response in responses):
+        return _cut(prompt, run)
+    return prompt.strip(), []
+
+
+@lru_cache(maxsize=64)  # rows of one question mostly stand together
+def _run_at_the_end(prompt: str) -> list[Marker]:
+    """The markers 1 to k that a text ends in; none if its last markers are numbered otherwise."""
     markers = step_markers(prompt)
     starts = [place for place, marker in enumerate(markers) if marker.number == 1]
-    if starts:
-        run = markers[starts[-1] :]
-        consecutive = [marker.number for marker in run] == list(range(1, len(run) + 1))
-        if consecutive and all(_continues(response, len(run) + 1) for response in responses):
-            return _cut(prompt, run)
-    return prompt.strip(), []
+    run = markers[starts[-1] :] if starts else []
+    return run if [marker.number for marker in run] == list(range(1, len(run) + 1)) else []
 
 
 def step_markers(text: str) -> list[Marker]:
