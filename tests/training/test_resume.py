@@ -1,5 +1,6 @@
 """A run that is cut anywhere and resumed equals one that was never cut; what a checkpoint refuses and survives."""
 
+import fcntl
 import json
 import os
 import random
@@ -7,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -156,6 +159,46 @@ def test_a_signal_ends_the_command_with_everything_saved(tiny, tmp_path, name):
     (place,) = checkpoints(tmp_path / "checkpoints")
     step = read_manifest(place).step
     assert f"saved at step {step} of 100000" in errors and history(tmp_path)[-1]["step"] == step // 5 * 5
+
+
+def wait_for_a_step(process: subprocess.Popen, folder: Path, terminal: int | None = None) -> None:
+    """Wait until a run has written its first line of history, and read what it prints on its terminal meanwhile."""
+    started = time.monotonic()
+    while not reached(folder):
+        assert time.monotonic() - started < 120 and process.poll() is None
+        with suppress(BlockingIOError, OSError):
+            terminal is not None and os.read(terminal, 2**16)
+        time.sleep(0.05)
+
+
+def test_a_terminal_that_goes_away_ends_the_command_with_everything_saved(tiny, tmp_path):
+    """As when an SSH connection breaks: the system sends SIGHUP, and nothing can be printed any more."""
+    run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
+    terminal, inner = os.openpty()
+    os.set_blocking(terminal, False)
+
+    def own_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.setsid()
+        fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
+
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
+    process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, preexec_fn=own_terminal)
+    os.close(inner)
+    wait_for_a_step(process, tmp_path, terminal)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert len(checkpoints(tmp_path / "checkpoints")) == 1
+
+
+def test_nohup_outlives_the_terminal(tiny, tmp_path):
+    run = tiny(tmp_path, "--iteration_num", "20")
+    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
+    ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore)
+    wait_for_a_step(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0 and reached(tmp_path) == 20
 
 
 @pytest.mark.parametrize("moment", ["loading", "training"])
