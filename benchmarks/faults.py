@@ -1,4 +1,4 @@
-"""What each fault costs a run of the real command: the table of faults in the README.
+"""What a run of the real command loses to each fault: the table in `docs/outputs.md`.
 
     python benchmarks/faults.py --work /tmp/faults
 
@@ -32,10 +32,27 @@ FORGETFUL = f"""
 import sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, {str(ROOT)!r})
-from reweighting import entrypoint, main
+from reweighting import entrypoint
 from reweighting.modeling.tokenization import ChainTokenizer
 ChainTokenizer._has_room = lambda *_: False
-entrypoint.run_command(main.main, "--resume")
+entrypoint.run_command("reweighting.main")
+"""
+# Memory that runs out in the second micro-batch of step 25, as torch reports it.
+OUT_OF_MEMORY = f"""
+import sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from reweighting import entrypoint
+from reweighting.bilevel.problems import PRMFineTuning
+original, calls = PRMFineTuning.domain_loss, []
+def domain_loss(self, batch):
+    calls.append(None)
+    if len(calls) == 50:
+        torch.empty(2**50)
+    return original(self, batch)
+PRMFineTuning.domain_loss = domain_loss
+entrypoint.run_command("reweighting.main")
 """
 
 
@@ -158,6 +175,15 @@ def full_disk(bench: Bench) -> dict:
             "lost": bench.resume_and_compare(folder)}  # fmt: skip
 
 
+def out_of_memory(bench: Bench) -> dict:
+    """A tensor that fits into no memory, in the middle of a step."""
+    folder = bench.work / "memory"
+    message = bench.check(bench.wait(bench.start(folder, program=("-c", OUT_OF_MEMORY, "main.py"))), 2)
+    at = bench.reached(folder)
+    return {"injected": f"in the second micro-batch of step 25; saved at step {at}", "message": message,
+            "lost": bench.resume_and_compare(folder)}  # fmt: skip
+
+
 def vanished_image(bench: Bench) -> dict:
     """Images of one domain go away in the middle of a run that must read them again."""
     folder, images = bench.work / "vanished", bench.data / "images" / "dice"
@@ -222,9 +248,10 @@ def main() -> None:
     bench = Bench(args.work)
     faults: dict[str, Callable[[], dict]] = {
         "kill -9": lambda: kills(bench, args.kills, args.seed),
-        **{name: (lambda name=name: asked_to_stop(bench, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1")},
+        **{name: (lambda name=name: asked_to_stop(bench, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")},
         "damaged checkpoint": lambda: damaged(bench),
         "full disk": lambda: full_disk(bench),
+        "memory runs out": lambda: out_of_memory(bench),
         "images that vanish": lambda: vanished_image(bench),
         "loss that is no number": lambda: not_finite(bench),
         "two runs in a folder": lambda: second_run(bench),

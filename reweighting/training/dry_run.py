@@ -15,6 +15,7 @@ from reweighting.devices import choose_device
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.files import temporary_dir
+from reweighting.terminal import printable
 from reweighting.training.checkpoints import load_latest
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.hypergradient_choice import estimate_memory
@@ -76,7 +77,10 @@ def dry_run(
     print(f"  time    {hours:.2f} hours for {config.lower.iteration_num} steps: {1 / seconds:.2f} steps a second, "
           f"{loading:.0f} s before the first")  # fmt: skip
     print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
-    print(f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in {folder}")
+    print(
+        f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in "
+        f"{printable(folder)}"
+    )
     if disk > free:
         print("warning: the disk is too small for that: lower --keep_checkpoints or use --lora_rank", file=sys.stderr)
 

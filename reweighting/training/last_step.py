@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.out_of_memory import describe_out_of_memory, is_out_of_memory
+from reweighting.terminal import printable
 from reweighting.training.random_states import random_states, set_random_states
 from reweighting.training.signals import STDERR, Stopped
 
@@ -71,7 +72,7 @@ class LastWholeStep:
         if isinstance(error, UserError) and words:
             raise type(error)(f"{error}. {words}") from error
         if words:
-            print(f"\n{words}", file=STDERR)
+            print(f"\n{printable(words)}", file=STDERR)
 
     def _save(self) -> str:
         """Save the last whole step, and say what is saved; nothing is said where nothing has changed."""

@@ -13,6 +13,7 @@ from reweighting.devices import check_attention
 from reweighting.distributed import collectives
 from reweighting.errors import LISTED_PLACES, UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.terminal import printable
 from reweighting.training.build import load_backbone, micro_batches_per_step
 from reweighting.training.hypergradient_choice import check_method
 from reweighting.training.run_data import RunData
@@ -96,8 +97,8 @@ def _without(
         (sum(keeps), len(keeps), "questions", config.data.validation_json_file),
     ):
         if kept < whole:
-            print(f"--drop_too_long: {name}: {whole - kept} of {whole} {what} are left out, which are longer than "
-                  f"{model.chain_tokenizer.max_length} tokens")  # fmt: skip
+            print(f"--drop_too_long: {printable(name)}: {whole - kept} of {whole} {what} are left out, which are "
+                  f"longer than {model.chain_tokenizer.max_length} tokens")  # fmt: skip
     remedy = "Shorten their texts, raise --max_length or lower --max_image_side"
     if lost := sorted({chain.domain for chain in data.train} - {chain.domain for chain in train}):
         names = ", ".join(short_repr(data.domains[domain]) for domain in lost[:LISTED_PLACES])

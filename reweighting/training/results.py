@@ -6,6 +6,7 @@ from pathlib import Path
 from reweighting.distributed import collectives
 from reweighting.files import atomic_write_dir, atomic_write_text
 from reweighting.plots import draw_run, shown_name
+from reweighting.terminal import printable
 from reweighting.training.checkpoints import best_checkpoint
 from reweighting.training.engine import ReweightingEngine
 
@@ -33,8 +34,8 @@ def save_results(engine: ReweightingEngine, folder: Path) -> None:
         print(weights_table(weights))
     best = best_checkpoint(folder / "checkpoints", engine.score_name)
     if best is not None:
-        print(f"\nbest checkpoint by {engine.score_name} ({best[1]:.4f}): {best[0]}")
-    print(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}")
+        print(f"\nbest checkpoint by {engine.score_name} ({best[1]:.4f}): {printable(best[0])}")
+    print(printable(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}"))
 
 
 def weights_table(weights: dict[str, float]) -> str:

@@ -12,6 +12,7 @@ from reweighting.data.load_rows import iterate_training_rows, load_candidate_row
 from reweighting.data.row_files import short_repr
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
+from reweighting.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -123,4 +124,4 @@ def _read_validation(path: str, image_root: str | None) -> tuple[list[CandidateR
 
 def _warn(*messages: str) -> None:
     for message in messages:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)

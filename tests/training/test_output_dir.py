@@ -336,6 +336,24 @@ def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(tmp_path, fin
     assert isinstance(found, UserError) and "checkpoints cannot be read: Permission denied" in str(found)
 
 
+def test_what_a_run_prints_of_its_folder_steers_no_terminal(demo, tiny, tmp_path, capsys):
+    folder = tmp_path / "run\x1b[31m\a\u202e"
+    rows = tmp_path / "rows\x1b[2J.json"
+    rows.write_text((demo / "train.json").read_text().replace('"dice"', '"dice\\u001b[1m\\u0007"'))
+    run = tiny(folder, "--train_json_file", str(rows), "--image_root", str(demo))
+    main([*run, "--dry_run"])
+    main([*run, "--resume"])
+    main(run)
+    (checkpoints(folder / "checkpoints")[-1] / "state.pt").write_bytes(b"")
+    main([*run, "--resume", "--lr", "1e-4", "--allow_changed_settings"])
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    assert not {char for char in text if char not in "\n\r" and not char.isprintable()}
+    for words in (r"run\x1b[31m\x07\u202e", r"dice\x1b[1m\x07", "GB are free in", "starting at step 0", "are now in",
+                  "trying the checkpoint before it", "resuming from", "best checkpoint", "lr was"):  # fmt: skip
+        assert words in text, words
+
+
 def delete_at_step(monkeypatch, step: int, delete: Callable[[], None]) -> None:
     """Call `delete` while a run makes a step."""
     original = ReweightingEngine.train_step
