@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(BestOfNConfig, argv, prog="best_of_n.py", description=SUMMARY)
+    config = parse_inference_config(BestOfNConfig, argv, description=SUMMARY)
     output = Path(config.selections.output)
     candidates = CandidateFile.read(config.candidates.candidates_json_file, config.scoring.image_root)
     for warning in candidates.warnings:

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(EvaluateConfig, argv, prog="evaluate.py", description=SUMMARY)
+    config = parse_inference_config(EvaluateConfig, argv, description=SUMMARY)
     source, dev_source = config.evaluation.eval_json_file, config.evaluation.dev_json_file
     threshold, batch_size = config.evaluation.threshold, config.scoring.batch_size
     json_path, figure_path = output_files(config)

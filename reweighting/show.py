@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(ShowConfig, argv, prog="show.py", description=SUMMARY)
+    config = parse_inference_config(ShowConfig, argv, description=SUMMARY)
     output, source = Path(config.page.output), config.candidates.candidates_json_file
     row = find_row(source, config.scoring.image_root, config.page.id)
     try:

@@ -127,6 +127,7 @@ def test_the_command_trains_with_the_embedded_backbone(wheel, demo, tmp_path):
     assert out.returncode == 0, out.stderr
     config = json.loads((tmp_path / "weights" / "prm" / "prm_config.json").read_text())
     assert Path(config["backbone"]) == wheel / "reweighting" / "_backbone"
+    assert dreamprm(wheel, "train", "--help").stdout.startswith("usage: dreamprm train ")
 
 
 def test_dependencies_allow_the_pinned_versions():

@@ -1,6 +1,6 @@
 """The flags of the commands that use a trained reward model: best_of_n.py, evaluate.py and show.py.
 
-    config = parse_inference_config(BestOfNConfig, sys.argv[1:], prog="best_of_n.py", description="Choose the best …")
+    config = parse_inference_config(BestOfNConfig, sys.argv[1:], description="Choose the best …")
     config.scoring.batch_size, config.candidates.aggregation_function
 
 To add a flag, add a field to a group: the parser, `--help` and the command-line reference follow from it.
@@ -11,9 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
-from transformers.hf_argparser import HfArg
-
-from reweighting.config.parsing import parse_groups
+from reweighting.config.parsing import flag, parse_groups
 from reweighting.errors import UserError
 from reweighting.modeling.aggregation import AggregationName
 
@@ -22,24 +20,24 @@ from reweighting.modeling.aggregation import AggregationName
 class ScoringConfig:
     """Using the reward model: best_of_n.py, evaluate.py and show.py."""
 
-    weights_path: str = HfArg(default="weights", help="folder that a training run wrote, or the `prm` in it")
-    backbone: str | None = HfArg(
+    weights_path: str = flag(default="weights", help="folder that a training run wrote, or the `prm` in it")
+    backbone: str | None = flag(
         default=None,
         help="where the base of a model with adapters or of a score head is now, if it has moved (default: where it "
         "was in training)",
     )
-    image_root: str | None = HfArg(
+    image_root: str | None = flag(
         default=None,
         help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
     )
-    batch_size: int = HfArg(
+    batch_size: int = flag(
         default=32, help="chains in a forward pass; changes scores by rounding only (about 1e-6, with bf16 1e-3)"
     )
-    device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
-    precision: Literal["fp32", "bf16"] | None = HfArg(
+    device: str | None = flag(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best that is there)")
+    precision: Literal["fp32", "bf16"] | None = flag(
         default=None, help="precision of the compute (default: bf16 on cuda, else fp32)"
     )
-    allow_changed_base: bool = HfArg(
+    allow_changed_base: bool = flag(
         default=False, help="use the base of an adapter model although its weights are not those it was trained on"
     )
 
@@ -55,8 +53,8 @@ class ScoringConfig:
 class CandidateConfig:
     """Candidates: best_of_n.py and show.py."""
 
-    candidates_json_file: str = HfArg(help="candidate rows: a .json, .jsonl or .parquet file")
-    aggregation_function: AggregationName | None = HfArg(
+    candidates_json_file: str = flag(help="candidate rows: a .json, .jsonl or .parquet file")
+    aggregation_function: AggregationName | None = flag(
         default=None, help="how a candidate's steps become one number (default: as the model was trained)"
     )
 
@@ -68,7 +66,7 @@ class CandidateConfig:
 class SelectionsConfig:
     """best_of_n.py."""
 
-    output: str = HfArg(
+    output: str = flag(
         default="selections.json", help="the choices; an interrupted file is resumed (.jsonl: a row a line)"
     )
 
@@ -80,14 +78,14 @@ class SelectionsConfig:
 class EvaluationConfig:
     """evaluate.py."""
 
-    eval_json_file: str = HfArg(help="rows as for training; `correct` (true, false), where given, is the label")
-    dev_json_file: str | None = HfArg(
+    eval_json_file: str = flag(help="rows as for training; `correct` (true, false), where given, is the label")
+    dev_json_file: str | None = flag(
         default=None, help="rows to choose thresholds on (default: a third of the questions is split off)"
     )
-    threshold: float = HfArg(
+    threshold: float = flag(
         default=0.0, help="a step without `correct` counts as correct if its accuracy is above this"
     )
-    output: str = HfArg(default="evaluation", help="folder for evaluation.json and reliability.png")
+    output: str = flag(default="evaluation", help="folder for evaluation.json and reliability.png")
 
     def __post_init__(self) -> None:
         _check_not_empty("eval_json_file", self.eval_json_file)
@@ -101,8 +99,8 @@ class EvaluationConfig:
 class PageConfig:
     """show.py."""
 
-    id: str = HfArg(help="the `id` of the row to show")
-    output: str = HfArg(default="answer.html", help="the HTML page; an earlier page is replaced, no other file")
+    id: str = flag(help="the `id` of the row to show")
+    output: str = flag(default="answer.html", help="the HTML page; an earlier page is replaced, no other file")
 
     def __post_init__(self) -> None:
         _check_output(self.output)
@@ -140,13 +138,13 @@ class ShowConfig:
 AnyConfig = TypeVar("AnyConfig", BestOfNConfig, EvaluateConfig, ShowConfig)
 
 
-def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, prog: str, description: str) -> AnyConfig:
+def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, description: str) -> AnyConfig:
     """Parse a command's flags.
 
     Args:
         kind: the command's config.
         argv: the command line without the program's name.
-        prog, description: for `--help`.
+        description: for `--help`.
 
     Returns:
         The config.
@@ -156,7 +154,7 @@ def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, prog: 
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
     groups = get_type_hints(kind)
-    flags, _ = parse_groups(tuple(groups.values()), argv, prog=prog, description=description, recipes=False)
+    flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=False)
     return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
 
 

@@ -2,20 +2,41 @@
 
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from reweighting.config.recipe import read_recipe
 
 
+def flag(
+    *,
+    help: str,
+    default: Any = MISSING,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> Any:
+    """Describe a field of a dataclass as a command-line flag of the field's name.
+
+    Args:
+        help: what `--help` and the command-line reference say.
+        default: the value without the flag; without a default the flag is needed.
+        aliases: further names, with their dashes.
+        metadata: further arguments of `ArgumentParser.add_argument`.
+
+    Returns:
+        The field; declared as anything, since the field's annotation is the type of its value.
+    """
+    return HfArg(help=help, default=default, aliases=list(aliases) or None, metadata=dict(metadata or {}))
+
+
 def parse_groups(
-    groups: Sequence[type],
+    groups: Sequence[Any],
     argv: Sequence[str],
     *,
-    prog: str,
     description: str,
     recipes: bool = True,
     inherited: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda flags: {},
@@ -26,9 +47,9 @@ def parse_groups(
     `--config FILE` (or `--recipe FILE`) reads more flags; those on the command line win.
 
     Args:
-        groups: the dataclasses; their fields are made by `HfArg`.
+        groups: the dataclasses; their fields are made by `flag`.
         argv: the command line without the program's name.
-        prog, description: for `--help`.
+        description: for `--help`, which takes the program's name from `sys.argv`.
         recipes: whether `--config` exists.
         inherited: from {flag: value}, the defaults that follow; flags of the command line and of a recipe win.
 
@@ -39,7 +60,7 @@ def parse_groups(
         UserError: if a recipe cannot be read or names an unknown flag.
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
-    parser = _parser(groups, prog, description)
+    parser = _parser(groups, description)
     recipe: dict[str, Any] = {}
     if recipes:
         parser.add_argument("--config", "--recipe", help="JSON or YAML file of flags; those on the command line win")
@@ -61,10 +82,10 @@ def parse_groups(
     return flags, {action.dest for action in parser._actions if words & set(action.option_strings)}
 
 
-def _parser(groups: Sequence[type], prog: str, description: str) -> HfArgumentParser:
+def _parser(groups: Sequence[Any], description: str) -> HfArgumentParser:
     """The parser of all fields; `bool | None` flags get their `--no_` twin here, which HfArgumentParser lacks."""
     parser = HfArgumentParser(
-        groups, prog=prog, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter
+        groups, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter
     )
     for group in groups:
         for field in fields(group):

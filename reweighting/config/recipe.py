@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+import yaml.composer
 
 from reweighting.errors import UserError
 from reweighting.files import regular_file
@@ -18,7 +19,7 @@ MAX_BYTES = 2**16  # all flags together take a few thousand
 MAX_DEPTH = 10
 
 
-def read_recipe(path: Path, groups: Sequence[type]) -> dict[str, Any]:
+def read_recipe(path: Path, groups: Sequence[Any]) -> dict[str, Any]:
     """Read a JSON or YAML file of flags.
 
     Args:

@@ -11,12 +11,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers.hf_argparser import HfArg
+from typing import Any, Literal, get_type_hints
 
 from reweighting.config.checks import check_training_config
-from reweighting.config.parsing import parse_groups
+from reweighting.config.parsing import flag, parse_groups
 from reweighting.modeling.aggregation import AggregationName
 from reweighting.modeling.config import ScoreHead, TrainMode, with_defaults
 from reweighting.modeling.saved_model import flags_of_saved
@@ -33,96 +31,96 @@ HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "dar
 class DataConfig:
     """Files."""
 
-    train_json_file: str = HfArg(help="training rows: a .json, .jsonl or .parquet file")
-    meta_json_file: str | None = HfArg(default=None, help="meta rows; needed to learn the weights")
-    validation_json_file: str | None = HfArg(
+    train_json_file: str = flag(help="training rows: a .json, .jsonl or .parquet file")
+    meta_json_file: str | None = flag(default=None, help="meta rows; needed to learn the weights")
+    validation_json_file: str | None = flag(
         default=None, help="candidate rows: the checkpoint with the best best-of-N accuracy on them is kept"
     )
-    image_root: str | None = HfArg(
+    image_root: str | None = flag(
         default=None,
         help="folder that image paths start from and may not leave (default: the JSON file's, then the working one)",
     )
-    drop_too_long: bool = HfArg(
+    drop_too_long: bool = flag(
         default=False,
         help="leave out chains that are longer than the model takes, and print how many; else they are an error",
     )
-    weights_path: str = HfArg(default="weights", help="output folder")
+    weights_path: str = flag(default="weights", help="output folder")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The reward model."""
 
-    reward_model: str = HfArg(
+    reward_model: str = flag(
         default=str(EMBEDDED_BACKBONE),
         help="backbone: a folder, or a name on the Hugging Face hub; or the folder of a trained reward model, which is "
         "continued: its head, its adapters, and its settings where no flag is given",
     )
-    train: TrainMode | None = HfArg(
+    train: TrainMode | None = flag(
         default=None,
         help="what is trained beside the score head: full (the whole backbone), lora or dora (adapters on the language "
         "model), or head (nothing else) (default: full; lora with --lora_rank)",
     )
-    lora_rank: int = HfArg(default=0, help="rank of the adapters of --train lora and dora; 0 there means 16")
-    lora_alpha: float | None = HfArg(
+    lora_rank: int = flag(default=0, help="rank of the adapters of --train lora and dora; 0 there means 16")
+    lora_alpha: float | None = flag(
         default=None, help="the adapters' output is scaled by lora_alpha / lora_rank (default: 32)"
     )
-    freeze_vision: bool = HfArg(default=True, help="do not train the vision tower; --no_freeze_vision trains it")
-    freeze_projector: bool | None = HfArg(
+    freeze_vision: bool = flag(default=True, help="do not train the vision tower; --no_freeze_vision trains it")
+    freeze_projector: bool | None = flag(
         default=None,
         help="do not train the projector from vision tower to language model; --no_freeze_projector trains it "
         "(default: as the tower)",
         metadata={"nargs": "?", "const": True},
     )
-    load_in_4bit: bool = HfArg(
+    load_in_4bit: bool = flag(
         default=False,
         help="load the frozen language model in 4 bits (bitsandbytes, CUDA), with --train lora, dora, head",
     )
-    score_head: ScoreHead = HfArg(
+    score_head: ScoreHead = flag(
         default="linear",
         help="linear; token: the logit of --correct_token minus that of --incorrect_token, by the model's own output "
         "embedding; linear_from_token: a linear head that starts from that difference",
     )
-    correct_token: str | None = HfArg(default=None, help="score_head: the token for a correct step (default: +)")
-    incorrect_token: str | None = HfArg(default=None, help="score_head: the token for an incorrect step (default: -)")
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = HfArg(
+    correct_token: str | None = flag(default=None, help="score_head: the token for a correct step (default: +)")
+    incorrect_token: str | None = flag(default=None, help="score_head: the token for an incorrect step (default: -)")
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = flag(
         default="sdpa", help="attention kernel; flash_attention_2 needs CUDA, bf16 and the package flash-attn"
     )
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, a third slower")
-    max_image_side: int | None = HfArg(default=None, help="shrink larger images to this many pixels (published: 512)")
-    max_length: int | None = HfArg(default=None, help="longest chain in tokens (default: the backbone's limit)")
+    gradient_checkpointing: bool = flag(default=False, help="recompute activations: less memory, a third slower")
+    max_image_side: int | None = flag(default=None, help="shrink larger images to this many pixels (published: 512)")
+    max_length: int | None = flag(default=None, help="longest chain in tokens (default: the backbone's limit)")
 
 
 @dataclass(frozen=True)
 class LowerConfig:
     """Lower level: fine-tuning the reward model."""
 
-    iteration_num: int = HfArg(default=600, help="optimizer steps")
-    batch_size: int = HfArg(default=8, help="chains in a micro-batch, all from one domain")
-    group_by_question: bool = HfArg(
+    iteration_num: int = flag(default=600, help="optimizer steps")
+    batch_size: int = flag(default=8, help="chains in a micro-batch, all from one domain")
+    group_by_question: bool = flag(
         default=False,
         help="fill a micro-batch with whole questions, whose answers share the pass over image and question: faster "
         "where a question has several answers",
     )
-    gradiant_accumulation: int | None = HfArg(
+    gradiant_accumulation: int | None = flag(
         aliases=["--gradient_accumulation"],
         default=None,
         help="micro-batches in an optimizer step (default: 2, or as many as let every domain into every window)",
     )
-    optimizer: Literal["adamw", "sgd"] = HfArg(default="adamw", help="optimizer of the reward model")
-    lr: float = HfArg(default=3e-4, help="learning rate")
-    momentum: float | None = HfArg(default=None, help="momentum of sgd (default: 0.9)")
-    weight_decay: float = HfArg(default=1e-3, help="weight decay (decoupled with adamw)")
-    max_grad_norm: float = HfArg(default=0.0, help="clip a step's gradient to this norm; 0 does not clip")
-    scheduler: Literal["constant", "step", "cosine"] = HfArg(
+    optimizer: Literal["adamw", "sgd"] = flag(default="adamw", help="optimizer of the reward model")
+    lr: float = flag(default=3e-4, help="learning rate")
+    momentum: float | None = flag(default=None, help="momentum of sgd (default: 0.9)")
+    weight_decay: float = flag(default=1e-3, help="weight decay (decoupled with adamw)")
+    max_grad_norm: float = flag(default=0.0, help="clip a step's gradient to this norm; 0 does not clip")
+    scheduler: Literal["constant", "step", "cosine"] = flag(
         default="cosine", help="learning rate over time; cosine decays to 0"
     )
-    scheduler_step_size: int | None = HfArg(
+    scheduler_step_size: int | None = flag(
         default=None, help="scheduler step: optimizer steps between two cuts (default: 5000)"
     )
-    scheduler_gamma: float | None = HfArg(default=None, help="scheduler step: factor of each cut (default: 0.5)")
-    baseline: bool = HfArg(default=False, help="plain fine-tuning, every domain weighted 1: no upper level")
-    domain_weights: str | None = HfArg(
+    scheduler_gamma: float | None = flag(default=None, help="scheduler step: factor of each cut (default: 0.5)")
+    baseline: bool = flag(default=False, help="plain fine-tuning, every domain weighted 1: no upper level")
+    domain_weights: str | None = flag(
         default=None, help="fixed weights: a run's domain_weights.json, or {domain: weight}; no upper level"
     )
 
@@ -131,24 +129,24 @@ class LowerConfig:
 class UpperConfig:
     """Upper level: learning the domain weights."""
 
-    warmup_iterations: int = HfArg(
+    warmup_iterations: int = flag(
         default=0,
         help="optimizer steps of plain fine-tuning, all domains weighted 1, before the weights are learned; they count "
         "in --iteration_num",
     )
-    unroll_steps: int = HfArg(default=20, help="optimizer steps between two updates of the weights (a window)")
-    meta_batch_size: int = HfArg(default=64, help="meta answers in an update (about: a question stays whole)")
-    meta_lr: float = HfArg(default=0.2, help="learning rate of the raw weights (AdamW)")
-    meta_weight_decay: float = HfArg(default=0.0, help="pull towards equal weights (decoupled)")
-    aggregation_function: AggregationName = HfArg(
+    unroll_steps: int = flag(default=20, help="optimizer steps between two updates of the weights (a window)")
+    meta_batch_size: int = flag(default=64, help="meta answers in an update (about: a question stays whole)")
+    meta_lr: float = flag(default=0.2, help="learning rate of the raw weights (AdamW)")
+    meta_weight_decay: float = flag(default=0.0, help="pull towards equal weights (decoupled)")
+    aggregation_function: AggregationName = flag(
         default="mean_logit", help="how the step logits of an answer become one number"
     )
-    center_meta_scores: bool = HfArg(
+    center_meta_scores: bool = flag(
         default=True,
         help="compare meta answers with each other, those to one question first; --no_center_meta_scores: take them "
         "as they are",
     )
-    hypergradient: HypergradientName = HfArg(
+    hypergradient: HypergradientName = flag(
         default="auto",
         help="unrolled keeps one gradient a micro-batch; jvp and finite_difference keep none; auto takes unrolled "
         "where that fits into memory; darts is Betty's own",
@@ -159,30 +157,30 @@ class UpperConfig:
 class RunConfig:
     """The run."""
 
-    seed: int = HfArg(default=1, help="seed of the data order, the score head and dropout")
-    device: str | None = HfArg(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best available)")
-    shard: bool = HfArg(
+    seed: int = flag(default=1, help="seed of the data order, the score head and dropout")
+    device: str | None = flag(default=None, help="cuda, cuda:1, mps, cpu, … (default: the best available)")
+    shard: bool = flag(
         default=False, help="split the parameters over the processes, for models that do not fit one GPU"
     )
-    distributed_timeout: float = HfArg(
+    distributed_timeout: float = flag(
         default=30.0,
         help="minutes that one of several processes waits for the others before the run ends; more than process 0 "
         "needs to write a checkpoint, or to read the data, while the others wait",
     )
-    precision: Literal["fp32", "bf16"] | None = HfArg(
+    precision: Literal["fp32", "bf16"] | None = flag(
         default=None, help="precision of the compute (default: bf16 on cuda, else fp32)"
     )
-    save_every_iterations: int = HfArg(default=200, help="optimizer steps between two checkpoints")
-    keep_checkpoints: int = HfArg(default=2, help="newest checkpoints to keep, besides the best one")
-    resume: bool = HfArg(
+    save_every_iterations: int = flag(default=200, help="optimizer steps between two checkpoints")
+    keep_checkpoints: int = flag(default=2, help="newest checkpoints to keep, besides the best one")
+    resume: bool = flag(
         default=False, help="resume from the newest undamaged checkpoint in --weights_path, if there is one"
     )
-    resume_from: str | None = HfArg(default=None, help="resume from this checkpoint, or from the newest of this run")
-    allow_changed_settings: bool = HfArg(
+    resume_from: str | None = flag(default=None, help="resume from this checkpoint, or from the newest of this run")
+    allow_changed_settings: bool = flag(
         default=False, help="resume although settings or data have changed; each change is printed"
     )
-    max_skipped_steps: int = HfArg(default=0, help="steps that may be skipped because a loss or gradient is not finite")
-    dry_run: bool = HfArg(
+    max_skipped_steps: int = flag(default=0, help="steps that may be skipped because a loss or gradient is not finite")
+    dry_run: bool = flag(
         default=False, help="check everything, train one window, and print what the whole run would take"
     )
 
@@ -218,13 +216,13 @@ class TrainingConfig:
             TypeError: if a flag without a default is missing.
         """
         groups = {
-            field.name: field.type(**{f.name: flags[f.name] for f in fields(field.type) if f.name in flags})
-            for field in fields(cls)
+            name: group(**{field.name: flags[field.name] for field in fields(group) if field.name in flags})
+            for name, group in get_type_hints(cls).items()
         }
         return cls(**groups)
 
 
-GROUPS = tuple(field.type for field in fields(TrainingConfig))
+GROUPS = tuple(get_type_hints(TrainingConfig).values())
 
 
 def parse_training_config(argv: Sequence[str]) -> TrainingConfig:
@@ -243,7 +241,6 @@ def parse_training_config(argv: Sequence[str]) -> TrainingConfig:
     flags, given = parse_groups(
         GROUPS,
         argv,
-        prog="main.py",
         description="Learn domain weights and a process reward model from two JSON files.",
         inherited=lambda flags: flags_of_saved(flags["reward_model"], flags["train"]),
     )
