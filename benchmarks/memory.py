@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from common import make_data, write_results
 
-from reweighting.main import main as run
-from reweighting.training import signals
+from reweighting import main as command
+from reweighting.training.signals import StopSignals
 
 EVERY, WARM_UP = 20, 400  # steps between two samples; steps that do not count: caches and allocators fill up
 
 
-class Watch(signals.StopSignals):
+class Watch(StopSignals):
     """Notes the resident memory in MB now and then, where a run looks for signals."""
 
     samples: list[tuple[int, float]] = []
@@ -39,12 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
-    signals.StopSignals = Watch
+    command.StopSignals = Watch
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder / "data", 1, "--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4")
         data = [f"--{kind}_json_file={folder / 'data' / kind}.json" for kind in ("train", "meta")]
-        run([*data, "--weights_path", str(folder / "run"), "--iteration_num", str(args.steps), "--batch_size", "2",
+        command.main([*data, "--weights_path", str(folder / "run"), "--iteration_num", str(args.steps), "--batch_size", "2",
              "--meta_batch_size", "8", "--save_every_iterations", "100"])  # fmt: skip
     step, memory = np.array([sample for sample in Watch.samples if sample[0] > WARM_UP]).T
     slope = np.polyfit(step, memory, 1)[0] * 1000

@@ -65,8 +65,7 @@ def make_files(folder: Path, rows: int, images: int) -> Path:
 
 def run(case: str, train: Path, started: float) -> None:
     """Train in this process; print the seconds to the first step, and the memory at its end and later on."""
-    from reweighting.main import main
-    from reweighting.training import signals
+    from reweighting import main as command
 
     class FirstStep(Watch):
         @property
@@ -81,9 +80,9 @@ def run(case: str, train: Path, started: float) -> None:
             """There is never a signal."""
 
     found: dict = {}
-    signals.StopSignals = FirstStep
+    command.StopSignals = FirstStep  # what looks for signals after each step looks at the clock
     with TemporaryDirectory() as folder:
-        main(["--train_json_file", str(train), "--meta_json_file", str(DEMO.with_name("meta.json")),
+        command.main(["--train_json_file", str(train), "--meta_json_file", str(DEMO.with_name("meta.json")),
               "--weights_path", folder, *FLAGS[case]])  # fmt: skip
     found["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found["resident_mb_by_step"] = [(step, round(memory)) for step, memory in Watch.samples]
