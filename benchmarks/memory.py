@@ -44,8 +44,21 @@ def main() -> None:
         folder = Path(name)
         make_data(folder / "data", 1, "--train_rows", "1000", "--meta_rows", "60", "--test_questions", "4")
         data = [f"--{kind}_json_file={folder / 'data' / kind}.json" for kind in ("train", "meta")]
-        command.main([*data, "--weights_path", str(folder / "run"), "--iteration_num", str(args.steps), "--batch_size", "2",
-             "--meta_batch_size", "8", "--save_every_iterations", "100"])  # fmt: skip
+        command.main(
+            [
+                *data,
+                "--weights_path",
+                str(folder / "run"),
+                "--iteration_num",
+                str(args.steps),
+                "--batch_size",
+                "2",
+                "--meta_batch_size",
+                "8",
+                "--save_every_iterations",
+                "100",
+            ]
+        )
     step, memory = np.array([sample for sample in Watch.samples if sample[0] > WARM_UP]).T
     slope = np.polyfit(step, memory, 1)[0] * 1000
     result = {
