@@ -1,5 +1,6 @@
 """Several processes in tests: forked, so that they need not import everything again."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -48,8 +49,12 @@ class Launched:
 
         fork = multiprocessing.get_context("fork")
         self.processes = [fork.Process(target=begin, args=(rank,)) for rank in range(world)]
+        # A store that a child collects as garbage waits for ever for its thread, which a fork does not take along.
+        gc.collect()
+        gc.freeze()
         for process in self.processes:
             process.start()
+        gc.unfreeze()
 
     def exit_codes(self, seconds: float = 120) -> list[int]:
         """Wait for the first of them so long, and for the others 20 s more; kill those that are left."""
