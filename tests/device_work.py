@@ -89,7 +89,7 @@ def on_both_devices(folder: Path) -> dict:
     install()
     found = {"cpu": all_work("cpu", folder)}
     # transformers looks at the memory's addresses when it saves, of which these tensors have none.
-    Replicated.weights = lambda self: {name: tensor.cpu() for name, tensor in self.module.state_dict().items()}
+    Replicated.full_state_dict = lambda self: {name: tensor.cpu() for name, tensor in self.module.state_dict().items()}
     with SecondDevice():
         return found | {NAME: all_work(NAME, folder)}
 

@@ -87,8 +87,8 @@ def test_a_poisoned_update_leaves_the_weights_as_they_were(tiny, tmp_path, monke
 def test_collapsing_weights_are_told_of():
     assert collapsed({"a": 1.0, "b": 1.2, "c": 0.8}) == {}
     assert collapsed({"a": 0.04, "b": 1.16, "c": 1.8}) == {
-        "a": "a has all but no weight (0.040)",
-        "c": "c has more than half of all the weight (1.80 of 3)",
+        "a": "the weight of a has nearly vanished (0.040)",
+        "c": "c has more than half of the total weight (1.80 of 3)",
     }
     assert collapsed({"a": 0.5, "b": 1.5}) == {}
 
@@ -97,7 +97,7 @@ def test_a_collapse_is_told_once(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--meta_lr", "9", "--iteration_num", "20"))
     err = capsys.readouterr().err
     low = [domain for domain, weight in history(tmp_path)[0]["weights"].items() if weight < 0.05]
-    assert low and all(err.count(f"{domain} has all but no weight") == 1 for domain in low)
+    assert low and all(err.count(f"the weight of {domain} has nearly vanished") == 1 for domain in low)
 
 
 def forget_images(monkeypatch, vanish) -> None:
