@@ -25,7 +25,7 @@ SMALL = ["--iteration_num", "10", "--unroll_steps", "5", "--batch_size", "2", "-
 SCRIPTS = {f"reweighting/{module}.py": module for module, _ in COMMANDS.values()}
 OTHERS_FLAGS = {  # of pip, torchrun, accelerate and sbatch
     "--no-deps", "--ignore-requires-python", "--nproc_per_node", "--shutdown_timeout", "--signals-to-handle",
-    "--multi_gpu", "--num_processes", "--nodes", "--mixed_precision", "--cpu", "--help",
+    "--multi_gpu", "--mpirun_hostfile", "--num_processes", "--nodes", "--mixed_precision", "--cpu", "--help",
 }  # fmt: skip
 
 

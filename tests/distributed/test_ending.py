@@ -105,8 +105,8 @@ def test_process_0_killed_inside_a_save_leaves_the_checkpoint_before(tiny, one, 
         ("killed", 0, "another of the 3 processes has ended ("),
         ("killed", 1, "another of the 3 processes has ended ("),
         ("frozen", 1, "another of the 3 processes does not answer within --distributed_timeout ("),
-        ("refused", 0, "out of luck\n"),
-        ("refused", 1, f"process 1 of 3 on {HOST}: out of luck\n"),
+        ("refused", 0, "out of luck. No step is saved\n"),
+        ("refused", 1, f"process 1 of 3 on {HOST}: out of luck. No step is saved\n"),
         ("failed", 1, f"process 1 of 3 on {HOST}: Traceback (most recent call last)"),
     ],
 )
@@ -132,9 +132,9 @@ def test_what_ends_one_process_ends_all_with_one_error(tiny, tmp_path, monkeypat
     own = launched.exit_codes(5)[who]
     assert own == {"refused": 2, "failed": 1}.get(what, -signal.SIGKILL)
     printed = launched.printed()
-    assert printed.count("another of the 3") + printed.count("process 1 of 3") + printed.count("out of luck\n") == (
-        2 if (what, who) == ("refused", 1) else 1
-    ), printed
+    assert printed.count("another of the 3") + printed.count("process 1 of 3") + printed.count(
+        "out of luck. No step is saved\n"
+    ) == (2 if (what, who) == ("refused", 1) else 1), printed
     assert message in printed, printed
     assert printed.count("ZeroDivisionError: a fault of the program") == (what == "failed")
 
