@@ -1,8 +1,8 @@
-# make train     the main job on the demo data     make test     lint and every test
+# make train     the main job on the demo data     make test     style, types and every test
 # make demo      the demo data, byte for byte      make figs     the README's pictures
 # make evidence  does it pay (2 hours)             make bench    how fast is it (half an hour)
-# make docs      the documentation as a site       make types    the type checker
-# make coverage  which lines the tests run         make lint     style, as in `make test`
+# make docs      the documentation as a site       make lint     style, as in `make test`
+# make coverage  which lines the tests run         make types    the type checker, as in `make test`
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -13,7 +13,7 @@ BETTY = betty-ml==0.2.1
 train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
 
-test: lint
+test: lint types
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/ready

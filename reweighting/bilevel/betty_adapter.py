@@ -38,7 +38,6 @@ class BettyProblemAdapter(ImplicitProblem):
         nonfinite: Why the newest step was left out; None if it was made.
     """
 
-    module: nn.Module
     optimizer: Optimizer
     device: torch.device
     cur_batch: Any

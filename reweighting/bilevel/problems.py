@@ -33,6 +33,7 @@ from reweighting.distributed.flat_vectors import flatten, unflatten
 from reweighting.distributed.sharding import Replicated
 from reweighting.modeling.aggregation import AggregationName, aggregate
 from reweighting.modeling.collate import Batch
+from reweighting.modeling.reward_model import ProcessRewardModel
 
 
 class PRMFineTuning(BettyProblemAdapter):
@@ -57,12 +58,13 @@ class PRMFineTuning(BettyProblemAdapter):
         upper: The upper level, which Betty makes an attribute; there is none with fixed weights.
     """
 
+    module: ProcessRewardModel
     upper: "DomainReweighting"
 
     def __init__(
         self,
         config: Config,
-        module: nn.Module,
+        module: ProcessRewardModel,
         optimizer: Optimizer,
         fetch_batch: Callable[[int], tuple[int, Batch]],
         *,
@@ -195,6 +197,7 @@ class DomainReweighting(BettyProblemAdapter):
         lower: The lower level, which Betty makes an attribute.
     """
 
+    module: DomainWeights
     lower: PRMFineTuning
 
     def __init__(

@@ -138,7 +138,7 @@ class _Window:
 def _json_rows(path: Path, file: Path) -> Iterator[Any]:
     """The rows of a JSON file. path: its name, for messages; file: where its content is."""
     with _open_bytes(file) as stream:
-        start = stream.peek(8)  # type: ignore[attr-defined]
+        start = stream.peek(8)
         for magic, what in OTHER_KINDS.items():
             if start.startswith(magic):
                 raise UserError(f"{path}: this is {what}.")
