@@ -218,7 +218,7 @@ def not_finite(bench: Bench) -> dict:
 
 
 def second_run(bench: Bench) -> dict:
-    """A second run into the folder of one that goes on."""
+    """A second run into the folder of one that still runs."""
     folder = bench.work / "shared"
     process = bench.start(folder)
     bench.wait_for_step(folder, 20)
@@ -226,7 +226,7 @@ def second_run(bench: Bench) -> dict:
     bench.check(bench.wait(process), 0)
     same_results(bench.whole, folder)
     return {"injected": "a second run started into the same folder", "message": message,
-            "lost": "nothing: the second ends, the first goes on undisturbed"}  # fmt: skip
+            "lost": "nothing: the second ends, the first continues undisturbed"}  # fmt: skip
 
 
 def bad_row(bench: Bench) -> dict:

@@ -229,8 +229,8 @@ def _checked(path: Path, read: Callable[[], T]) -> T:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))[:100]
-        raise DamagedCheckpoint(f"{path} is damaged: {place}: {first['msg']:.100}") from error
+        field = ".".join(map(str, first["loc"]))[:100]
+        raise DamagedCheckpoint(f"{path} is damaged: {field}: {first['msg']:.100}") from error
     except Exception as error:  # torch and the generators raise many kinds
         if is_out_of_memory(error):
             raise

@@ -63,13 +63,13 @@ def change(*path: Any, value: Any) -> Callable[[Path], None]:
 
     def spoil(checkpoint_dir: Path) -> None:
         state = torch.load(checkpoint_dir / "state.pt", weights_only=True)
-        place = state
+        container = state
         for key in path[:-1]:
-            place = place[key]
+            container = container[key]
         if value is ...:
-            del place[path[-1]]
+            del container[path[-1]]
         else:
-            place[path[-1]] = value
+            container[path[-1]] = value
         torch.save(state, checkpoint_dir / "state.pt")
         sign(checkpoint_dir)
 
@@ -129,8 +129,7 @@ SPOILT = {
     "a count of -1": change("problems", "lower", "count", value=-1),
     "no micro-steps in a step": change("problems", "lower", "micro_steps", value=0),
     "parameters are texts": change("problems", "upper", "module", value={"alpha": "1"}),
-    "state.pt holds a list": write("state.pt", b"") and (
-        lambda place: (torch.save([1], place / "state.pt"), sign(place))),
+    "state.pt holds a list": lambda folder: (torch.save([1], folder / "state.pt"), sign(folder)),
     "state.pt is empty": write("state.pt", b""),
     "state.pt is a device": replace("state.pt", to_zero),
     "state.pt is a FIFO": replace("state.pt", os.mkfifo),
@@ -161,8 +160,8 @@ SPOILT = {
     "the history is a text": write("history.jsonl", b"once upon a time\n"),
     "a line of the history is a number": write("history.jsonl", b"5\n"),
     "a line of the history is empty": write("history.jsonl", b"{}\n"),
-    "the history is from the future": lambda place: write("history.jsonl", (place / "history.jsonl").read_bytes()
-                                                          .replace(b'"step": 10,', b'"step": 15,'))(place),
+    "the history is from the future": lambda folder: write(
+        "history.jsonl", (folder / "history.jsonl").read_bytes().replace(b'"step": 10,', b'"step": 15,'))(folder),
     "the history is a FIFO": replace("history.jsonl", os.mkfifo),
 }  # fmt: skip
 
@@ -207,42 +206,42 @@ JSON = st.recursive(
 )
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
+def paths_in(value: Any, path: tuple = ()) -> list[tuple]:
     """The paths to everything inside nested containers."""
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
-        found += places(inner, (*path, key))
+        found += paths_in(inner, (*path, key))
     return found
 
 
 def with_value(content: Any, path: tuple, value: Any) -> Any:
     content = copy.deepcopy(content)
-    place = content
+    container = content
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        container = container[key]
+    container[path[-1]] = value
     return content
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_json_value_anywhere_loads_or_is_one_error(finished, tmp_path, data):
-    place = tmp_path / "checkpoint"
-    shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(checkpoints(finished / "checkpoints")[-1], place)
+    checkpoint_dir = tmp_path / "checkpoint"
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    shutil.copytree(checkpoints(finished / "checkpoints")[-1], checkpoint_dir)
     if data.draw(st.booleans()):
-        content = json.loads((place / "manifest.json").read_text())
-        path = data.draw(st.sampled_from(places(content)))
-        (place / "manifest.json").write_text(json.dumps(with_value(content, path, data.draw(JSON))))
+        content = json.loads((checkpoint_dir / "manifest.json").read_text())
+        path = data.draw(st.sampled_from(paths_in(content)))
+        (checkpoint_dir / "manifest.json").write_text(json.dumps(with_value(content, path, data.draw(JSON))))
     else:
-        lines = [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
-        path = data.draw(st.sampled_from(places(lines)))
+        lines = [json.loads(line) for line in (checkpoint_dir / "history.jsonl").read_text().splitlines()]
+        path = data.draw(st.sampled_from(paths_in(lines)))
         lines = with_value(lines, path, data.draw(JSON))
-        (place / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        sign(place)
+        (checkpoint_dir / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sign(checkpoint_dir)
     try:
-        assert load_checkpoint(place)["step"] == 10
+        assert load_checkpoint(checkpoint_dir)["step"] == 10
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
 
@@ -252,7 +251,7 @@ def test_any_value_in_the_state_of_a_level_resumes_or_is_one_error(run, state, t
     config = parse_training_config(run)
     engine = build_engine(config, run_settings(config), read_run_data(config), tmp_path)
     rng, outcomes = random.Random(0), set()
-    candidates = [path for path in places(state) if path[0] in ("problems", "domains", "warned")]
+    candidates = [path for path in paths_in(state) if path[0] in ("problems", "domains", "warned")]
     for path in rng.sample(candidates, 60):
         for value in (None, "x", -1, 10**30, [], {}, torch.zeros(3), torch.zeros(0, dtype=torch.int64), {"x": [1]}):
             spoilt = with_value(state, path, value)
@@ -293,12 +292,12 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     (tmp_path / "step-mine").mkdir()
     remove_old(tmp_path, 2, "a")
     assert (tmp_path / "step-mine").exists()
-    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [2, 4, 5]
+    assert [int(checkpoint_dir.name[-1]) for checkpoint_dir in checkpoints(tmp_path)] == [2, 4, 5]
     assert best_checkpoint(tmp_path, "a") == (tmp_path / "step-00000002", 0.9)
     assert best_checkpoint(tmp_path, "b") is None
     remove_old(tmp_path, 1, "b")
-    assert [int(place.name[-1]) for place in checkpoints(tmp_path)] == [5]
+    assert [int(checkpoint_dir.name[-1]) for checkpoint_dir in checkpoints(tmp_path)] == [5]
     assert read_manifest(tmp_path / "step-00000005").score is None
     for name in ("step-100000000", "step-٣", "step-²", "step-"):
         (tmp_path / name).mkdir()
-    assert [place.name for place in checkpoints(tmp_path)] == ["step-00000005", "step-100000000"]
+    assert [checkpoint_dir.name for checkpoint_dir in checkpoints(tmp_path)] == ["step-00000005", "step-100000000"]

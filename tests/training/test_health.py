@@ -1,4 +1,4 @@
-"""What goes wrong while a run goes on: numbers that are none, images that vanish, full disks, two runs in a folder."""
+"""What goes wrong during a run: numbers that are not finite, images that vanish, full disks, two runs in a folder."""
 
 import json
 import resource
@@ -49,7 +49,7 @@ def test_a_loss_that_is_no_number_stops_before_the_parameters_are_touched(tiny, 
     found = json.loads(path.read_text())
     assert found["step"] == 6 and found["level"] == "lower" and len(found["rows"]) == 2
     assert found["losses"].count("nan") == 1 and found["parameters"] and len(found["weights"]) == 10
-    before, after = (load_checkpoint(place) for place in checkpoints(tmp_path / "checkpoints"))
+    before, after = (load_checkpoint(checkpoint_dir) for checkpoint_dir in checkpoints(tmp_path / "checkpoints"))
     assert (before["step"], after["step"]) == (5, 6)
     assert same(before["problems"]["lower"]["module"], after["problems"]["lower"]["module"])
     main(tiny(tmp_path, "--resume"))  # past the step that was left out
@@ -84,7 +84,7 @@ def test_a_poisoned_update_leaves_the_weights_as_they_were(tiny, tmp_path, monke
     assert weights(tmp_path) != lines[0]["weights"]
 
 
-def test_collapsing_weights_are_told_of():
+def test_collapsing_weights_are_reported():
     assert collapsed({"a": 1.0, "b": 1.2, "c": 0.8}) == {}
     assert collapsed({"a": 0.04, "b": 1.16, "c": 1.8}) == {
         "a": "the weight of a has nearly vanished (0.040)",
@@ -93,7 +93,7 @@ def test_collapsing_weights_are_told_of():
     assert collapsed({"a": 0.5, "b": 1.5}) == {}
 
 
-def test_a_collapse_is_told_once(tiny, tmp_path, capsys):
+def test_a_collapse_is_reported_once(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--meta_lr", "9", "--iteration_num", "20"))
     err = capsys.readouterr().err
     low = [domain for domain, weight in history(tmp_path)[0]["weights"].items() if weight < 0.05]

@@ -89,7 +89,7 @@ def test_of_five_starts_at_one_moment_one_holds_the_folder(tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--resume",), ("--dry_run",)])
 def test_a_second_run_leaves_the_first_alone(tiny, tmp_path, finished, more):
-    """Also one that would resume while the first still goes on."""
+    """Also one that would resume while the first still runs."""
     folder = shutil.copytree(finished, tmp_path / "run")
     with lock_output_dir(str(folder), {}):
         before = content(folder)

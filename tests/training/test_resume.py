@@ -156,8 +156,8 @@ def test_a_signal_ends_the_command_with_everything_saved(tiny, tmp_path, name):
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + getattr(signal, name)
     assert "Traceback" not in errors and "--resume" in errors
-    (place,) = checkpoints(tmp_path / "checkpoints")
-    step = read_manifest(place).step
+    (checkpoint_dir,) = checkpoints(tmp_path / "checkpoints")
+    step = read_manifest(checkpoint_dir).step
     assert f"saved at step {step} of 100000" in errors and history(tmp_path)[-1]["step"] == step // 5 * 5
 
 
@@ -232,10 +232,10 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tiny, tmp_path, finished, capsys):
     for number, spoil in enumerate((
-        lambda place: (place / "state.pt").write_bytes((place / "state.pt").read_bytes()[:-9]),
-        lambda place: (place / "history.jsonl").unlink(),
-        lambda place: (place / "manifest.json").write_text("{"),
-        lambda place: (place / "prm" / "score_head.safetensors").write_bytes(b"x"),
+        lambda checkpoint_dir: os.truncate(checkpoint_dir / "state.pt", 1000),
+        lambda checkpoint_dir: (checkpoint_dir / "history.jsonl").unlink(),
+        lambda checkpoint_dir: (checkpoint_dir / "manifest.json").write_text("{"),
+        lambda checkpoint_dir: (checkpoint_dir / "prm" / "score_head.safetensors").write_bytes(b"x"),
     )):  # fmt: skip
         folder = shutil.copytree(finished, tmp_path / str(number))
         newest = checkpoints(folder / "checkpoints")[-1]
@@ -246,8 +246,8 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tiny, tmp_path
         assert "resumed at step 5" in shown.out
         same_results(finished, folder)
         assert newest.with_name(f"damaged-{newest.name}").exists() and newest.exists()  # the new one
-    for place in checkpoints(folder / "checkpoints"):
-        (place / "state.pt").unlink()
+    for checkpoint_dir in checkpoints(folder / "checkpoints"):
+        (checkpoint_dir / "state.pt").unlink()
     with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
         main(tiny(folder, "--resume"))
 
@@ -260,10 +260,10 @@ def test_a_checkpoint_runs_no_code(tiny, tmp_path, finished):
         def __reduce__(self):
             return Path.write_text, (proof, "code ran")
 
-    place = checkpoints(folder / "checkpoints")[-1]
-    state = load_checkpoint(place)
-    torch.save(state | {"settings": Bomb()}, place / "state.pt")
-    sign(place)
+    checkpoint_dir = checkpoints(folder / "checkpoints")[-1]
+    state = load_checkpoint(checkpoint_dir)
+    torch.save(state | {"settings": Bomb()}, checkpoint_dir / "state.pt")
+    sign(checkpoint_dir)
     main(tiny(folder, "--resume"))  # from the checkpoint before
     assert not proof.exists()
 
@@ -290,7 +290,7 @@ def test_what_may_change_when_a_run_resumes(demo, backbone, tiny, tmp_path, fini
         main(tiny(folder, "--reward_model", str(changed), "--resume"))
     with pytest.raises(UserError, match="the checkpoint is at step 10 already"):
         main(tiny(folder, "--iteration_num", "5", "--resume"))
-    other.write_bytes((demo / "train.json").read_bytes())  # the same content in another place is the same data
+    other.write_bytes((demo / "train.json").read_bytes())  # the same content elsewhere is the same data
     link = tmp_path / "link"
     link.symlink_to(backbone)  # and another name of the backbone the same backbone
     same = ("--reward_model", str(link), "--precision", "fp32")
@@ -355,7 +355,7 @@ def test_a_cut_off_line_of_history_is_made_anew(tiny, tmp_path, finished):
     same_results(finished, folder)
 
 
-def test_a_new_run_in_a_used_folder_sets_the_old_one_aside(tiny, tmp_path, finished, capsys):
+def test_a_new_run_in_a_used_folder_archives_the_old_one(tiny, tmp_path, finished, capsys):
     folder = shutil.copytree(finished, tmp_path / "run")
     main(tiny(folder, "--seed", "2"))
     assert "are now in" in capsys.readouterr().out
@@ -370,7 +370,7 @@ def test_resume_before_there_is_a_checkpoint_starts_at_the_beginning(tiny, tmp_p
 
 
 def test_checkpoints_are_scored_by_the_meta_loss_or_on_validation_rows(demo, tiny, tmp_path, finished, capsys):
-    manifests = [read_manifest(place) for place in checkpoints(finished / "checkpoints")]
+    manifests = [read_manifest(checkpoint_dir) for checkpoint_dir in checkpoints(finished / "checkpoints")]
     assert [m.score_name for m in manifests] == ["minus the meta loss"] * 2
     assert [-m.score for m in manifests] == [line["meta_loss"] for line in history(finished)]
     more = ("--validation_json_file", str(demo / "test.json"), "--baseline", "--keep_checkpoints", "1")
