@@ -4,7 +4,7 @@
 
 Each case is a process of its own, or two. Measured is the peak resident memory (`VmHWM`, set back before the model is
 built) of a run of two windows after every image was seen once, less what the process holds before: imports, the rows
-of the data, and the libraries that a first step of the embedded backbone loads. glibc is told to give freed blocks
+of the data, and the libraries that a first step of the embedded backbone loads. glibc is set to return freed blocks
 above 64 kB back at once (MALLOC_MMAP_THRESHOLD_), and smaller ones before the measurement (malloc_trim), so that
 resident memory is what tensors need and not what the allocator keeps; by default it may keep more.
 """
@@ -59,7 +59,7 @@ def status(name: str) -> int:
 
 
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
-    """Print estimate and measurement of one run, as JSON, of the main process if there are two. In a process of its
+    """Print estimate and measurement of one run, as JSON, of process 0 if there are two. In a process of its
     own."""
     from reweighting.config.training import EMBEDDED_BACKBONE, parse_training_config
     from reweighting.devices import choose_device
@@ -96,7 +96,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         estimate = estimate_memory(config, rows, choose_device("cpu"), settings["precision"])
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = status("VmRSS")
         run(config, rows)
         measured = status("VmHWM") - before

@@ -63,12 +63,12 @@ SHARED = 8  # processes that --shard cuts the parameters for
 TRAIN_MODES = ("full", f"full, `--shard` on {SHARED}", "LoRA", "4-bit LoRA")
 
 
-def make(config, way: str) -> ProcessRewardModel:
+def make(config, mode: str) -> ProcessRewardModel:
     """The reward model on shapes, with gradient checkpointing; the vision tower is frozen, its features known."""
-    whole = way.startswith("full")
-    rank = {} if whole else {"train": "lora", "lora_rank": RANK}
+    whole = mode.startswith("full")
+    rank = {} if whole else {"train": "lora", "lora_rank": RANK, "lora_alpha": 2 * RANK}
     settings = PRMConfig(
-        backbone="", freeze_vision=True, freeze_projector=True, load_in_4bit=way == "4-bit LoRA", **rank
+        backbone="", freeze_vision=True, freeze_projector=True, load_in_4bit=mode == "4-bit LoRA", **rank
     )
     family = QwenVL(config, SimpleNamespace(convert_ids_to_tokens=str), None)
     with torch.device("meta"):
@@ -109,18 +109,18 @@ def main() -> None:
         head = 0 if name == "Qwen2-VL-2B" else config.text_config.hidden_size * config.text_config.vocab_size  # tied
         counts[name] = {"published": published, "with_lm_head": round((own + head) / 1e9, 3), "here": own}
         print(name, counts[name], flush=True)
-        for way in TRAIN_MODES:
-            model, batch = make(config, way), a_batch(config)
-            sharded = way.endswith(str(SHARED))
+        for mode in TRAIN_MODES:
+            model, batch = make(config, mode), a_batch(config)
+            sharded = mode.endswith(str(SHARED))
             setting = replace(SETTING, processes=SHARED if sharded else 1, sharded=sharded)
             for hypergradient in ("unrolled",) if sharded else ("unrolled", "jvp"):
                 parts = vars(estimate(model, batch, batch, replace(setting, hypergradient=hypergradient)))
                 fits = [size for size in GPUS if parts["total"] <= SPARE * size * 2**30]
-                rows.append({"model": name, "way": way, "hypergradient": hypergradient, "fits": fits, **parts})
+                rows.append({"model": name, "mode": mode, "hypergradient": hypergradient, "fits": fits, **parts})
                 shown = ("weights", "optimizer", "kept", "activations", "gradients", "meta_pass", "total")
                 cells = " | ".join(f"{parts[part] / 1e9:.1f}" for part in shown)
                 where = ", ".join(f"{size} GB" for size in fits) or "none"
-                print(f"| {name} | {way} | `{hypergradient}` | {cells} | {where} |", flush=True)
+                print(f"| {name} | {mode} | `{hypergradient}` | {cells} | {where} |", flush=True)
     setting = vars(SETTING) | {"batch": BATCH, "tokens": IMAGE + TEXT, "image_tokens": IMAGE, "lora_rank": RANK}
     print(write_results("memory_table", {"setting": setting, "parameters": counts, "rows": rows}))
 

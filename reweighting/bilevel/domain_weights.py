@@ -32,7 +32,7 @@ def collapsed(weights: dict[str, float]) -> dict[str, str]:
         weights: {domain: weight}, mean 1.
 
     Returns:
-        {domain: what is wrong with its weight, in words}.
+        {domain: a message about its weight}.
     """
     half = len(weights) / 2
     words = {}

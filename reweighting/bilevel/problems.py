@@ -49,7 +49,7 @@ class PRMFineTuning(BettyProblemAdapter):
         optimizer: Over its trained parameters, one group.
         fetch_batch: (micro-step from 0) -> (domain, batch).
         learning_rate: (optimizer step from 0) -> learning rate.
-        hypergradient: Is told of each step, where the weights are learned.
+        hypergradient: Receives each step, where the weights are learned; the same object as the upper level's.
         fixed_weights: The weights [K], where they are not.
         max_grad_norm: Clips a step's gradient to this norm; 0 does not clip.
         layout: How the parameters lie on the processes; by default each holds all of them.
@@ -188,7 +188,7 @@ class DomainReweighting(BettyProblemAdapter):
         module: The table of raw parameters alpha.
         optimizer: Over alpha.
         fetch_batch: (update from 0) -> list of batches.
-        hypergradient: Was told of the steps of the window by the lower level.
+        hypergradient: Has received the steps of the window; the same object as the lower level's.
         aggregation: How the step logits of a chain become its aggregate A, see `modeling/aggregation.py`.
         positive_rate: Fraction of correct answers in the whole meta set, to center the aggregates by; None does not
             center them.

@@ -100,7 +100,7 @@ def choose_method(config: TrainingConfig, data: RunData, model: nn.Module, free:
         free: Bytes of the device that are not taken, the model's weights being there already.
 
     Returns:
-        The method, and the reason in words.
+        The method, and the reason as text.
     """
     if config.upper.hypergradient != "auto":
         return config.upper.hypergradient, "as asked for"

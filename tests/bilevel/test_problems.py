@@ -183,9 +183,9 @@ def test_bettys_darts_can_be_chosen(tmp_path):
 def test_a_lower_level_has_either_a_hypergradient_or_fixed_weights():
     model = Fixture().model
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    for wrong in ({}, {"hypergradient": make_hypergradient("unrolled", model, optimizer), "fixed_weights": [1.0]}):
+    for given in ({}, {"hypergradient": make_hypergradient("unrolled", model, optimizer), "fixed_weights": [1.0]}):
         with pytest.raises(ValueError, match="a hypergradient or fixed weights"):
-            PRMFineTuning(Config(), model, optimizer, None, learning_rate=None, **wrong)
+            PRMFineTuning(Config(), model, optimizer, None, learning_rate=None, **given)
 
 
 def test_weights_that_are_no_numbers_end_the_run(tmp_path):

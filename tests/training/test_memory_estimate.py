@@ -74,15 +74,15 @@ TRAIN_MODES = {
 }
 
 
-@pytest.mark.parametrize("way", TRAIN_MODES)
+@pytest.mark.parametrize("mode", TRAIN_MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pass_on_shapes_takes_what_the_real_one_takes(family, way, tmp_path):
+def test_a_pass_on_shapes_takes_what_the_real_one_takes(family, mode, tmp_path):
     """To the byte, in every family: every tensor of a real forward and backward pass counted, and those on shapes."""
     image, steps = draw_cells(tmp_path / "cells.png"), ("Step 1: two in the first row", "Step 2: so 3 in all")
     chains = [Chain("How many red cells?", steps[:n], image, targets=(0.9, 0.1)[:n]) for n in (2, 2, 1)]
 
     def parts(device: str):
-        model = ProcessRewardModel.from_backbone(tiny_family(family), device=device, **TRAIN_MODES[way]).train()
+        model = ProcessRewardModel.from_backbone(tiny_family(family), device=device, **TRAIN_MODES[mode]).train()
         batch = collate([model.chain_tokenizer.encode(chain) for chain in chains])  # one is padded
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         known = [*model.parameters(), *model.buffers(), *_tensors(batch)]

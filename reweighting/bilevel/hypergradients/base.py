@@ -165,7 +165,7 @@ def through_clipping(products: Tensor, along: Tensor, clip_factor: float) -> Ten
 
 
 def sum_by_domain(products: Tensor, domains: Sequence[int], weights: Tensor) -> Tensor:
-    """Add up what a window's micro-batches say about their domains' weights.
+    """Sum the products of a window's micro-batches over each domain.
 
     Args:
         products: < u_n , w_k g_nk > for each micro-batch of the window.

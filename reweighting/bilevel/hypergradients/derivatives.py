@@ -18,7 +18,7 @@ RADIUS = {"fp32": 0.01, "bf16": 0.1}
 
 
 class Derivative(Protocol):
-    """A way to differentiate a loss along a direction."""
+    """Differentiates a loss along a direction."""
 
     def __call__(
         self, loss: LossFunction, params: Mapping[str, Tensor], batches: Sequence[Batch], direction: Tensor
