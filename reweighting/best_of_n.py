@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
     """
     config = parse_inference_config(BestOfNConfig, argv, description=SUMMARY)
     output = Path(config.selections.output)
-    candidates = CandidateFile.read(config.candidates.candidates_json_file, config.scoring.image_root)
+    sources = config.reading.sources(config.candidates.candidates_json_file)
+    candidates = CandidateFile.read(sources, config.reading.options(), config.scoring.image_root)
     for warning in candidates.warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     scorer = Scorer(config.scoring, config.candidates.aggregation_function)

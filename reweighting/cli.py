@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("main", "learn domain weights and a process reward model from rows of many domains"),
     "best-of-n": ("best_of_n", "choose the best of N candidate answers to each question"),
     "evaluate": ("evaluate", "measure step scores against step labels"),
+    "convert": ("convert", "convert answers of any known format to canonical rows, and report what is in them"),
     "show": ("show", "write one question's answers, coloured by score, as an HTML page"),
 }
 

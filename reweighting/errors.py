@@ -65,6 +65,16 @@ class Problems:
         unlisted = self.count - sum(group.count for group in self._groups.values())
         return [group.line() for group in self._groups.values()] + ([f"... and {unlisted} more"] if unlisted else [])
 
+    def message(self, path: object, rows: int) -> str:
+        """Return the text of the error for a file with problems.
+
+        Args:
+            path: the file's name.
+            rows: how many rows it has.
+        """
+        head = f"{path}: {self.count} problem{'s' * (self.count > 1)} in {rows} row{'s' * (rows > 1)}"
+        return "\n".join([head, *(f"{path}: {line}" for line in self.lines())])
+
 
 @dataclass
 class _Group:

@@ -14,12 +14,13 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from reweighting.config.inference import EvaluateConfig, parse_inference_config
-from reweighting.data.load_rows import load_evaluation_rows
+from reweighting.data.load_chains import LabelledChain, load_evaluation, shared_questions
 from reweighting.errors import UserError
 from reweighting.files import atomic_write_text
 from reweighting.inference.metrics import reliability
@@ -29,7 +30,7 @@ from reweighting.inference.step_metrics import (
     choose_thresholds,
     evaluate_domains,
     results_table,
-    score_rows,
+    score_chains,
     split_dev,
 )
 from reweighting.plots import draw_reliability
@@ -52,29 +53,29 @@ def main(argv: list[str]) -> None:
         UserError: for what the user can fix.
     """
     config = parse_inference_config(EvaluateConfig, argv, description=SUMMARY)
-    source, dev_source = config.evaluation.eval_json_file, config.evaluation.dev_json_file
-    threshold, batch_size = config.evaluation.threshold, config.scoring.batch_size
+    batch_size = config.scoring.batch_size
     json_path, figure_path = output_files(config)
-    rows = load_evaluation_rows(source, config.scoring.image_root)
-    if dev_source is not None:
-        dev_rows = load_evaluation_rows(dev_source, config.scoring.image_root)
+    labelled = load(config, config.evaluation.eval_json_file)
+    if config.evaluation.dev_json_file is not None:
+        dev_labelled = load(config, config.evaluation.dev_json_file)
+        warn_of_shared(dev_labelled, labelled)
     else:
-        dev_source = source
-        dev_rows, rows = split_dev(rows)
-        if not dev_rows or not rows:
-            raise UserError(f"{source}: too few questions to split; name others with --dev_json_file.")
-    check_labels(dev_rows, threshold, dev_source)
+        dev_labelled, labelled = split_dev(labelled)
+        if not dev_labelled or not labelled:
+            raise UserError(f"{config.evaluation.eval_json_file[0]}: too few questions to split; name others with "
+                            "--dev_json_file.")  # fmt: skip
+    check_labels(dev_labelled, (config.evaluation.dev_json_file or config.evaluation.eval_json_file)[0])
     scorer = Scorer(config.scoring)
     with scorer.autocast():
-        dev = score_rows(scorer.model, dev_rows, threshold, batch_size, dev_source)
-        chains = score_rows(scorer.model, rows, threshold, batch_size, source)
+        dev = score_chains(scorer.model, dev_labelled, batch_size)
+        chains = score_chains(scorer.model, labelled, batch_size)
     thresholds = choose_thresholds(dev)
     results = evaluate_domains(chains, thresholds)
     scores = [score for chain in chains for score in chain.scores]
     bins = reliability(scores, [accuracy for chain in chains for accuracy in chain.accuracies])
     draw_reliability(bins, results["all"]["calibration_error"], figure_path)
     content = {
-        "settings": asdict(config.evaluation) | asdict(config.scoring),
+        "settings": asdict(config.evaluation) | asdict(config.reading) | asdict(config.scoring),
         "thresholds": thresholds | {"chosen_on_chains": len(dev)},
         "results": results,
         "reliability": bins,
@@ -82,6 +83,26 @@ def main(argv: list[str]) -> None:
     atomic_write_text(json_path, json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
     print_table(results_table(results))
     print(f"thresholds: from {len(dev)} other answers; written: {printable(json_path, one_line=True)}, reliability.png")
+
+
+def load(config: EvaluateConfig, files: list[str]) -> list[LabelledChain]:
+    """Load the answers in some files, and warn of what is odd about them.
+
+    Raises:
+        UserError: for anything wrong.
+    """
+    sources, options = config.reading.sources(files), config.reading.options()
+    chains, notes = load_evaluation(sources, config.scoring.image_root, options, config.evaluation.threshold)
+    for note in notes:
+        print(f"warning: {printable(note)}", file=sys.stderr)
+    return chains
+
+
+def warn_of_shared(dev: list[LabelledChain], labelled: list[LabelledChain]) -> None:
+    """Warn of questions that thresholds are chosen on and measured with."""
+    shared = shared_questions((one.chain for one in dev), (one.chain for one in labelled))
+    if shared:
+        print(f"warning: {shared} questions are among those that thresholds are chosen on", file=sys.stderr)
 
 
 def output_files(config: EvaluateConfig) -> list[Path]:
@@ -92,7 +113,8 @@ def output_files(config: EvaluateConfig) -> list[Path]:
     """
     folder = Path(config.evaluation.output)
     paths = [folder / name for name in FILES]
-    for name in filter(None, (config.evaluation.eval_json_file, config.evaluation.dev_json_file)):
+    inputs = config.reading.sources([*config.evaluation.eval_json_file, *(config.evaluation.dev_json_file or ())])
+    for name in (source.path for source in inputs):
         if any(path.exists() and Path(name).exists() and path.samefile(name) for path in paths):
             raise UserError(f"--output {folder}: would overwrite the input {name}. Name another folder.")
     try:

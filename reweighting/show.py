@@ -17,7 +17,8 @@ from pathlib import Path
 from reweighting.config.inference import ShowConfig, parse_inference_config
 from reweighting.data.answers import candidate_correctness
 from reweighting.data.chains import candidate_chains
-from reweighting.data.load_rows import iterate_candidate_rows
+from reweighting.data.load_answers import LoadReport
+from reweighting.data.load_chains import iterate_candidates
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
 from reweighting.files import atomic_write_text
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> None:
         UserError: for what the user can fix.
     """
     config = parse_inference_config(ShowConfig, argv, description=SUMMARY)
-    output, source = Path(config.page.output), config.candidates.candidates_json_file
-    row = find_row(source, config.scoring.image_root, config.page.id)
+    output, source = Path(config.page.output), config.candidates.candidates_json_file[0]
+    row = find_row(config)
     try:
         if output.exists() and not (output.is_file() and is_own_page(output)):
             raise UserError(f"--output {output}: is there and no page of show.py. Name another, or move it away.")
@@ -74,13 +75,15 @@ def main(argv: list[str]) -> None:
     print(f"{printable(output, one_line=True)}: candidate {chosen} of {len(chains)} is chosen")
 
 
-def find_row(path: str, image_root: str | None, wanted: str) -> CandidateRow:
+def find_row(config: ShowConfig) -> CandidateRow:
     """Find the first row of an id.
 
     Raises:
         UserError: if there is none.
     """
-    for row in iterate_candidate_rows(path, image_root, decode_images=False):
+    files, options, wanted = config.candidates.candidates_json_file, config.reading.options(), config.page.id
+    sources, root = config.reading.sources(files), config.scoring.image_root
+    for row in iterate_candidates(sources, root, options, LoadReport(), decode_images=False):
         if str(row.id) == wanted:
             return row
-    raise UserError(f"{path}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")
+    raise UserError(f"{files[0]}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")

@@ -292,7 +292,7 @@ def test_a_base_that_has_moved_is_named_and_one_that_has_changed_is_noticed(demo
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "x/.."])
 def test_an_output_needs_a_name(demo, weights_path, folder, name):
-    with pytest.raises(UserError, match="--output: found .*allowed: a path that ends in a name"):
+    with pytest.raises(UserError, match="--output: found (an empty value|.*allowed: a path that ends in a name)"):
         main(flags(demo, weights_path, Path("x"), "--output", name))
     assert not list(folder.iterdir())
 

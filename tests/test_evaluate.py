@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from reweighting.data.load_rows import load_evaluation_rows
-from reweighting.data.schema import EvaluationRow
+from reweighting.data.chains import Chain
+from reweighting.data.load_chains import LabelledChain, load_evaluation
+from reweighting.data.readers.base import ReadingOptions
+from reweighting.data.sources import Source
 from reweighting.errors import UserError
 from reweighting.evaluate import main
 from reweighting.inference.step_metrics import (
@@ -21,7 +23,7 @@ from reweighting.inference.step_metrics import (
     check_labels,
     choose_thresholds,
     evaluate_domains,
-    score_rows,
+    score_chains,
     split_dev,
 )
 from reweighting.modeling.reward_model import ProcessRewardModel
@@ -31,6 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def chain(scores: list[float], correct: list[bool], domain: str = "a") -> ScoredChain:
     return ScoredChain(domain, scores, [float(c) for c in correct], correct)
+
+
+def labelled(path: Path, threshold: float = 0.0, rows: int | None = None) -> list[LabelledChain]:
+    return load_evaluation([Source(str(path), max_rows=rows)], None, ReadingOptions(), threshold)[0]
 
 
 def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]:
@@ -63,12 +69,13 @@ def test_labels_come_from_correct_else_from_the_accuracy(demo, weights_path, tmp
         del row["score"], row["times"]
     (demo / "labels.json").write_text(json.dumps(rows))
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")
-    (scored,) = score_rows(model, load_evaluation_rows(demo / "labels.json"), 0.25, 8, "labels.json")
+    (scored,) = score_chains(model, labelled(demo / "labels.json", 0.25), 8)
     assert scored.correct == [True, True, False, True, False] and scored.first_incorrect == 2
     assert scored.accuracies == [0.9, 0.0, 1.0, 0.3, 0.2]
     image = demo / rows[0]["image_path"]
     assert scored.scores == pytest.approx(model.score(image, rows[0]["input"], rows[-1]["add"]), abs=1e-6)
-    (only_third,) = score_rows(model, load_evaluation_rows(demo / "labels.json")[2:3], 0.25, 8, "labels.json")
+    (demo / "third.json").write_text(json.dumps(rows[2:3]))
+    (only_third,) = score_chains(model, labelled(demo / "third.json", 0.25), 8)
     assert only_third.scores == pytest.approx(scored.scores[2:3], abs=1e-6)
 
 
@@ -88,31 +95,29 @@ def test_thresholds_need_both_kinds():
     both = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, True])]
     assert choose_thresholds(both) == {"f1": 0.6, "process_bench": 0.6}
 
-    def rows(*answers: str) -> list[EvaluationRow]:
+    def rows(*answers: str) -> list[LabelledChain]:
         """Answers of steps that are correct (+) or incorrect (-)."""
-        made = []
-        for number, marks in enumerate(answers):
-            for step, mark in enumerate(marks, 1):
-                text = "\n".join(f"Step {i}: {number}" for i in range(1, step + 1))
-                accuracy = float(mark == "+")
-                made.append({"input": "q", "add": text, "image_path": None, "dataset": "d", "accuracy": accuracy})
-        return [EvaluationRow(**row, index=index) for index, row in enumerate(made)]
+        chains = [Chain("q", tuple(marks)) for marks in answers]
+        correct = [[mark == "+" for mark in marks] for marks in answers]
+        return [
+            LabelledChain(c, "d", [float(one) for one in own], own, "q") for c, own in zip(chains, correct, strict=True)
+        ]
 
-    check_labels(rows("+-", "++"), 0.0, "dev.json")
+    check_labels(rows("+-", "++"), "dev.json")
     for answers in (["++"], ["-", "--"]):
         with pytest.raises(UserError, match="dev.json: all .* both kinds are needed"):
-            check_labels(rows(*answers), 0.0, "dev.json")
+            check_labels(rows(*answers), "dev.json")
     with pytest.raises(UserError, match="with and without an incorrect step"):
-        check_labels(rows("+-", "-"), 0.0, "dev.json")
+        check_labels(rows("+-", "-"), "dev.json")
 
 
 def test_the_split_keeps_a_questions_rows_together_and_does_not_depend_on_the_order(demo):
-    rows = load_evaluation_rows(demo / "train.json")
-    dev, rest = split_dev(rows)
-    keys = [{(row.input, row.image_path) for row in part} for part in (dev, rest)]
-    assert not keys[0] & keys[1] and len(dev) + len(rest) == len(rows)
-    assert 0.1 < len(dev) / len(rows) < 0.6
-    assert {row.index for row in split_dev(rows[::-1])[0]} == {row.index for row in dev}
+    chains = labelled(demo / "train.json")
+    dev, rest = split_dev(chains)
+    keys = [{one.chain.prompt for one in part} for part in (dev, rest)]
+    assert not keys[0] & keys[1] and len(dev) + len(rest) == len(chains)
+    assert 0.1 < len(dev) / len(chains) < 0.6
+    assert {one.chain.rows for one in split_dev(chains[::-1])[0]} == {one.chain.rows for one in dev}
 
 
 def test_a_file_of_its_own_for_the_thresholds(demo, weights_path, tmp_path):
@@ -189,6 +194,7 @@ def test_a_full_disk_leaves_the_earlier_files(demo, weights_path, tmp_path, monk
     [("--output", ""), ("--output", "."), ("--output", "/"), ("--weights_path", ""), ("--dev_json_file", " ")],
 )
 def test_empty_paths_are_refused(demo, weights_path, folder, flag, value):
-    with pytest.raises(UserError, match=f"{flag}: found '{value}', allowed: a path"):
+    found = f"'{value}', allowed: a path" if value.strip() else "an empty value"
+    with pytest.raises(UserError, match=f"{flag}: found {found}"):
         main(flags(demo, weights_path, Path("x"), flag, value))
     assert not list(folder.iterdir())

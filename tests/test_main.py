@@ -111,7 +111,9 @@ def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--meta_lr does nothing with --baseline"):
         parse_training_config(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
     assert (
-        config.lower.baseline is True and config.lower.gradiant_accumulation == 4 and config.data.train_json_file == "t"
+        config.lower.baseline is True
+        and config.lower.gradiant_accumulation == 4
+        and config.data.train_json_file == ["t"]
     )
 
 

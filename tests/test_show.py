@@ -184,5 +184,5 @@ def test_a_full_disk_leaves_the_earlier_page(shown, demo, weights_path, tmp_path
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/"])
 def test_an_output_needs_a_name(name):
-    with pytest.raises(UserError, match="--output: found .*allowed: a path that ends in a name"):
+    with pytest.raises(UserError, match="--output: found (an empty value|.*allowed: a path that ends in a name)"):
         main(["--candidates_json_file", "x.json", "--id", "1", "--output", name])

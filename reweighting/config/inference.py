@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_type_hints
 
 from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 from reweighting.modeling.aggregation import AggregationName
 
@@ -42,9 +43,6 @@ class ScoringConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_not_empty("weights_path", self.weights_path)
-        _check_not_empty("backbone", self.backbone)
-        _check_not_empty("image_root", self.image_root)
         if self.batch_size < 1:
             raise UserError(f"--batch_size: found {self.batch_size}, allowed: a number of at least 1")
 
@@ -53,13 +51,10 @@ class ScoringConfig:
 class CandidateConfig:
     """Candidates: best_of_n.py and show.py."""
 
-    candidates_json_file: str = flag(help="candidate rows: a .json, .jsonl or .parquet file")
+    candidates_json_file: list[str] = flag(help=f"questions with several answers: {FILES}")
     aggregation_function: AggregationName | None = flag(
         default=None, help="how a candidate's steps become one number (default: as the model was trained)"
     )
-
-    def __post_init__(self) -> None:
-        _check_not_empty("candidates_json_file", self.candidates_json_file)
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,11 @@ class SelectionsConfig:
 class EvaluationConfig:
     """evaluate.py."""
 
-    eval_json_file: str = flag(help="rows as for training; `correct` (true, false), where given, is the label")
-    dev_json_file: str | None = flag(
-        default=None, help="rows to choose thresholds on (default: a third of the questions is split off)"
+    eval_json_file: list[str] = flag(
+        help=f"answers with step labels; in rows as for training, `correct` (true, false) is the label: {FILES}"
+    )
+    dev_json_file: list[str] | None = flag(
+        default=None, help="the same, to choose thresholds on (default: a third of the questions is split off)"
     )
     threshold: float = flag(
         default=0.0, help="a step without `correct` counts as correct if its accuracy is above this"
@@ -88,8 +85,6 @@ class EvaluationConfig:
     output: str = flag(default="evaluation", help="folder for evaluation.json and reliability.png")
 
     def __post_init__(self) -> None:
-        _check_not_empty("eval_json_file", self.eval_json_file)
-        _check_not_empty("dev_json_file", self.dev_json_file)
         _check_output(self.output)
         if not 0 <= self.threshold < 1:
             raise UserError(f"--threshold: found {self.threshold}, allowed: a number from 0 to below 1")
@@ -115,6 +110,7 @@ class BestOfNConfig:
 
     candidates: CandidateConfig
     selections: SelectionsConfig
+    reading: ReadingConfig
     scoring: ScoringConfig
 
 
@@ -123,6 +119,7 @@ class EvaluateConfig:
     """All flags of evaluate.py."""
 
     evaluation: EvaluationConfig
+    reading: ReadingConfig
     scoring: ScoringConfig
 
 
@@ -132,6 +129,7 @@ class ShowConfig:
 
     candidates: CandidateConfig
     page: PageConfig
+    reading: ReadingConfig
     scoring: ScoringConfig
 
 
@@ -156,12 +154,6 @@ def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, descri
     groups = get_type_hints(kind)
     flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=False)
     return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
-
-
-def _check_not_empty(flag: str, value: str | None) -> None:
-    """Raise UserError for an empty text, which as a path would mean the working folder."""
-    if value is not None and not value.strip():
-        raise UserError(f"--{flag}: found {value!r}, allowed: a path")
 
 
 def _check_output(value: str) -> None:

@@ -10,6 +10,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from reweighting.config.recipe import read_recipe
+from reweighting.errors import UserError
+
+MAY_BE_BLANK = ("step_separator",)  # a blank line, for example
 
 
 def flag(
@@ -57,7 +60,7 @@ def parse_groups(
         {flag: value} and the names of the flags that stand on the command line itself.
 
     Raises:
-        UserError: if a recipe cannot be read or names an unknown flag.
+        UserError: if a recipe cannot be read or names an unknown flag, or a text is empty.
         SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
     parser = _parser(groups, description)
@@ -78,8 +81,19 @@ def parse_groups(
         parser.set_defaults(**{name: value for name, value in more.items() if name not in recipe})
         flags = vars(parser.parse_args(argv))
     flags.pop("config", None)
+    _check_texts(flags)
     words = {word.split("=")[0] for word in argv}
     return flags, {action.dest for action in parser._actions if words & set(action.option_strings)}
+
+
+def _check_texts(flags: Mapping[str, Any]) -> None:
+    """Raise UserError for an empty text, which as a path would be the working folder, and for one with a NUL."""
+    for name, value in flags.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "\0" in text:
+                raise UserError(f"--{name}: found {text!r:.60}, allowed: text without a NUL character")
+            if isinstance(text, str) and not (text if name in MAY_BE_BLANK else text.strip()):
+                raise UserError(f"--{name}: found an empty value: name one, or leave the flag out")
 
 
 def _parser(groups: Sequence[Any], description: str) -> HfArgumentParser:

@@ -15,6 +15,7 @@ from reweighting.files import regular_file
 from reweighting.terminal import printable
 
 ALIASES = {"gradient_accumulation": "gradiant_accumulation"}  # the reference misspells it; a recipe may use either
+AS_JSON = ("mixture",)  # flags whose value is JSON on the command line, and a list of objects in a recipe
 MAX_BYTES = 2**16  # all flags together take a few thousand
 MAX_DEPTH = 10
 
@@ -44,7 +45,7 @@ def read_recipe(path: Path, groups: Sequence[Any]) -> dict[str, Any]:
         if name not in types:
             raise UserError(f"--config {path}: {printable(str(name)[:60], one_line=True)}: there is no such flag")
         try:
-            values[name] = _as_type(value, types[name])
+            values[name] = json.dumps(value) if name in AS_JSON else _as_type(value, types[name])
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"--config {path}: {name}: found {value!r:.60}: {error!s:.100}") from error
     return values
@@ -95,6 +96,8 @@ def _as_type(value: Any, wanted: Any) -> Any:
         if value not in get_args(wanted):
             raise ValueError(f"expected one of {', '.join(get_args(wanted))}")
         return value
+    if get_origin(wanted) is list:
+        return [_as_type(entry, get_args(wanted)[0]) for entry in (value if isinstance(value, list) else [value])]
     if wanted is bool or isinstance(value, bool):
         if wanted is not bool or not isinstance(value, bool):
             raise ValueError("expected true or false" if wanted is bool else f"expected {wanted.__name__}")

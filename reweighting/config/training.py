@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 from reweighting.config.checks import check_training_config
 from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.modeling.aggregation import AggregationName
 from reweighting.modeling.config import ScoreHead, TrainMode, with_defaults
 from reweighting.modeling.saved_model import flags_of_saved
@@ -31,10 +32,17 @@ HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "dar
 class DataConfig:
     """Files."""
 
-    train_json_file: str = flag(help="training rows: a .json, .jsonl or .parquet file")
-    meta_json_file: str | None = flag(default=None, help="meta rows; needed to learn the weights")
-    validation_json_file: str | None = flag(
-        default=None, help="candidate rows: the checkpoint with the best best-of-N accuracy on them is kept"
+    train_json_file: list[str] | None = flag(default=None, help=f"answers with step labels: {FILES}")
+    mixture: str | None = flag(
+        default=None,
+        help="more of them: a JSON list of objects with path, and domain, format or max_rows; in a config file, a list",
+    )
+    meta_json_file: list[str] | None = flag(
+        default=None, help="whole answers, correct and incorrect ones; needed to learn the weights"
+    )
+    validation_json_file: list[str] | None = flag(
+        default=None,
+        help="questions with several answers: the checkpoint with the best best-of-N accuracy on them is kept",
     )
     image_root: str | None = flag(
         default=None,
@@ -190,6 +198,7 @@ class TrainingConfig:
     """All settings of a training run, by group."""
 
     data: DataConfig
+    reading: ReadingConfig
     model: ModelConfig
     lower: LowerConfig
     upper: UpperConfig

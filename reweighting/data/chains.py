@@ -61,7 +61,7 @@ class Chain:
         return ": ".join(part for part in (self.source, rows) if part) or "the given chain"
 
 
-def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list[str]]:
+def training_chains(rows: Iterable, source: str = "", separator: str | None = None) -> tuple[list[Chain], list[str]]:
     """Merge training rows into chains, each row labelling exactly one step of exactly one chain.
 
     A row's `accuracy` belongs to the last step of its `add`; `split_prompt` says what of its `input` is the question.
@@ -72,6 +72,7 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
     Args:
         rows: TrainingRow objects.
         source: the name of their file, for later messages.
+        separator: a text that ends a step, beside the markers; see `split_response`.
 
     Returns:
         The chains in the order of their first rows, and the domains' names, sorted.
@@ -85,7 +86,7 @@ def training_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], list
     continued: dict[int, int] = {}  # node -> its steps that stood in `input`, where there are any
     for number, row in enumerate(rows):
         question, begun = split_prompt(row.input, [row.add])
-        steps = _checked([*begun, *split_response(row.add)], row, source)
+        steps = checked_steps([*begun, *split_response(row.add, separator)], row.index, source)
         node = tree.insert((row.dataset, question, row.image), steps)
         if begun:
             continued[node] = len(begun)
@@ -170,7 +171,9 @@ class _StepTree:
         return node
 
 
-def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
+def meta_chains(
+    rows: Iterable, source: str = "", separator: str | None = None, *, one_class: bool = False
+) -> tuple[list[Chain], int]:
     """Turn meta rows, each a question and a response in one text, into chains with a `label`.
 
     A row without a `Step N` marker has no known end of its question: it is left out and counted, for the caller to
@@ -179,6 +182,8 @@ def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
     Args:
         rows: MetaRow objects.
         source: the name of their file, for messages.
+        separator: a text that ends a step, beside the markers; see `split_answer`.
+        one_class: whether all may be correct, or all incorrect, or none left.
 
     Returns:
         The chains, and how many rows had no step.
@@ -190,14 +195,14 @@ def meta_chains(rows: Iterable, source: str = "") -> tuple[list[Chain], int]:
     rows = list(rows)
     chains, stepless = [], []
     for row in rows:
-        question, steps = split_answer(row.input)
+        question, steps = split_answer(row.input, separator)
         if steps:
-            steps = _checked(steps, row, source)
+            steps = checked_steps(steps, row.index, source)
             chains.append(Chain(question, steps, row.image, (), float(row.true_false), -1, (row.index,), source))
         else:
             stepless.append(bool(row.true_false))
     correct = sum(chain.label == 1.0 for chain in chains)
-    if correct in (0, len(chains)):
+    if correct in (0, len(chains)) and not one_class:
         rest = f"the other {len(chains)} are all {'true' if correct else 'false'}" if chains else "none is left"
         raise UserError(
             f"{source or 'the meta rows'}: of {len(rows)} rows, {len(stepless)} have no `Step N` marker "
@@ -214,25 +219,33 @@ def candidate_chains(row, source: str = "") -> list[Chain]:
     Raises:
         UserError: a candidate has more than `MAX_STEPS` steps.
     """
-    question, begun = split_prompt(row.input, row.candidates)
+    if row.candidate_steps is None:
+        question, begun = split_prompt(row.input, row.candidates)
+        responses = [[*begun, *split_response(text)] for text in row.candidates]
+    else:
+        question, begun, responses = row.input.strip(), [], row.candidate_steps
     return [
         Chain(
             question,
-            _checked([*begun, *split_response(text)], row, source),
+            checked_steps(steps, row.index, source),
             row.image,
             rows=(row.index,),
             source=source,
             continued=len(begun),
         )
-        for text in row.candidates
+        for steps in responses
     ]
 
 
-def _checked(steps: Sequence[str], row, source: str) -> tuple[str, ...]:
-    """The steps of a row's response. Raises UserError if they are too many."""
+def checked_steps(steps: Sequence[str], index: int, source: str) -> tuple[str, ...]:
+    """Return the steps of a row's response.
+
+    Raises:
+        UserError: they are more than `MAX_STEPS`.
+    """
     if len(steps) > MAX_STEPS:
         place = f"{source}: " if source else ""
-        raise UserError(f"{place}row {row.index}: {len(steps)} steps, allowed: at most {MAX_STEPS}. Leave it out.")
+        raise UserError(f"{place}row {index}: {len(steps)} steps, allowed: at most {MAX_STEPS}. Leave it out.")
     return tuple(steps)
 
 
@@ -256,7 +269,8 @@ def step_warnings(chains: Iterable[Chain], source: str) -> list[str]:
     lines = []
     if single:
         lines.append(f"{source}: {single} of {answers} answers are a single step, so their steps are not judged one by "
-                     "one. Begin each step on a line of its own with `Step 1:`, `Step 2:`, ...")  # fmt: skip
+                     "one. Begin each step on a line of its own with `Step 1:`, `Step 2:`, ..., or name with "
+                     "--step_separator what stands between them")  # fmt: skip
     if misnumbered:
         lines.append(f"{source}: the steps of {misnumbered} of {answers} answers are not numbered 1, 2, 3, ...: look "
                      "whether some of their `Step N` lines are no steps")  # fmt: skip

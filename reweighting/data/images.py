@@ -135,6 +135,7 @@ def _resolved(path: str) -> str:
         plain = stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:
         plain = False
+    folder = os.path.join(os.getcwd(), folder)  # which may change
     return os.path.join(_resolved_folder(folder), name) if plain else os.path.realpath(path)
 
 

@@ -1,7 +1,7 @@
 """Step labels of every kind as numbers from 0 to 1, None where a step is unlabelled.
 
 label_value("+")                            # 1.0
-rating_value(0, neutral="unlabelled")        # None: PRM800K rates steps -1, 0 (neutral) and 1
+rating_label(0, neutral="unlabelled")        # None: PRM800K rates steps -1, 0 (neutral) and 1
 labels_up_to(4, 2, after="unlabelled")       # [1.0, 1.0, 0.0, None]: step 2 is the first wrong one
 """
 
@@ -41,15 +41,8 @@ def label_value(label: Any) -> float | None:
     return number
 
 
-def rating_value(rating: Any, neutral: Neutral) -> float | None:
-    """Convert a rating of -1, 0 or 1, where 0 means a step that is neither correct nor incorrect.
-
-    Args:
-        rating: a whole number, or a text of one; None: unlabelled.
-        neutral: what 0 counts as.
-
-    Returns:
-        The number, None for an unlabelled step.
+def check_rating(rating: Any) -> int | None:
+    """Convert a rating: -1, 0 or 1, as a number or a text, or None.
 
     Raises:
         ValueError: it is something else.
@@ -59,7 +52,17 @@ def rating_value(rating: Any, neutral: Neutral) -> float | None:
     number = _number(rating) if isinstance(rating, str) else rating
     if isinstance(rating, bool) or number not in (-1, 0, 1):
         raise ValueError(RATINGS)
-    return VALUES[neutral] if number == 0 else float(number == 1)
+    return int(number)
+
+
+def rating_label(rating: int | None, neutral: Neutral) -> float | None:
+    """Return the label that a rating stands for.
+
+    Args:
+        rating: from `check_rating`; 0: the step is neither correct nor incorrect.
+        neutral: what 0 counts as.
+    """
+    return VALUES[neutral] if rating == 0 else rating and float(rating == 1)
 
 
 def labels_up_to(steps: int, first_error: int | None, after: AfterFirstError) -> list[float | None]:

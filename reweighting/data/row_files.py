@@ -3,7 +3,8 @@
     for raw in iterate_rows(Path("data/test.json")): ...
 
 A file named `.jsonl` holds an object a line, one named `.parquet` is a table with a column for each field, any other
-holds a JSON list of objects. JSON may be compressed with gzip. Nothing is checked here but that the file can be read.
+holds a JSON list of objects, an object of such lists, or an object a line too. JSON may be compressed with gzip.
+Nothing is checked here but that the file can be read.
 """
 
 import gzip
@@ -22,7 +23,8 @@ from reweighting.files import regular_file
 from reweighting.terminal import printable
 
 CHUNK = 2**20  # characters
-TABLE_ROWS = 1024  # of a Parquet file at a time
+TABLE_ROWS = 1024  # of a Parquet file at a time,
+TABLE_BYTES = 2**24  # or fewer where they are large
 HALF_A_TOKEN = 16  # characters: what a cut may leave of a literal or of a pair of \u escapes
 SHOWN_CHARACTERS = 60  # of a value in a message
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -151,19 +153,23 @@ def _json_rows(path: Path, file: Path) -> Iterator[Any]:
 
 
 def _elements(window: _Window) -> Iterator[Any]:
-    """The members of the list that a JSON file holds."""
+    """The members of the list that a JSON file holds, of all lists in an object of lists, or objects a line."""
     path = window.path
     first = window.next_character()
     if not first:
         return
     if first != "[":
         value = window.value()
-        if window.next_character():
+        following = window.next_character()
+        if following == "{" and isinstance(value, dict):  # JSON lines in a file that is not named .jsonl
+            yield value
+            while window.next_character():
+                yield window.value()
+            return
+        if following:
             raise window.not_json(json.JSONDecodeError("Extra data", window.text, window.at))
-        raise UserError(
-            f"{path}: found {short_repr(value)}, allowed: a list of objects, [{{...}}, {{...}}]. "
-            "Put the rows in square brackets, or one per line in a file named .jsonl."
-        )
+        yield from _all_lists(path, value)
+        return
     window.at += 1
     if window.next_character() != "]":
         while True:
@@ -177,6 +183,20 @@ def _elements(window: _Window) -> Iterator[Any]:
     window.at += 1
     if window.next_character():
         raise window.not_json(json.JSONDecodeError("Extra data", window.text, window.at))
+
+
+def _all_lists(path: Path, value: Any) -> Iterator[Any]:
+    """The rows of an object of lists, such as {"data": [...]} or {question: [answers]}."""
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if not any(lists) or not all(
+        isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in lists
+    ):
+        raise UserError(
+            f"{path}: found {short_repr(value)}, allowed: a list of objects, [{{...}}, {{...}}]. "
+            "Put the rows in square brackets, or one per line in a file named .jsonl."
+        )
+    for rows in lists:
+        yield from rows
 
 
 def _lines(path: Path, text: TextIOBase) -> Iterator[Any]:
@@ -195,13 +215,22 @@ def _table(file: Path, columns: Collection[str] | None) -> Iterator[dict]:
     """The rows of a Parquet file, as {column: value}. Columns that are not wanted are not read, whatever is in them."""
     import pyarrow.parquet  # half a second that no other file needs to wait for
 
-    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+    # Read as it comes: the default would hold all of the columns in memory.
+    options: dict[str, Any] = {"pre_buffer": False, "buffer_size": 2**20}
+    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream, **options) as table:
         names = table.schema_arrow.names
         wanted = [name for name in names if columns is None or name in columns]
         blank = dict.fromkeys(names)
-        for batch in table.iter_batches(TABLE_ROWS, columns=wanted):
+        for batch in table.iter_batches(_rows_at_a_time(table.metadata), columns=wanted):
             for row in batch.to_pylist():
                 yield blank | row
+
+
+def _rows_at_a_time(metadata: Any) -> int:
+    """So many rows of a table that they take about `TABLE_BYTES`, `TABLE_ROWS` at most: they may hold images."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    row = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
+    return int(max(1, min(TABLE_ROWS, TABLE_BYTES / max(row, 1))))
 
 
 def _open_bytes(file: Path) -> io.BufferedReader | gzip.GzipFile:

@@ -90,14 +90,18 @@ class MetaRow(Row):
 
 
 class CandidateRow(Row):
-    """One question with the responses to choose from; `answers` and `true_false` have one entry for each response."""
+    """One question with the responses to choose from; `answers` and `true_false` have one entry for each response.
+
+    `candidate_steps` is set by the loader where the steps of the responses are known, and not found at their markers.
+    """
 
     id: int | Text = Field(description="a whole number, or text that is not blank")
     candidates: list[Text] = Field(min_length=1, description="a list of texts, at least one, none blank")
     # An answer may be blank: not every response states one.
     answers: list[AnyText] | None = Field(None, description="a list of texts, one per candidate, or null")
-    true_false: list[bool] | None = Field(None, description="a list of bools, one per candidate, or null")
+    true_false: list[bool | None] | None = Field(None, description="a list of bools, one per candidate, or null")
     ground_truth: Scalar = None
+    candidate_steps: list[list[str]] | None = Field(None, description="the steps of each response")
 
     @field_validator("answers", "true_false")
     @classmethod

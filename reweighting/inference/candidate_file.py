@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reweighting.data.chains import Chain, candidate_chains, step_warnings
-from reweighting.data.load_rows import iterate_candidate_rows
+from reweighting.data.load_answers import LoadReport
+from reweighting.data.load_chains import iterate_candidates
+from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.schema import CandidateRow
-from reweighting.files import digest
+from reweighting.data.sources import Source, identity
+from reweighting.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,15 +19,17 @@ class CandidateFile:
     """What the first pass over the file finds.
 
     Attributes:
-        path: the file.
+        sources: where the rows stand.
+        options: how they are read.
         image_root: the folder of its images, if one is named.
         questions: its rows.
         largest: the most candidates that a row has.
         images: a digest of the sizes and modification times of the rows' images.
-        warnings: what is odd about how the candidates are cut into steps.
+        warnings: what has been left out, and what is odd about how the candidates are cut into steps.
     """
 
-    path: str
+    sources: list[Source]
+    options: ReadingOptions
     image_root: str | None
     questions: int
     largest: int
@@ -32,35 +37,45 @@ class CandidateFile:
     warnings: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: str, image_root: str | None) -> "CandidateFile":
+    def read(cls, sources: list[Source], options: ReadingOptions, image_root: str | None) -> "CandidateFile":
         """Check every row and image.
 
         Raises:
             UserError: for anything wrong.
         """
         questions = largest = 0
-        images = hashlib.sha256()
+        images, report = hashlib.sha256(), LoadReport()
+        name = " ".join(source.path for source in sources)
 
         def chains() -> Iterator[Chain]:
             nonlocal questions, largest
-            for row in iterate_candidate_rows(path, image_root):
+            for row in iterate_candidates(sources, image_root, options, report):
                 questions, largest = questions + 1, max(largest, len(row.candidates))
                 if row.image is not None:
                     status = row.image.stat()
                     images.update(f"{row.index} {status.st_size} {status.st_mtime_ns}\n".encode())
-                yield from candidate_chains(row, path)
+                yield from candidate_chains(row, name)
 
-        warnings = tuple(step_warnings(chains(), path))
-        return cls(path, image_root, questions, largest, images.hexdigest(), warnings)
+        odd = step_warnings(chains(), name)
+        warnings = (*report.notes(), *odd)
+        if not questions:
+            raise UserError("\n".join([f"{name}: no answer can be used.", *warnings]))
+        return cls(sources, options, image_root, questions, largest, images.hexdigest(), warnings)
 
     def rows(self) -> Iterator[CandidateRow]:
         """Read the rows again, without decoding their images."""
-        return iterate_candidate_rows(self.path, self.image_root, decode_images=False)
+        return iterate_candidates(self.sources, self.image_root, self.options, LoadReport(), decode_images=False)
+
+    @property
+    def path(self) -> str:
+        """The names of the files, for messages."""
+        return " ".join(source.path for source in self.sources)
 
     def identity(self) -> dict[str, str | None]:
         """Return what tells this input from others: the file's content, and which images belong to it."""
         return {
-            "input": digest(Path(self.path)),
+            "input": identity(self.sources),
+            "reading": str(self.options),
             "image_root": str(Path(self.image_root).resolve()) if self.image_root is not None else None,
             "images": self.images,
         }

@@ -2,16 +2,14 @@
 
 import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
 
-from reweighting.data.chains import Chain, step_warnings, training_chains
-from reweighting.data.schema import EvaluationRow
-from reweighting.data.steps import split_prompt
+from reweighting.data.chains import Chain
+from reweighting.data.load_chains import LabelledChain
 from reweighting.errors import UserError
 from reweighting.inference.metrics import (
     auc,
@@ -49,73 +47,57 @@ class ScoredChain:
         return self.correct.index(False) if False in self.correct else -1
 
 
-def split_dev(rows: Sequence[EvaluationRow]) -> tuple[list[EvaluationRow], list[EvaluationRow]]:
+def split_dev(chains: Sequence[LabelledChain]) -> tuple[list[LabelledChain], list[LabelledChain]]:
     """Split off about a third of the questions, to choose thresholds on.
 
-    A question's part depends on its domain, text and image path only, not on the order of the rows.
+    A question's part depends on its domain, text and image names only, not on the order of the chains.
 
     Returns:
-        The rows of that third, and the others.
+        The chains of that third, and the others.
     """
-    dev: list[EvaluationRow] = []
-    rest: list[EvaluationRow] = []
-    for row in rows:
-        key = "\n".join((row.dataset, split_prompt(row.input, [row.add])[0], str(row.image_path)))
-        part = dev if hashlib.sha256(key.encode()).digest()[0] % 3 == 0 else rest
-        part.append(row)
+    dev: list[LabelledChain] = []
+    rest: list[LabelledChain] = []
+    for labelled in chains:
+        part = dev if hashlib.sha256(labelled.key.encode()).digest()[0] % 3 == 0 else rest
+        part.append(labelled)
     return dev, rest
 
 
-def score_rows(
-    model: ProcessRewardModel, rows: Sequence[EvaluationRow], threshold: float, batch_size: int, source: str
-) -> list[ScoredChain]:
-    """Merge the rows into chains and score them; warn on stderr of chains that are oddly cut into steps.
+def score_chains(model: ProcessRewardModel, chains: Sequence[LabelledChain], batch_size: int) -> list[ScoredChain]:
+    """Score the labelled steps of chains.
 
     Args:
         model: the reward model; the caller sets autocast.
-        rows: the step rows.
-        threshold: a step whose row has no `correct` is correct if its accuracy is above this.
+        chains: the chains.
         batch_size: chains in a forward pass.
-        source: the file, for error messages.
 
     Raises:
         UserError: as `ProcessRewardModel.chain_logits` does.
     """
-    chains, domains = training_chains(rows, source)
-    for line in step_warnings(chains, source):
-        print(f"warning: {printable(line)}", file=sys.stderr)
-    model.check(chains)
-    logits, _ = model.chain_logits(chains, batch_size)  # [chains, S]
-    correct, accuracies = correct_steps(chains, rows, threshold), {row.index: row.accuracy for row in rows}
+    model.check([labelled.chain for labelled in chains])
+    logits, _ = model.chain_logits([labelled.chain for labelled in chains], batch_size)  # [chains, S]
     return [
         ScoredChain(
-            domains[chain.domain],
-            [scores[step] for step in labeled_steps(chain)],
-            [accuracies[index] for index in chain.rows],
-            own,
+            labelled.domain,
+            [scores[step] for step in labeled_steps(labelled.chain)],
+            labelled.accuracies,
+            labelled.correct,
         )
-        for chain, scores, own in zip(chains, logits.double().sigmoid().tolist(), correct, strict=True)
+        for labelled, scores in zip(chains, logits.double().sigmoid().tolist(), strict=True)
     ]
 
 
-def correct_steps(chains: Sequence[Chain], rows: Sequence[EvaluationRow], threshold: float) -> list[list[bool]]:
-    """Return for each chain of these rows whether its labeled steps are correct."""
-    correct = {row.index: row.accuracy > threshold if row.correct is None else row.correct for row in rows}
-    return [[correct[index] for index in chain.rows] for chain in chains]
-
-
-def check_labels(rows: Sequence[EvaluationRow], threshold: float, source: str) -> None:
-    """Check that thresholds can be chosen on these rows, before anything is scored.
+def check_labels(chains: Sequence[LabelledChain], source: str) -> None:
+    """Check that thresholds can be chosen on these chains, before anything is scored.
 
     Raises:
         UserError: if one kind of step or chain is missing; it names `source`.
     """
-    correct = correct_steps(training_chains(rows)[0], rows, threshold)
-    steps = [one for own in correct for one in own]
+    steps = [one for labelled in chains for one in labelled.correct]
     if all(steps) or not any(steps):
         kind = "correct" if any(steps) else "incorrect"
         raise UserError(f"{source}: all {len(steps)} steps to choose thresholds on are {kind}; both kinds are needed.")
-    if len({all(own) for own in correct}) == 1:
+    if len({all(labelled.correct) for labelled in chains}) == 1:
         raise UserError(f"{source}: thresholds need answers with and without an incorrect step; one kind is missing.")
 
 

@@ -88,7 +88,7 @@ def make_validation(
         model,
         data.validation,
         data.correct,
-        config.data.validation_json_file,
+        " ".join(config.data.validation_json_file),
         config.lower.batch_size,
         device,
         precision,

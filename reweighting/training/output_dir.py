@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ RUN_FILE = "run.json"
 
 
 @contextmanager
-def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Path]:
+def lock_output_dir(path: str, inputs: Mapping[str, Sequence[str]]) -> Generator[Path]:
     """Hold the output folder as long as the context is open; of several processes, process 0 does.
 
     The folder is made if it is missing, and cleared of what killed runs have left unfinished. The system drops the
@@ -40,7 +40,7 @@ def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Pa
 
     Args:
         path: the folder.
-        inputs: {what a message calls it: file or folder that the run reads}.
+        inputs: {what a message calls it: files and folders that the run reads}.
 
     Yields:
         The folder.
@@ -70,11 +70,11 @@ def lock_output_dir(path: str, inputs: Mapping[str, str | None]) -> Generator[Pa
         lock.release()
 
 
-def _check_inputs(folder: Path, inputs: Mapping[str, str | None]) -> None:
+def _check_inputs(folder: Path, inputs: Mapping[str, Sequence[str]]) -> None:
     """Raise UserError if the run would move or overwrite what it reads."""
     target = Path(os.path.realpath(folder))
-    for name, value in inputs.items():
-        path = target.parent if value is None else Path(os.path.realpath(value))
+    for name, value in ((name, value) for name, values in inputs.items() for value in values):
+        path = Path(os.path.realpath(value))
         if not path.is_relative_to(target) or not path.exists():
             continue
         inside = path.relative_to(target).parts

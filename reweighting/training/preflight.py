@@ -68,7 +68,7 @@ def check_chains(config: TrainingConfig, data: RunData) -> RunData:
     chains = [*data.train, *data.meta]
     questions: list[int] = []  # of each validation chain behind these: its place in data.validation
     for place, row in enumerate(data.validation):
-        candidates = candidate_chains(row, config.data.validation_json_file or "")
+        candidates = candidate_chains(row, " ".join(config.data.validation_json_file or ()))
         chains += candidates
         questions += [place] * len(candidates)
     try:
@@ -91,13 +91,14 @@ def _without(
     meta = [chain for place, chain in enumerate(data.meta, first_meta) if place not in too_long]
     dropped = {question for place, question in enumerate(questions, first_candidate) if place in too_long}
     keeps = [place not in dropped for place in range(len(data.validation))]
-    for kept, whole, what, name in (
-        (len(train), len(data.train), "chains", config.data.train_json_file),
+    for kept, whole, what, names in (
+        (len(train), len(data.train), "chains", config.data.train_json_file or ["mixture"]),
         (len(meta), len(data.meta), "chains", config.data.meta_json_file),
         (sum(keeps), len(keeps), "questions", config.data.validation_json_file),
     ):
         if kept < whole:
-            print(f"--drop_too_long: {printable(name)}: {whole - kept} of {whole} {what} are left out, which are "
+            files = printable(" ".join(names or ()))
+            print(f"--drop_too_long: {files}: {whole - kept} of {whole} {what} are left out, which are "
                   f"longer than {model.chain_tokenizer.max_length} tokens")  # fmt: skip
     remedy = "Shorten their texts, raise --max_length or lower --max_image_side"
     if lost := sorted({chain.domain for chain in data.train} - {chain.domain for chain in train}):

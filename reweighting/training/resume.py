@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from reweighting.config.training import TrainingConfig, flag_defaults
+from reweighting.data.sources import Source, identity
 from reweighting.devices import choose_device, choose_precision
 from reweighting.distributed import collectives
 from reweighting.errors import UserError
@@ -17,27 +18,35 @@ from reweighting.training.checkpoints import load_latest, load_named, load_state
 
 # Flags that say how a run is started, not what it computes.
 STARTING = ("resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
-# Flags that name a file or folder to read.
-INPUTS = ("train_json_file", "meta_json_file", "validation_json_file", "image_root", "reward_model", "domain_weights")
+# Flags that name a file or folder to read, beside those of the rows.
+INPUTS = ("questions_json_file", "image_root", "reward_model", "domain_weights")
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
-    "weights_path", "device", "reward_model", "image_root", "train_json_file", "meta_json_file", "validation_json_file",
-    "validation", "iteration_num", "save_every_iterations", "keep_checkpoints", "max_skipped_steps",
+    "weights_path", "device", "reward_model", "image_root", "train_json_file", "mixture", "meta_json_file",
+    "validation_json_file", "questions_json_file", "validation", "iteration_num", "save_every_iterations",
+    "keep_checkpoints", "max_skipped_steps",
     "planned_hypergradient",  # what --hypergradient auto chose: a resumed run keeps to it
 )  # fmt: skip
 BY_CONTENT = {"data": "training or meta data", "backbone": "backbone"}  # a setting that is a digest
 
 
-def run_inputs(config: TrainingConfig) -> dict[str, str | None]:
-    """List what the run reads: {what a message calls it: file or folder}, None for a flag that is not given.
+def run_inputs(config: TrainingConfig) -> dict[str, list[str]]:
+    """List what the run reads: {what a message calls it: files and folders}.
 
     Raises:
-        UserError: if --reward_model is a saved reward model that is damaged.
+        UserError: if --reward_model is a saved reward model that is damaged, or there is no such file.
     """
-    flags = config.flags()
-    inputs = {f"--{name}": flags[name] for name in INPUTS}
+    flags, data = config.flags(), config.data
+    inputs = {f"--{name}": [flags[name]] for name in INPUTS if flags[name] is not None}
+    for name, files, mixture in (
+        ("--train_json_file", data.train_json_file, data.mixture),
+        ("--meta_json_file", data.meta_json_file, None),
+        ("--validation_json_file", data.validation_json_file, None),
+    ):
+        inputs[name] = [source.path for source in config.reading.sources(files, mixture)]
     if (Path(config.model.reward_model) / CONFIG_FILE).is_file():
-        inputs["the base of --reward_model"] = SavedModel.read(Path(config.model.reward_model)).config.backbone
+        base = SavedModel.read(Path(config.model.reward_model)).config.backbone
+        inputs["the base of --reward_model"] = [] if base is None else [base]
     return inputs
 
 
@@ -51,15 +60,13 @@ def run_settings(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         UserError: if a file cannot be read, or the device is not there.
     """
-    files = [config.data.train_json_file]
-    if config.data.meta_json_file is not None and config.learns_weights:
-        files.append(config.data.meta_json_file)
-    if config.lower.domain_weights is not None:
-        files.append(config.lower.domain_weights)
-    validation, backbone = config.data.validation_json_file, config.model.reward_model
+    reading, files, backbone = config.reading, config.data, config.model.reward_model
+    sources = reading.sources(files.train_json_file, files.mixture)
+    if config.learns_weights:
+        sources += reading.sources(files.meta_json_file)
+    sources += [Source(name) for name in (config.lower.domain_weights, reading.questions_json_file) if name is not None]
+    validation = reading.sources(files.validation_json_file)
     try:
-        data = digest(*map(Path, files))
-        validation = None if validation is None else digest(Path(validation))
         if os.path.isdir(backbone):
             parts = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
             backbone = digest(*sorted(parts))
@@ -69,8 +76,8 @@ def run_settings(config: TrainingConfig) -> dict[str, Any]:
     return flags | {
         "backbone": backbone,
         "precision": choose_precision(config.run.precision, choose_device(config.run.device)),
-        "data": data,
-        "validation": validation,
+        "data": identity(sources),
+        "validation": identity(validation) if validation else None,
     }
 
 

@@ -3,12 +3,14 @@
 import gc
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from reweighting.config.training import TrainingConfig
 from reweighting.data.answers import candidate_correctness, stated_answers
-from reweighting.data.chains import Chain, candidate_chains, meta_chains, step_warnings, training_chains
-from reweighting.data.load_rows import iterate_training_rows, load_candidate_rows, load_meta_rows
+from reweighting.data.chains import Chain, candidate_chains, step_warnings
+from reweighting.data.load_answers import LoadReport
+from reweighting.data.load_chains import Chains, iterate_candidates, load_meta, load_training, shared_questions
 from reweighting.data.row_files import short_repr
 from reweighting.data.schema import CandidateRow
 from reweighting.errors import UserError
@@ -53,23 +55,31 @@ def read_run_data(config: TrainingConfig) -> RunData:
 
 
 def _read(config: TrainingConfig) -> RunData:
-    files = config.data
-    meta_file = files.meta_json_file if config.learns_weights else None
-    rows = iterate_training_rows(files.train_json_file, files.image_root, min_domains=2 if meta_file else 1)
-    train, domains = training_chains(rows, files.train_json_file)
-    _check_batch_size(config.lower.batch_size, train, domains)
-    _warn(*step_warnings(train, files.train_json_file))
-    meta: list[Chain] = []
-    if meta_file is not None:
-        meta_rows = load_meta_rows(meta_file, files.image_root)
-        meta, stepless = meta_chains(meta_rows, meta_file)
-        if stepless:
-            _warn(f"{meta_file}: {stepless} of {len(meta_rows)} rows have no `Step N` marker and are left out")
-        _warn(*step_warnings(meta, meta_file))
+    files, reading, root = config.data, config.reading, config.data.image_root
+    options = reading.options()
+    sources = reading.sources(files.train_json_file, files.mixture)
+    train = load_training(sources, root, options, min_domains=2 if config.learns_weights else 1)
+    _check_batch_size(config.lower.batch_size, train.chains, train.domains)
+    _warn(*train.notes)
+    meta = Chains()
+    if config.learns_weights:
+        meta = load_meta(reading.sources(files.meta_json_file), root, options)
+        _warn(*meta.notes)
+        _warn_of_shared("meta", train.chains, meta.chains)
     validation, correct = [], []
     if files.validation_json_file is not None:
-        validation, correct = _read_validation(files.validation_json_file, files.image_root)
-    return RunData(train, domains, meta, validation, correct)
+        validation, correct = _read_validation(config)
+        chains = (chain for row in validation for chain in candidate_chains(row))
+        _warn_of_shared("validation", train.chains, chains)
+    return RunData(train.chains, train.domains, meta.chains, validation, correct)
+
+
+def _warn_of_shared(use: str, train: list[Chain], others: Iterable[Chain]) -> None:
+    """Warn of questions that are trained on and measured with."""
+    shared = shared_questions(train, others)
+    if shared:
+        _warn(f"{shared} questions of the {use} data are training questions too: what is measured on them says little "
+              "about others")  # fmt: skip
 
 
 def _check_batch_size(batch_size: int, train: list[Chain], domains: list[str]) -> None:
@@ -85,13 +95,15 @@ def _check_batch_size(batch_size: int, train: list[Chain], domains: list[str]) -
               f"batches repeats some; the smallest, {short_repr(name)}, has {count}")  # fmt: skip
 
 
-def _read_validation(path: str, image_root: str | None) -> tuple[list[CandidateRow], list[list[bool]]]:
+def _read_validation(config: TrainingConfig) -> tuple[list[CandidateRow], list[list[bool]]]:
     """The candidate rows that can tell a good checkpoint, and which of their candidates are known to be correct.
 
     Raises UserError if a row does not say what is correct, or no row's answers can be read.
     """
-    rows = load_candidate_rows(path, image_root)
-    _warn(*step_warnings((chain for row in rows for chain in candidate_chains(row, path)), path))
+    sources, report = config.reading.sources(config.data.validation_json_file), LoadReport()
+    path = " ".join(source.path for source in sources)
+    rows = list(iterate_candidates(sources, config.data.image_root, config.reading.options(), report))
+    _warn(*report.notes(), *step_warnings((chain for row in rows for chain in candidate_chains(row, path)), path))
     candidates = unstated = undecided = 0
     validation, correct = [], []
     for row in rows:

@@ -125,7 +125,7 @@ def test_steps_in_the_input_count_where_the_response_continues_them():
 def test_any_other_input_is_the_question_whatever_stands_in_it(question, add):
     (chain,), _ = training_chains([training_row(0, add, question=question)])
     assert (chain.question, list(chain.steps), chain.continued) == (question, split_response(add), 0)
-    row = SimpleNamespace(index=0, input=question, image=None, candidates=[add, add])
+    row = SimpleNamespace(index=0, input=question, image=None, candidates=[add, add], candidate_steps=None)
     assert all((c.question, list(c.steps)) == (question, split_response(add)) for c in candidate_chains(row))
 
 
@@ -170,7 +170,7 @@ def test_many_steps_take_linear_time_and_too_many_are_refused():
     with pytest.raises(UserError, match="row 7: "):
         meta_chains([meta_row(7, "Q\n" + add, True)])
     with pytest.raises(UserError, match="row 7: "):
-        candidate_chains(SimpleNamespace(index=7, input="Q", image=None, candidates=[add]))
+        candidate_chains(SimpleNamespace(index=7, input="Q", image=None, candidates=[add], candidate_steps=None))
 
 
 def test_a_shared_prefix_goes_with_the_first_branch():
@@ -240,7 +240,9 @@ def test_a_meta_set_of_one_class_is_refused_with_numbers():
 
 
 def test_candidate_chains_keep_order_and_steps_that_all_candidates_continue():
-    row = SimpleNamespace(index=4, input=" Q\nStep 1: begun ", image=None, candidates=["Step 2: x", "Step 2: y"])
+    row = SimpleNamespace(
+        index=4, input=" Q\nStep 1: begun ", image=None, candidates=["Step 2: x", "Step 2: y"], candidate_steps=None
+    )
     assert [(c.question, c.steps, c.continued) for c in candidate_chains(row)] == [
         ("Q", ("Step 1: begun", "Step 2: x"), 1),
         ("Q", ("Step 1: begun", "Step 2: y"), 1),

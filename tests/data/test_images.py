@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from reweighting.data import load_rows
+from reweighting.data import load_rows, row_images
 from reweighting.data.chains import candidate_chains
 from reweighting.data.images import image_size, open_image
 from reweighting.data.load_rows import load_candidate_rows, load_training_rows
@@ -124,7 +124,7 @@ def test_each_file_is_decoded_once_and_reported_for_each_row(folder, monkeypatch
 
 def test_beyond_so_many_images_only_heads_are_looked_at(tmp_path, monkeypatch):
     """Decoding 200,000 photographs would take longer than many a run."""
-    monkeypatch.setattr(load_rows, "IMAGES_DECODED", 2)
+    monkeypatch.setattr(row_images, "IMAGES_DECODED", 2)
     monkeypatch.setattr(load_rows, "ROWS_AT_A_TIME", 2)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
     broken = (tmp_path / "whole.png").read_bytes()[:60]  # the head is there
@@ -133,7 +133,7 @@ def test_beyond_so_many_images_only_heads_are_looked_at(tmp_path, monkeypatch):
         (tmp_path / f"{n}.png").write_bytes(broken if n == 3 else (tmp_path / "whole.png").read_bytes())
     (tmp_path / "train.json").write_text(json.dumps(rows))
     assert len(load_training_rows(tmp_path / "train.json")) == 4
-    monkeypatch.setattr(load_rows, "IMAGES_DECODED", 3)
+    monkeypatch.setattr(row_images, "IMAGES_DECODED", 3)
     with pytest.raises(UserError, match="row 3: image_path: .*cannot be decoded"):
         load_training_rows(tmp_path / "train.json")
 

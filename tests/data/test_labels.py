@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reweighting.data.labels import accuracy_from_counts, agree, label_value, labels_up_to, rating_value
+from reweighting.data.labels import (
+    accuracy_from_counts,
+    agree,
+    check_rating,
+    label_value,
+    labels_up_to,
+    rating_label,
+)
 
 anything = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 VALUES = (
@@ -35,13 +42,13 @@ def test_what_is_no_label(label):
      ("-1", "correct", 0), (1.0, "correct", 1), (None, "correct", None)],
 )  # fmt: skip
 def test_ratings(rating, neutral, value):
-    assert rating_value(rating, neutral) == value
+    assert rating_label(check_rating(rating), neutral) == value
 
 
 @pytest.mark.parametrize("rating", [2, 0.5, True, "a", [], math.nan])
 def test_what_is_no_rating(rating):
     with pytest.raises(ValueError, match="^-1, 0 or 1, or null$"):
-        rating_value(rating, "correct")
+        check_rating(rating)
 
 
 def test_first_error():
@@ -56,7 +63,7 @@ def test_first_error():
 @anything
 @given(VALUES)
 def test_any_label_is_a_number_from_0_to_1_or_refused(label):
-    for convert in (label_value, lambda value: rating_value(value, "unlabelled")):
+    for convert in (label_value, lambda value: rating_label(check_rating(value), "correct")):
         try:
             value = convert(label)
         except ValueError:

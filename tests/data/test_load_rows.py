@@ -100,7 +100,7 @@ def test_import_needs_no_torch():
         ("rows.json", b"[]", ["no rows in it"]),
         ("rows.jsonl", b"\n \n", ["no rows in it"]),
         ("rows.json", b'[\n {"a": 1,}\n]', ["not JSON", "line 2 column 10", "json.tool"]),
-        ("rows.json", b"{}\n{}", ["not JSON: Extra data at line 2 column 1", "name the file .jsonl"]),
+        ("rows.json", b"{}\n3", ["not JSON: Extra data at line 2 column 1", "name the file .jsonl"]),
         ("rows.jsonl", b'{}\n\n{"a" 1}', ["not JSON", "line 3 column 6"]),
         ("rows.json", b'{"rows": []}', ["found {'rows': []}, allowed: a list of objects", ".jsonl"]),
         ("rows.json", b"3", ["found 3, allowed: a list"]),

@@ -43,6 +43,21 @@ def test_any_chunk_gives_the_rows(tmp_path, monkeypatch, chunk, indent):
     assert list(iterate_rows(tmp_path / "rows.jsonl")) == ROWS
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 10_000])
+def test_other_forms_of_json_files(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(row_files, "CHUNK", chunk)
+    rows = [{"a": 1}, {"b": [2]}, {"c": "]"}]
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, rows)))  # as many name JSON lines
+    (tmp_path / "by_question.json").write_text(json.dumps({"q1": rows[:2], "q2": rows[2:], "q3": []}))
+    (tmp_path / "wrapped.json").write_text(json.dumps({"data": rows}, indent=1))
+    for name in ("lines", "by_question", "wrapped"):
+        assert list(iterate_rows(tmp_path / f"{name}.json")) == rows
+    for one in ({"a": 1}, {"data": rows, "version": 1}, {"data": [1]}, {}):
+        (tmp_path / "one.json").write_text(json.dumps(one))
+        with pytest.raises(UserError, match="allowed: a list of objects"):
+            list(iterate_rows(tmp_path / "one.json"))
+
+
 @pytest.mark.parametrize(
     "text",
     ['[{"a": 1},\n {"b": 2,\n "c" 3}, {"d": 4}]', '[{"a": 1}\n {"b": 2}]', '[{"a": "cut', "[1, tru", "[1]\n 2", "[1,"],

@@ -170,7 +170,7 @@ def parity(cell: Cell) -> None:
     """One pass over a chain equals one pass for each prefix, alone and in a batch, with and without an image; a tower
     whose features are remembered says what it says when it looks anew; and the image matters."""
     model = cell.model
-    folder = Path(cell.config.data.train_json_file).parent
+    folder = Path(cell.config.data.train_json_file[0]).parent
     chains = [Chain(QUESTION, STEPS, folder / "0.png"), Chain(QUESTION, STEPS[:2]),
               Chain("Why? " * 20, STEPS, folder / "1.png"), Chain(QUESTION, STEPS, folder / "3.png")]  # fmt: skip
     together = scores(model, chains)

@@ -22,7 +22,7 @@ def config(folder):
         write(train, "train.json")
         write(meta_rows or [meta(input=f"Q\n{STEPS}", true_false=label) for label in (True, False)], "meta.json")
         if validation is not None:
-            write(validation, "validation.json")
+            write([row | {"input": "Which?"} for row in validation], "validation.json")
             more = ("--validation_json_file", "validation.json", *more)
         run = flags(folder, folder / "out", "--reward_model", str(tiny_backbone()), "--batch_size", "1", *more)
         return parse_training_config([word.replace(f"{folder}/", "") for word in run])
