@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def chain(scores: list[float], correct: list[bool], domain: str = "a") -> ScoredChain:
-    return ScoredChain(domain, scores, [float(c) for c in correct], correct)
+    return ScoredChain(domain, scores, list(range(len(scores))), [float(c) for c in correct], correct)
 
 
 def labelled(path: Path, threshold: float = 0.0, rows: int | None = None) -> list[LabelledChain]:
@@ -88,6 +89,7 @@ def test_the_numbers_by_hand_per_domain():
     assert a["process_bench"] == {"error": 1, "correct": 1, "f1": 1}
     assert results["all"]["process_bench"] == pytest.approx({"error": 0.5, "correct": 1, "f1": 2 / 3})
     assert results["all"]["auc"] == pytest.approx(5 / 6)
+    assert a["position_auc"] == pytest.approx(2.5 / 3)  # correct at places 0, 0, 1; incorrect at 1
     assert math.isnan(b["auc"]) and math.isnan(b["process_bench"]["f1"])
 
 
@@ -198,3 +200,40 @@ def test_empty_paths_are_refused(demo, weights_path, folder, flag, value):
     with pytest.raises(UserError, match=f"{flag}: found {found}"):
         main(flags(demo, weights_path, Path("x"), flag, value))
     assert not list(folder.iterdir())
+
+
+def test_process_bench_is_the_authors_measure_however_the_steps_are_given(weights_path, tmp_path):
+    """By its definition, on the same predictions: an answer's prediction is the first step whose score is below the
+    threshold, -1 if there is none; exact matches among the answers with a wrong step and among those without, and the
+    harmonic mean of the two."""
+    rng, rows = Random(5), []
+    for number in range(40):
+        steps = [f"Step {place + 1}: {' '.join(rng.choices(['2', 'red', 'adds', 'so'], k=4))}" for place in range(4)]
+        rows.append({"id": f"x-{number}", "problem": f"Question {number}?", "steps": steps,
+                     "final_answer_correct": False, "label": rng.choice([-1, 0, 1, 2, 3])})  # fmt: skip
+    texts = [{"question": row["problem"], "steps": row["steps"], "labels": [
+                 None if row["label"] not in (-1, place) and place > row["label"] else place != row["label"]
+                 for place in range(4)]} for row in rows]  # fmt: skip
+    signs = [{"input": row["problem"] + " " + "".join(f"{step} ки\n" for step in row["steps"]),
+              "label": [label is not False and "+" or "-" for label in text["labels"]]}
+             for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+    found = []
+    for name, form, more in (("bench", rows, ()), ("bench", rows, ("--after_first_error", "incorrect")),
+                             ("steps", texts, ()), ("signs", signs, ())):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(form, ensure_ascii=False))
+        file = str(tmp_path / f"{name}.json")
+        main(["--weights_path", str(weights_path), "--eval_json_file", file, "--dev_json_file", file,
+              "--output", str(tmp_path / "out"), *more])  # fmt: skip
+        content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        found.append(content["results"]["all"]["process_bench"])
+        threshold = content["thresholds"]["process_bench"]
+        model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+        matches: dict[bool, list[bool]] = {True: [], False: []}  # has a wrong step -> is it found
+        for row in rows:
+            below = [place for place, score in enumerate(model.score(None, row["problem"], row["steps"]))
+                     if score < threshold - 1e-7]  # fmt: skip
+            matches[row["label"] >= 0].append((below[0] if below else -1) == row["label"])
+        error, correct = (sum(matches[kind]) / len(matches[kind]) for kind in (True, False))
+        expected = {"error": error, "correct": correct, "f1": 2 * error * correct / (error + correct)}
+        assert found[-1] == pytest.approx(expected) and error > 0
+    assert found[0] == found[1] == found[2] == found[3]

@@ -17,7 +17,8 @@ POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unrol
             "max_length", "distributed_timeout")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
                 "scheduler_gamma", "max_skipped_steps", "warmup_iterations")  # fmt: skip
-AT_MOST = {"lr": 1000, "meta_lr": 1000, "scheduler_gamma": 1, "seed": 2**63 - 1}  # beyond, numbers overflow
+# Beyond, numbers overflow.
+AT_MOST = {"lr": 1000, "meta_lr": 1000, "scheduler_gamma": 1, "seed": 2**63 - 1, "distributed_timeout": 1_000_000}
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections import deque
 from reweighting.data.answer_values import MAX_LENGTH, answers_match, in_braces, is_blank, is_number, normal_answer
 from reweighting.data.schema import CandidateRow
 
-# Where an answer begins: `the answer is`, `Final answer:`, `**Answer:**`, `\boxed{`, and `####` on the last line.
+# Where an answer begins: `the answer is`, `Final answer:`, `**Answer:**`, `\boxed{`; on the last line `####` and `A:`.
 STATEMENT = re.compile(
     r"\\boxed\s{0,9}(?P<box>\{)"
     r"|\banswer\b[\s*_`]{0,9}(?:(?P<colon>(?:is\b[\s*_`]{0,9})?[:：])|is\b)[\s*_`:]{0,99}"
-    r"|^[ \t]*(?P<hashes>####)(?![ \t]*step\b)[ \t]*(?=[^\n]*\s*\Z)"
+    r"|^[ \t]*(?P<last>####(?![ \t]*step\b)|A[:：])[ \t]*(?=[^\n]*\s*\Z)"
     r"|^[ \t#*_>]{0,99}(?P<heading>(?:final[ \t]+)?answer)[ \t*_]{0,9}\n[\s*_`]{0,99}",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -28,7 +28,7 @@ def final_answer(response: str) -> str | None:
     r"""Return the answer that a response states last, or None if it states none.
 
     Read are `Final answer: 7`, `the final answer is: $7$`, `Answer: 7`, `the answer is 7.`, `**Final answer:**` with
-    the answer on the next line, `\boxed{7}` anywhere, and `#### 7` on the last line.
+    the answer on the next line, `\boxed{7}` anywhere, and `#### 7` or `A: 7` on the last line.
     """
     for found in reversed(deque(STATEMENT.finditer(response), maxlen=STATEMENTS_TRIED)):
         if found["box"]:
@@ -36,7 +36,7 @@ def final_answer(response: str) -> str | None:
         else:
             end = response.find("\n", found.end())
             line = response[found.end() : end if end >= 0 else None]
-            answer = line if found["hashes"] else _told(line, whole_line=bool(found["colon"] or found["heading"]))
+            answer = line if found["last"] else _told(line, whole_line=bool(found["colon"] or found["heading"]))
         if answer is not None and not is_blank(answer):
             return answer.strip()
     return None

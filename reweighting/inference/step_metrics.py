@@ -32,12 +32,14 @@ class ScoredChain:
     Attributes:
         domain: the name of its domain.
         scores: one for each labeled step, in (0, 1).
+        positions: the place of each labeled step in its answer, from 0.
         accuracies: the Monte Carlo accuracies that the scores estimate, one for each labeled step.
         correct: whether each labeled step is correct.
     """
 
     domain: str
     scores: list[float]
+    positions: list[int]
     accuracies: list[float]
     correct: list[bool]
 
@@ -80,6 +82,7 @@ def score_chains(model: ProcessRewardModel, chains: Sequence[LabelledChain], bat
         ScoredChain(
             labelled.domain,
             [scores[step] for step in labeled_steps(labelled.chain)],
+            labeled_steps(labelled.chain),
             labelled.accuracies,
             labelled.correct,
         )
@@ -133,15 +136,18 @@ def evaluate(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dic
 
     Returns:
         `chains`, `steps`; `positive_rate`: the share of correct steps, which is also the
-        `average_precision` of chance; `auc`, `average_precision`, `f1`, `process_bench`; `calibration_error`, which
-        compares scores with accuracies.
+        `average_precision` of chance; `auc`; `position_auc`: that of a score that knows only the number of the step
+        and falls from step to step, which labels of the first error alone reward; `average_precision`, `f1`,
+        `process_bench`; `calibration_error`, which compares scores with accuracies.
     """
     scores, correct = _steps(chains)
+    positions = np.array([position for chain in chains for position in chain.positions])
     return {
         "chains": len(chains),
         "steps": len(scores),
         "positive_rate": float(correct.mean()),
         "auc": auc(scores, correct),
+        "position_auc": auc(-positions, correct),
         "average_precision": average_precision(scores, correct),
         "f1": f1(scores, correct, thresholds["f1"]),
         "process_bench": process_bench(
@@ -155,9 +161,23 @@ def evaluate(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dic
 
 def results_table(results: dict[str, dict]) -> Table:
     """Make a table of what `evaluate_domains` found: all first, then a domain a row; `–` where nothing is defined."""
-    table = new_table("step scores against labels (PB: ProcessBench, finding the first incorrect step)")
+    table = new_table(
+        "step scores against labels (by position: the AUC of the step's number alone; PB: ProcessBench, finding the "
+        "first incorrect step)"
+    )
     table.add_column("domain", overflow="fold")
-    for name in ("steps", "correct", "AUC", "avg. precision", "F1", "PB error", "PB correct", "PB F1", "calib. error"):
+    for name in (
+        "steps",
+        "correct",
+        "AUC",
+        "by position",
+        "avg. precision",
+        "F1",
+        "PB error",
+        "PB correct",
+        "PB F1",
+        "calib. error",
+    ):
         table.add_column(name, justify="right")
     table.add_row("all domains", *_cells(results["all"]))
     table.add_section()
@@ -169,7 +189,7 @@ def results_table(results: dict[str, dict]) -> Table:
 def _cells(found: dict) -> list[str]:
     """The numbers of a row of the table."""
     bench = found["process_bench"]
-    values = [found[name] for name in ("positive_rate", "auc", "average_precision", "f1")]
+    values = [found[name] for name in ("positive_rate", "auc", "position_auc", "average_precision", "f1")]
     values += [bench["error"], bench["correct"], bench["f1"], found["calibration_error"]]
     return [str(found["steps"]), *("–" if math.isnan(value) else f"{value:.3f}" for value in values)]
 

@@ -86,8 +86,11 @@ class ReweightingEngine(Engine):
         self.domains, self.folder, self.save_every, self.settings = domains, folder, save_every, settings
         self.keep, self.max_skipped_steps = keep, max_skipped_steps
         self.validation, self.persistent = validation, persistent
-        # Names the rows it was measured on: scores on other rows are not compared with it.
-        self.score_name = f"best-of-N accuracy on {settings['validation'][:8]}" if validation else "minus the meta loss"
+        # The name that checkpoints carry tells the rows it was measured on by their digest: scores on other rows are
+        # not compared with it. The label is for people.
+        kind = "best-of-N accuracy on" if validation else "minus the meta loss"
+        self.score_name = f"{kind} {settings['validation'][:8]}" if validation else kind
+        self.score_label = f"{kind} {validation.source}" if validation else kind
         self.seconds = 0.0
         self.saved = 0  # step of the last checkpoint
         self.scored = 0  # step of the last checkpoint that was due, not forced by a signal or a fault

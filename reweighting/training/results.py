@@ -34,7 +34,7 @@ def save_results(engine: ReweightingEngine, folder: Path) -> None:
         print(weights_table(weights))
     best = best_checkpoint(folder / "checkpoints", engine.score_name)
     if best is not None:
-        print(f"\nbest checkpoint by {engine.score_name} ({best[1]:.4f}): {printable(best[0])}")
+        print(f"\nbest checkpoint by {printable(engine.score_label)} ({best[1]:.4f}): {printable(best[0])}")
     print(printable(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}"))
 
 

@@ -26,14 +26,14 @@ class RunData:
         domains: their K names, in the order of the weights.
         meta: the meta chains; none where no weights are learned.
         validation: candidate rows of which it is known for at least one candidate whether it is correct, or none.
-        correct: for each of those rows whether each candidate is known to be correct.
+        correct: for each of those rows whether each candidate is correct; None if that is not known.
     """
 
     train: list[Chain]
     domains: list[str]
     meta: list[Chain]
     validation: list[CandidateRow]
-    correct: list[list[bool]]
+    correct: list[list[bool | None]]
 
     @property
     def rows(self) -> int:
@@ -95,8 +95,8 @@ def _check_batch_size(batch_size: int, train: list[Chain], domains: list[str]) -
               f"batches repeats some; the smallest, {short_repr(name)}, has {count}")  # fmt: skip
 
 
-def _read_validation(config: TrainingConfig) -> tuple[list[CandidateRow], list[list[bool]]]:
-    """The candidate rows that can tell a good checkpoint, and which of their candidates are known to be correct.
+def _read_validation(config: TrainingConfig) -> tuple[list[CandidateRow], list[list[bool | None]]]:
+    """The candidate rows that can tell a good checkpoint, and whether their candidates are correct, where known.
 
     Raises UserError if a row does not say what is correct, or no row's answers can be read.
     """
@@ -117,7 +117,7 @@ def _read_validation(config: TrainingConfig) -> tuple[list[CandidateRow], list[l
         undecided += known.count(None) - answers.count(None)
         if any(entry is not None for entry in known):
             validation.append(row)
-            correct.append([entry is True for entry in known])
+            correct.append(known)
     counts = (
         f"{unstated} of {candidates} candidates state no answer, and for {undecided} it cannot be decided whether "
         "it equals ground_truth"
@@ -129,8 +129,8 @@ def _read_validation(config: TrainingConfig) -> tuple[list[CandidateRow], list[l
         )
     if unstated or undecided:
         left_out = len(rows) - len(validation)
-        _warn(f"--validation_json_file {path}: {counts}; they count as not correct, and {left_out} questions that have "
-              "no other candidates are left out")  # fmt: skip
+        _warn(f"--validation_json_file {path}: {counts}; they are not chosen from, and {left_out} questions that "
+              "have no other candidates are left out")  # fmt: skip
     return validation, correct
 
 

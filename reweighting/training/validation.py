@@ -17,7 +17,7 @@ class Validation:
     Args:
         model: the reward model in training.
         rows: the candidates.
-        correct: for each row, whether each of its candidates is correct.
+        correct: for each row, whether each of its candidates is correct; None if that is not known.
         source: the rows' file, for messages.
         batch_size: candidates scored at a time.
         device: where the model computes.
@@ -28,7 +28,7 @@ class Validation:
         self,
         model: ProcessRewardModel,
         rows: list[CandidateRow],
-        correct: list[list[bool]],
+        correct: list[list[bool | None]],
         source: str,
         batch_size: int,
         device: torch.device,
@@ -54,7 +54,7 @@ class Validation:
             raise
 
     def accuracy(self, scored: list[tuple[Tensor, Tensor]]) -> float:
-        """Return the share of rows whose best-scored candidate is correct.
+        """Return the share of rows whose best-scored candidate is correct, as `best_of_n_accuracy` defines it.
 
         Args:
             scored: what `score_share` gave on this process.

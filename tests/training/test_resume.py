@@ -375,7 +375,7 @@ def test_checkpoints_are_scored_by_the_meta_loss_or_on_validation_rows(demo, tin
     assert [-m.score for m in manifests] == [line["meta_loss"] for line in history(finished)]
     more = ("--validation_json_file", str(demo / "test.json"), "--baseline", "--keep_checkpoints", "1")
     main(tiny(tmp_path, *more))
-    assert "best checkpoint by best-of-N accuracy" in capsys.readouterr().out
+    assert f"best checkpoint by best-of-N accuracy on {demo / 'test.json'} (" in capsys.readouterr().out
     name = read_manifest(checkpoints(tmp_path / "checkpoints")[-1]).score_name
     assert name.startswith("best-of-N accuracy on ")
     manifest = read_manifest(best_checkpoint(tmp_path / "checkpoints", name)[0])

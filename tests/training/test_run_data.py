@@ -73,7 +73,7 @@ def test_validation_leaves_out_what_cannot_be_decided(config, capsys):
     units = candidate(candidates=[f"{STEPS}\nFinal answer: 4 cm", STEPS], ground_truth="4 mm")
     silent = candidate(candidates=[STEPS, STEPS], ground_truth="4")
     data = read_run_data(config(validation=[silent, known, units]))
-    assert [row.index for row in data.validation] == [1] and data.correct == [[True, False, False]]
+    assert [row.index for row in data.validation] == [1] and data.correct == [[True, False, None]]
     (line,) = warnings(capsys)
     assert "4 of 7 candidates state no answer, and for 1 it cannot be decided" in line and "2 questions" in line
     with pytest.raises(
