@@ -28,6 +28,7 @@ import torch
 from betty.configs import Config
 
 from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import TrainingConfig, parse_training_config
@@ -111,14 +112,17 @@ def build_engine(
     upper = None
     if hypergradient is not None:
         domain_weights = DomainWeights(data.domains).to(device)  # alpha [K], all 0: every weight is 1
+        evidence = SlopeEvidence(len(data.domains), build.windows_per_meta_pass(config.upper, data))
         upper = DomainReweighting(
             Config(precision=precision),
             domain_weights,
-            build.make_meta_optimizer(config.upper, domain_weights),
+            build.make_meta_optimizer(config.upper, domain_weights, evidence),
             partial(batches.meta, model),
             hypergradient=hypergradient,
+            evidence=evidence,
             aggregation=config.upper.aggregation_function,
             positive_rate=build.positive_rate(data) if config.upper.center_meta_scores else None,
+            weight_bounds=build.weight_bounds(config.upper),
         )
     preflight.print_summary(config, data, model, device, precision)
     engine = ReweightingEngine(

@@ -50,31 +50,63 @@ def draw_run(folder: Path) -> list[Path]:
     draw_losses(history, figures / "losses.png")
     if "meta_loss" not in history[-1]:
         return [figures / "losses.png"]
-    weights = json.loads((folder / "domain_weights.json").read_text(encoding="utf-8"))["weights"]
-    draw_weights(weights, figures / "domain_weights.png")
+    result = json.loads((folder / "domain_weights.json").read_text(encoding="utf-8"))
+    evidence = result["evidence"]["domains"]
+    intervals = {name: one["weight_interval"] for name, one in evidence.items() if one.get("weight_interval")}
+    draw_weights(result["weights"], figures / "domain_weights.png", intervals)
+    draw_slopes(evidence, figures / "slopes.png")
     draw_weights_over_time(history, figures / "weights_over_time.png")
-    return [figures / name for name in ("domain_weights.png", "weights_over_time.png", "losses.png")]
+    return [figures / f"{name}.png" for name in ("domain_weights", "slopes", "weights_over_time", "losses")]
 
 
-def draw_weights(weights: dict[str, float], path: Path) -> None:
+def draw_weights(
+    weights: dict[str, float], path: Path, intervals: dict[str, tuple[float, float]] | None = None
+) -> None:
     """Draw the weights as horizontal bars, the largest first.
 
     Args:
         weights: {domain: weight}, of mean 1.
         path: the PNG file.
+        intervals: {domain: lowest and highest weight}, drawn as lines.
     """
     names = sorted(weights, key=lambda name: (-weights[name], name))
     values, rows = np.array([weights[name] for name in names]), range(len(names))
     figure, axes = _figure(7.0, 1.1 + 0.26 * len(names))
     axes.barh(rows, values, height=0.7, color=np.where(values >= 1, BLUE, SKY))
     axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    for row, value in zip(rows, values, strict=True):
-        number = axes.annotate(f"{value:.2f}", (value, row), (5, 0), textcoords="offset points", va="center")
+    ends = np.array([(intervals or {}).get(name, (weight, weight)) for name, weight in zip(names, values, strict=True)])
+    axes.hlines(rows, ends[:, 0], ends[:, 1], color=GREY, linewidth=1.5)
+    for row, value, end in zip(rows, values, ends[:, 1], strict=True):
+        number = axes.annotate(f"{value:.2f}", (end, row), (5, 0), textcoords="offset points", va="center")
         number.set(fontsize=TEXT, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     families, labels = choose_fonts([_shown(name) for name in names])
     axes.set_yticks(rows, labels, fontsize=TEXT, fontfamily=families)
     axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, max(1.1, 1.12 * values.max())), ylim=(len(names) - 0.4, -0.6), xlabel="weight (dashed: the mean)")
+    axes.set(xlim=(0, max(1.1, 1.12 * ends.max())), ylim=(len(names) - 0.4, -0.6), xlabel="weight (dashed: the mean)")
+    _save(figure, path)
+
+
+def draw_slopes(evidence: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw each domain's slope with its confidence interval, the most helpful first, coloured by verdict.
+
+    Args:
+        evidence: {domain: `slope`, `interval` (None if it cannot be told) and `verdict`}, as in `domain_weights.json`.
+        path: the PNG file.
+    """
+    names = sorted(evidence, key=lambda name: (-evidence[name]["slope"], name))
+    figure, axes = _figure(7.0, 1.3 + 0.26 * len(names))
+    axes.axvline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    for row, name in enumerate(names):
+        one = evidence[name]
+        colour = {"helps": BLUE, "hurts": VERMILION}.get(one["verdict"], GREY)
+        if one["interval"] is not None:
+            axes.plot(one["interval"], (row, row), color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(one["slope"], row, "o", color=colour, markersize=6, markeredgecolor="white")
+    families, labels = choose_fonts([_shown(name) for name in names])
+    axes.set_yticks(range(len(names)), labels, fontsize=TEXT, fontfamily=families)
+    axes.tick_params(axis="y", length=0)
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="fall of the meta loss per unit of weight and learning rate")
+    axes.set_title("blue: helps, red: hurts, grey: cannot be told", fontsize=TEXT, loc="left")
     _save(figure, path)
 
 

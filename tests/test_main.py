@@ -33,9 +33,16 @@ def test_what_a_run_leaves_behind(finished, demo):
     assert len(saved["weights"]) == DOMAINS
     assert sum(saved["weights"].values()) / DOMAINS == pytest.approx(1, abs=1e-5)
     assert len(set(saved["weights"].values())) > 1, "nothing was learned"
+    evidence = saved["evidence"]
+    assert evidence["windows"] == 2 and evidence["domains"].keys() == saved["weights"].keys()
+    for domain, one in evidence["domains"].items():
+        assert one["slope"] == pytest.approx(sum(line["slopes"][domain] for line in lines) / 2)
+        assert one["verdict"] == "cannot be told" and one["interval"] is None
+    assert "Nothing can be told of a single domain from 2 updates: train longer" in stdout
     assert sorted(path.name for path in (folder / "figures").iterdir()) == [
         "domain_weights.png",
         "losses.png",
+        "slopes.png",
         "weights_over_time.png",
     ]
     for path in (folder / "figures").iterdir():
@@ -166,6 +173,11 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--seed", "9" * 30), "--seed"),
         (("--device", "meta"), "--device meta"),
         (("--meta_lr", "1e39"), "--meta_lr: found 1e[+]39, allowed: a number of at most 1000"),
+        (("--meta_optimizer", "calm", "--meta_lr", "1"), "--meta_lr does nothing without --meta_optimizer adamw"),
+        (("--meta_range", "2"), "--meta_range does nothing without --meta_optimizer calm"),
+        (("--min_weight", "1.1"), "--min_weight 1.1: weights have mean 1, so the lowest is a number from 0 to 1"),
+        (("--max_weight", "0.9"), "--max_weight 0.9: weights have mean 1, so the highest is at least 1"),
+        (("--baseline", "--min_weight", "0.5"), "--min_weight does nothing with --baseline"),
         (("--momentum", "0.5"), "--momentum does nothing without --optimizer sgd"),
         (("--unroll_steps", "2", "--gradiant_accumulation", "3"), "cannot hold each of the 10 domains once"),
         (("--device", "tpu9"), "--device tpu9"),

@@ -38,6 +38,10 @@ def write_run(folder: Path, domains: int, updates: int, baseline: bool = False) 
     folder.mkdir(parents=True)
     (folder / "history.jsonl").write_text("".join(lines))
     result = {"weights": line["weights"], "step": 5 * updates, "settings": {}}
+    known = {"interval": [0.5, 1.5], "verdict": "helps"}
+    evidence = {name: {"slope": i / domains} | known for i, name in enumerate(names)}
+    evidence[names[0]] = {"slope": -1.5, "interval": None, "verdict": "cannot be told"}
+    result["evidence"] = {"domains": evidence}
     (folder / "domain_weights.json").write_text(json.dumps(result))
     return folder
 
@@ -53,10 +57,11 @@ def check_picture(path: Path, limit: int = 150_000) -> None:
     assert pixels[0, 0] == pixels[-1, -1] == 255 and (pixels < 128).any()
 
 
-def test_a_run_gives_three_figures(tmp_path):
+def test_a_run_gives_four_figures(tmp_path):
     folder = write_run(tmp_path / "run", 30, 60)
     paths = draw_run(folder)
-    assert paths == [folder / "figures" / f"{name}.png" for name in ("domain_weights", "weights_over_time", "losses")]
+    names = ("domain_weights", "slopes", "weights_over_time", "losses")
+    assert paths == [folder / "figures" / f"{name}.png" for name in names]
     for path in paths:
         check_picture(path)
 

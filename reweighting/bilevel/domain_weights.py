@@ -24,6 +24,33 @@ class DomainWeights(nn.Module):
         positive = softplus(self.alpha)
         return positive / positive.mean()
 
+    @torch.no_grad()
+    def bound_(self, lowest: float, highest: float) -> None:
+        """Move alpha to where no weight is below `lowest` or above `highest`; weights within are scaled alike.
+
+        Args:
+            lowest: At least 0 and at most 1.
+            highest: At least 1; infinite for no bound.
+        """
+        weights = self()
+        if not (weights.min() < lowest or weights.max() > highest):
+            return
+        bounded = bound_weights(weights.to("cpu", torch.float64), lowest, highest)
+        positive = (bounded * softplus(self.alpha).mean().item()).clamp(min=1e-30)
+        self.alpha.copy_(positive + torch.log(-torch.expm1(-positive)))  # softplus backwards
+
+
+def bound_weights(weights: Tensor, lowest: float, highest: float) -> Tensor:
+    """Clamp weights [K] to bounds around 1, scaled before by the factor that leaves their mean 1."""
+    low, high = 0.0, 1 / weights.clamp(min=1e-30).min().item()  # factors: the mean of the clamped weights is monotone
+    for _ in range(100):
+        factor = (low + high) / 2
+        if (factor * weights).clamp(lowest, highest).mean() < 1:
+            low = factor
+        else:
+            high = factor
+    return (high * weights).clamp(lowest, highest)
+
 
 def collapsed(weights: dict[str, float]) -> dict[str, str]:
     """Find the domains whose weight has lost or won nearly everything.

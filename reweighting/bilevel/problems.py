@@ -14,6 +14,7 @@ Of several processes each holds a part of every batch. A level's loss is the sum
 follows the sum of their gradients, so that all processes make the same step.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ from torch.optim import Optimizer
 
 from reweighting.bilevel.betty_adapter import BettyProblemAdapter
 from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients.base import Hypergradient
 from reweighting.bilevel.losses import center_aggregates, squared_error
 from reweighting.bilevel.nonfinite import MicroBatch, NonFinite
@@ -158,6 +160,11 @@ class PRMFineTuning(BettyProblemAdapter):
         """Tell whether the upper level steps after this optimizer step (from 1), by Betty's rule."""
         return step % self.config.unroll_steps == 0 and step * self.gas > self.warmup_steps
 
+    def window_learning_rate(self) -> float:
+        """Return the sum of the learning rates of the newest `unroll_steps` optimizer steps."""
+        made = self._count // self.gas
+        return sum(self.learning_rate(step) for step in range(made - self.config.unroll_steps, made))
+
     def state_dict(self) -> dict:
         """Return the state of every problem, the rows seen and the window so far. Every process calls it."""
         window = {} if self.hypergradient is None else self.hypergradient.state()
@@ -189,12 +196,15 @@ class DomainReweighting(BettyProblemAdapter):
         optimizer: Over alpha.
         fetch_batch: (update from 0) -> list of batches.
         hypergradient: Has received the steps of the window; the same object as the lower level's.
+        evidence: Receives the hypergradient of each window.
         aggregation: How the step logits of a chain become its aggregate A, see `modeling/aggregation.py`.
         positive_rate: Fraction of correct answers in the whole meta set, to center the aggregates by; None does not
             center them.
+        weight_bounds: Lowest and highest weight.
 
     Attributes:
         lower: The lower level, which Betty makes an attribute.
+        window_slopes: Of the newest window [K], see `evidence.py`; None if its update was left out.
     """
 
     module: DomainWeights
@@ -208,11 +218,15 @@ class DomainReweighting(BettyProblemAdapter):
         fetch_batch: Callable[[int], list[Batch]],
         *,
         hypergradient: Hypergradient,
+        evidence: SlopeEvidence,
         aggregation: AggregationName = "mean_logit",
         positive_rate: float | None = None,
+        weight_bounds: tuple[float, float] = (0.0, math.inf),
     ):
         super().__init__("upper", config, module, optimizer, fetch_batch)
         self.hypergradient, self.aggregation, self.positive_rate = hypergradient, aggregation, positive_rate
+        self.evidence, self.weight_bounds = evidence, weight_bounds
+        self.window_slopes: Tensor | None = None
 
     def training_step(self, batch: list[Batch]) -> Tensor:
         """Compute the mean of (sigmoid(A) - r)^2 over meta chains; of several processes, this one's part of it."""
@@ -229,7 +243,7 @@ class DomainReweighting(BettyProblemAdapter):
     def differentiate(self, loss: Tensor) -> None:
         """Set alpha's gradient: the meta gradient through the window (dL/dw), then through w(alpha).
 
-        If it is not finite, alpha gets no gradient, and the update is left out.
+        The evidence counts the window. If the gradient is not finite, alpha gets none, and the update is left out.
         """
         params, layout = self.trainable_parameters(), self.lower.layout
         v = layout.reduce_gradient(flatten(layout.local_gradient(loss)))  # dL_meta / dphi, [P]
@@ -237,15 +251,32 @@ class DomainReweighting(BettyProblemAdapter):
         toward_weights = self.hypergradient.compute(v, weights.detach())  # dL_meta / dw, [K]
         gradients = torch.autograd.grad(weights, params, grad_outputs=toward_weights.to(weights.dtype))
         self.set_grads(params, gradients)
-        finite = loss.isfinite() & torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+        finite = loss.isfinite() & torch.stack([one.isfinite().all() for one in (toward_weights, *gradients)]).all()
+        self.window_slopes = None
         if not collectives.all_ranks_true(finite):
             micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
             self.nonfinite = NonFinite.collect("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
+        elif learning_rate := self.lower.window_learning_rate():
+            self.window_slopes = self.evidence.add(toward_weights, learning_rate)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Update alpha."""
         self.optimizer.step()
+        self.module.bound_(*self.weight_bounds)
+
+    def state_dict(self) -> dict:
+        """Return the state of every problem, and the evidence. Every process calls it."""
+        return super().state_dict() | {"evidence": self.evidence.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue from a state.
+
+        Raises:
+            ValueError: It does not fit what is trained now.
+        """
+        super().load_state_dict(state_dict)
+        self.evidence.load_state_dict(state_dict["evidence"])
 
 
 def _chains(batches: list[Batch]) -> list[Chain]:

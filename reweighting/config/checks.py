@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
             "lora_alpha", "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
-            "max_length", "distributed_timeout")  # fmt: skip
+            "max_length", "distributed_timeout", "meta_range")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
                 "scheduler_gamma", "max_skipped_steps", "warmup_iterations")  # fmt: skip
 # Beyond, numbers overflow.
@@ -50,12 +50,32 @@ USELESS = (
     ),
     Useless(("lora_alpha",), lambda c: c.model.train not in ADAPTERS, "without adapters: use --train lora or dora"),
     Useless(
+        ("meta_lr", "meta_weight_decay"),
+        lambda c: c.upper.meta_optimizer != "adamw",
+        "without --meta_optimizer adamw",
+        from_recipes=False,
+    ),
+    Useless(
+        ("meta_range",), lambda c: c.upper.meta_optimizer != "calm", "without --meta_optimizer calm", from_recipes=False
+    ),
+    Useless(
         ("freeze_vision",),
         lambda c: c.model.train != "full" and not c.model.freeze_vision,
         "without --train full: the vision tower stays frozen",
     ),
     Useless(
-        ("meta_batch_size", "meta_lr", "meta_weight_decay", "center_meta_scores", "hypergradient", "warmup_iterations"),
+        (
+            "meta_batch_size",
+            "meta_lr",
+            "meta_weight_decay",
+            "center_meta_scores",
+            "hypergradient",
+            "warmup_iterations",
+            "meta_optimizer",
+            "meta_range",
+            "min_weight",
+            "max_weight",
+        ),
         lambda c: not c.learns_weights,
         "with --baseline or --domain_weights: no weights are learned",
         from_recipes=False,
@@ -127,6 +147,10 @@ def _check_upper_level(config: TrainingConfig) -> None:
             f"--warmup_iterations {upper.warmup_iterations} leaves none of --iteration_num "
             f"{config.lower.iteration_num} to learn the weights in: use at most {config.lower.iteration_num - steps}"
         )
+    if not 0 <= upper.min_weight <= 1:
+        raise UserError(f"--min_weight {upper.min_weight}: weights have mean 1, so the lowest is a number from 0 to 1")
+    if upper.max_weight is not None and not 1 <= upper.max_weight < float("inf"):
+        raise UserError(f"--max_weight {upper.max_weight}: weights have mean 1, so the highest is at least 1")
     if upper.center_meta_scores and upper.meta_batch_size == 1:
         raise UserError(
             "--meta_batch_size 1: a single answer has nothing to be compared with: use 2 or more, or "

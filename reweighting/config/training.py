@@ -144,8 +144,16 @@ class UpperConfig:
     )
     unroll_steps: int = flag(default=20, help="optimizer steps between two updates of the weights (a window)")
     meta_batch_size: int = flag(default=64, help="meta answers in an update (about: a question stays whole)")
+    meta_optimizer: Literal["adamw", "calm"] = flag(
+        default="adamw",
+        help="how the raw weights follow the hypergradients: adamw adds a step each window; calm sets them by how "
+        "steadily all windows agree, and leaves them equal while that may be chance",
+    )
     meta_lr: float = flag(default=0.2, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = flag(default=0.0, help="pull towards equal weights (decoupled)")
+    meta_range: float = flag(default=3.0, help="meta_optimizer calm: the largest raw weight, positive or negative")
+    min_weight: float = flag(default=0.0, help="lowest domain weight, of mean 1")
+    max_weight: float | None = flag(default=None, help="highest domain weight, of mean 1 (default: no bound)")
     aggregation_function: AggregationName = flag(
         default="mean_logit", help="how the step logits of an answer become one number"
     )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from reweighting.bilevel.calm_weights import CalmWeights
+from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.config.training import LowerConfig, TrainingConfig, UpperConfig
 from reweighting.distributed import collectives
 from reweighting.distributed.sharding import Replicated, Sharded
@@ -103,8 +105,10 @@ def make_optimizer(config: LowerConfig, params: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def make_meta_optimizer(config: UpperConfig, table: nn.Module) -> torch.optim.Optimizer:
-    """Make AdamW over the raw domain weights alpha."""
+def make_meta_optimizer(config: UpperConfig, table: nn.Module, evidence: SlopeEvidence) -> torch.optim.Optimizer:
+    """Make AdamW over the raw domain weights alpha, or the calm rule that follows the evidence."""
+    if config.meta_optimizer == "calm":
+        return CalmWeights(list(table.parameters()), evidence, config.meta_range)
     # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
     return torch.optim.AdamW(table.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay, eps=1e-15)
 
@@ -153,6 +157,16 @@ def read_fixed_weights(config: LowerConfig, domains: list[str]) -> Tensor | None
     if not ((weights >= 0).all() and scaled.isfinite().all() and scaled.sum() > 0):
         raise UserError(f"--domain_weights {config.domain_weights}: weights must be at least 0, and one of them larger")
     return scaled
+
+
+def weight_bounds(config: UpperConfig) -> tuple[float, float]:
+    """Return the lowest and the highest weight."""
+    return config.min_weight, math.inf if config.max_weight is None else config.max_weight
+
+
+def windows_per_meta_pass(config: UpperConfig, data: RunData) -> float:
+    """Return how many updates of the weights read as many answers as there are different ones in the meta set."""
+    return len({(chain.prompt, chain.steps) for chain in data.meta}) / config.meta_batch_size
 
 
 def positive_rate(data: RunData) -> float:

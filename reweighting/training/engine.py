@@ -281,6 +281,8 @@ class ReweightingEngine(Engine):
                     self.warned.add(domain)
                     self.progress.write(f"warning: at step {self.global_step} {words}")
             lowest, highest = min(weights, key=weights.__getitem__), max(weights, key=weights.__getitem__)
+            if (slopes := self.upper.window_slopes) is not None:
+                line["slopes"] = dict(zip(self.domains, slopes.tolist(), strict=True))
             shown |= {"meta": _short(line["meta_loss"])}
             shown |= {"low": f"{lowest} {weights[lowest]:.2f}", "high": f"{highest} {weights[highest]:.2f}"}
         line |= {"weights": weights, "rows_seen": self.lower.rows_seen, "seconds": round(self.seconds, 3)}

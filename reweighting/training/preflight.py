@@ -14,7 +14,7 @@ from reweighting.distributed import collectives
 from reweighting.errors import LISTED_PLACES, UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.terminal import printable
-from reweighting.training.build import load_backbone, micro_batches_per_step
+from reweighting.training.build import load_backbone, micro_batches_per_step, windows_per_meta_pass
 from reweighting.training.hypergradient_choice import check_method
 from reweighting.training.run_data import RunData
 
@@ -121,6 +121,16 @@ def print_summary(
         print(
             "warning: a clipped step of a single micro-batch teaches nothing about its domain's weight: use "
             "--gradiant_accumulation 2 or more with --max_grad_norm",
+            file=sys.stderr,
+        )
+    if (
+        config.learns_weights
+        and config.upper.meta_optimizer == "calm"
+        and windows_per_meta_pass(config.upper, data) <= 1
+    ):
+        print(
+            f"warning: --meta_batch_size {config.upper.meta_batch_size} reads every different meta answer for each "
+            "update, so --meta_optimizer calm leaves every weight at 1: use an eighth of their number",
             file=sys.stderr,
         )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,8 +1,13 @@
 """What a run leaves: the reward model, the weights as JSON, a table of them, and figures."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+from reweighting.bilevel.calm_weights import CalmWeights
+from reweighting.bilevel.evidence import CONFIDENCE, SlopeEvidence
+from reweighting.bilevel.problems import DomainReweighting
 from reweighting.distributed import collectives
 from reweighting.files import atomic_write_dir, atomic_write_text
 from reweighting.plots import draw_run, shown_name
@@ -27,20 +32,64 @@ def save_results(engine: ReweightingEngine, folder: Path) -> None:
     atomic_write_dir(folder / "prm", save_model)
     weights = engine.weights()
     result = {"weights": weights, "step": engine.global_step, "settings": engine.settings}
+    evidence = summarize_evidence(engine.upper, engine.domains) if engine.reweights else None
+    if evidence is not None:
+        result["evidence"] = evidence
     atomic_write_text(folder / "domain_weights.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures = draw_run(folder)
-    if engine.reweights:
+    if evidence is not None:
         print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")
-        print(weights_table(weights))
+        print(weights_table(weights, evidence["domains"]))
+        print(f"\n{verdict_note(engine.upper.evidence)}")
     best = best_checkpoint(folder / "checkpoints", engine.score_name)
     if best is not None:
         print(f"\nbest checkpoint by {printable(engine.score_label)} ({best[1]:.4f}): {printable(best[0])}")
     print(printable(f"\nreward model in {folder / 'prm'}, figures: {', '.join(map(str, figures))}"))
 
 
-def weights_table(weights: dict[str, float]) -> str:
-    """Format the weights as lines of text with bars, largest first."""
+def summarize_evidence(upper: DomainReweighting, domains: list[str]) -> dict[str, Any]:
+    """Return what `domain_weights.json` says of how sure the weights are, see docs/uncertainty.md."""
+    evidence = upper.evidence
+    table = evidence.slopes().by_domain(domains)
+    if isinstance(upper.optimizer, CalmWeights):
+        intervals = upper.optimizer.weight_intervals()
+        for number, domain in enumerate(domains):
+            table[domain]["weight_interval"] = None if intervals is None else intervals[number]
+    return {
+        "confidence": CONFIDENCE,
+        "windows": evidence.count,
+        "effective_windows": evidence.effective_windows(),
+        "domains": table,
+    }
+
+
+def weights_table(weights: dict[str, float], evidence: dict[str, dict[str, Any]]) -> str:
+    """Format the weights as lines of text with verdicts and bars, largest first.
+
+    Args:
+        weights: {domain: weight}.
+        evidence: {domain: its `t` and `verdict`}, from `Slopes.by_domain`.
+    """
     names = {domain: shown_name(domain) for domain in weights}
     width = max(map(len, names.values()))
-    rows = sorted(weights.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(f"  {names[name]:<{width}}  {weight:5.2f}  {'█' * round(20 * weight)}" for name, weight in rows)
+    lines = []
+    for name, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
+        t, verdict = evidence[name]["t"], evidence[name]["verdict"]
+        shown = " " * 8 if t is None else f"t {t:+6.1f}"
+        lines.append(f"  {names[name]:<{width}}  {weight:5.2f}  {shown}  {verdict:<14}  {'█' * round(20 * weight)}")
+    return "\n".join(lines)
+
+
+def verdict_note(evidence: SlopeEvidence) -> str:
+    """Say in a sentence how far the verdicts can be trusted."""
+    if evidence.windows_per_pass <= 1:
+        return (
+            "Nothing can be told of a single domain: each update read the whole meta set. A --meta_batch_size of an "
+            "eighth of the different meta answers tells more"
+        )
+    if not math.isfinite(evidence.slopes().standard_error.max()):
+        return f"Nothing can be told of a single domain from {evidence.count} updates: train longer"
+    return (
+        "helps, hurts: more weight on the domain lowered or raised the meta loss, against the mean of all domains. "
+        f"Of 20 domains that do neither, about {20 * (1 - CONFIDENCE):.0f} gets such a verdict by chance"
+    )

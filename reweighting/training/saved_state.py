@@ -17,6 +17,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
+class EvidenceState(_Strict):
+    """What `SlopeEvidence` saves; its `load_state_dict` checks the shapes."""
+
+    count: NonNegativeInt
+    total: Tensor
+    squares: Tensor
+    lagged: Tensor
+    first: Tensor
+    last: Tensor
+
+
 class ProblemState(_Strict):
     """What both levels save; `BettyProblemAdapter.load_state_dict` checks names and shapes."""
 
@@ -27,6 +38,7 @@ class ProblemState(_Strict):
     rows_seen: NonNegativeInt = 0
     micro_steps: PositiveInt = 1
     window: dict[str, Any] = {}
+    evidence: EvidenceState | None = None
 
 
 class SavedState(_Strict):
@@ -52,6 +64,7 @@ class HistoryLine(_Strict):
     train_loss: FiniteFloat | None
     meta_loss: FiniteFloat | None = None
     weights: dict[str, FiniteFloat]
+    slopes: dict[str, FiniteFloat] | None = None
     rows_seen: NonNegativeInt
     seconds: Seconds
 

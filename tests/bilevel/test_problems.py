@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from reweighting import main
 from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.losses import centering_groups
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
@@ -81,6 +82,7 @@ class Fixture:
                 meta_optimizer,
                 self.meta.__getitem__,
                 hypergradient=hypergradient,
+                evidence=SlopeEvidence(len(DOMAINS), 8.0),
                 positive_rate=positive_rate,
             )
         return ReweightingEngine(lower, upper, DOMAINS, torch.device("cpu"), folder, iterations, 100, {})
