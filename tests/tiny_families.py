@@ -1,5 +1,6 @@
 """A small random model of each family, on disk as on the hub: the generating class, the family's own tokenizer and
-image processor, and a chat template that gives what the published one gives. Downloads nothing.
+image processor (none for `TEXT_FAMILIES`, five kinds of text-only models), and a chat template that gives what the
+published one gives. Downloads nothing.
 
     folder = tiny_family("gemma3")      # built once per process
     processor = real_processor("gemma3")  # transformers' own, to compare with
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GemmaTokenizer,
@@ -32,11 +35,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from reweighting.modeling.families import VISION_LANGUAGE
 from tests.tiny import CHAT_TEMPLATE, MERGES, tiny_tokenizer
 
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             head_dim=16, max_position_embeddings=1024, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
             pad_token_id=None)  # fmt: skip
+TEXT_FAMILIES = ("qwen2", "llama", "smollm3", "phi3", "gemma3_text")
+TINY_FAMILIES = (*VISION_LANGUAGE, *TEXT_FAMILIES)
 VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5)
 QWEN_VISION = dict(hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=32, initializer_range=0.5)
 HEAD = "{% for message in messages %}"
@@ -51,6 +57,7 @@ def template(begin: str, image: str, text: str, end: str, answer: str) -> str:
     return HEAD + begin + parts + end + TAIL.replace("{ANSWER}", answer)
 
 
+CONTENT = "{{ message['content'] + '' }}"  # fails for a list of parts, as published text-only templates do
 PART = "{{ part['text'] }}"
 IM_START = "<|im_start|>{{ message['role'] }}\n"
 TEMPLATES = {
@@ -67,6 +74,12 @@ TEMPLATES = {
                         "'image' else ': ' }}", "<image>", PART, "<end_of_utterance>\n", "Assistant:"),
     "gemma3": template("{{ bos_token }}<start_of_turn>{{ message['role'] }}\n", "<start_of_image>",
                        "{{ part['text'] | trim }}", "<end_of_turn>\n", "<start_of_turn>model\n"),
+    "qwen2": HEAD + IM_START + CONTENT + "<|im_end|>\n" + TAIL.replace("{ANSWER}", "<|im_start|>assistant\n"),
+    "smollm3": "<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}<|im_end|>\n" + HEAD + IM_START
+               + CONTENT + "<|im_end|>\n" + TAIL.replace("{ANSWER}", "<|im_start|>assistant\n"),
+    "phi3": HEAD + "<|{{ message['role'] }}|>\n" + CONTENT + "<|end|>\n" + TAIL.replace("{ANSWER}", "<|assistant|>\n"),
+    "gemma3_text": "{{ bos_token }}" + HEAD + "<start_of_turn>{{ message['role'] }}\n{{ message['content'] | trim }}"
+                   "<end_of_turn>\n" + TAIL.replace("{ANSWER}", "<start_of_turn>model\n"),
 }  # fmt: skip
 TILES = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
 SPECIAL_TOKENS = {
@@ -76,6 +89,10 @@ SPECIAL_TOKENS = {
                  "<global-img>", *TILES],
     "smolvlm": ["<|endoftext|>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
                 "<global-img>", *TILES],
+    "llama": ["<|begin_of_text|>", "<|end_of_text|>"],
+    "smollm3": ["<|end_of_text|>", "<|im_start|>", "<|im_end|>"],
+    "phi3": ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "gemma3_text": ["<start_of_turn>", "<end_of_turn>"],
     "gemma3": ["<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
 }  # fmt: skip
 NAMED = {  # tokens that a processor asks its tokenizer for by name
@@ -94,22 +111,27 @@ def tokenizer_of(family: str):
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {token: i for i, token in enumerate([*letters, *(m.replace(" ", "") for m in MERGES), *special])}
         merges = [tuple(merge.split()) for merge in MERGES]
-        if family == "gemma3":  # newlines merge, also those of an image's ends with the template's
+        if family.startswith("gemma3"):  # newlines merge, also those of an image's ends with the template's
             bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
             names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *bytes_, *map(chr, range(32, 127)), "▁", "\n"]
             names += ["\n\n", "\n\n\n", "th", "the", *special]
             merges = [("\n", "\n"), ("\n\n", "\n"), ("t", "h"), ("th", "e")]
             tokenizer = GemmaTokenizer({name: i for i, name in enumerate(names)}, merges, **named)
-        elif family == "idefics3":
+        elif family in ("idefics3", "llama"):
             model = Tokenizer(models.BPE(vocabulary, merges))
             model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token=special[0], eos_token=special[1])
+            if family == "llama":  # puts a token before each text
+                start = (special[0], vocabulary[special[0]])
+                tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+                    "<|begin_of_text|> $A", special_tokens=[start]
+                )
         elif family == "smolvlm":
             tokenizer = GPT2Tokenizer(vocabulary, merges, eos_token="<end_of_utterance>")
         else:
             tokenizer = Qwen2Tokenizer(vocabulary, merges, eos_token="<|im_end|>", **named)
         tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
-    tokenizer.chat_template = TEMPLATES[family]
+    tokenizer.chat_template = TEMPLATES.get(family)
     return tokenizer
 
 
@@ -137,6 +159,11 @@ def config_of(family: str, tokenizer):
     """The configuration of a model with 2 decoder layers of width 32 and 1 or 2 vision layers of width 16."""
     token = tokenizer.convert_tokens_to_ids
     text = TEXT | {"vocab_size": len(tokenizer)}
+    if family in TEXT_FAMILIES:
+        windows = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0,
+                   "query_pre_attn_scalar": 16}  # fmt: skip
+        options = {"llama": {"tie_word_embeddings": True}, "gemma3_text": windows}.get(family, {})
+        return AutoConfig.for_model(family, **text | options)
     siglip = VISION | {"model_type": "siglip_vision_model", "image_size": 28}
     if family.startswith("qwen"):
         mrope = {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [2, 3, 3]}
@@ -197,12 +224,14 @@ def tiny_family(family: str) -> Path:
     tokenizer = tokenizer_of(family)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config_of(family, tokenizer))
+        kind = AutoModelForCausalLM if family in TEXT_FAMILIES else AutoModelForImageTextToText
+        model = kind.from_config(config_of(family, tokenizer))
         for name, parameter in model.named_parameters():
             if "mm_input_projection_weight" in name:  # zero at the start: the image would say nothing
                 torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
-    image_processor_of(family).save_pretrained(folder)
+    if family not in TEXT_FAMILIES:
+        image_processor_of(family).save_pretrained(folder)
     if family == "llava_onevision":  # as published: the tokenizer's template knows no images, the processor's does
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": tokenizer.chat_template}))
         tokenizer.chat_template = TEXT_ONLY

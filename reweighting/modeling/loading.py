@@ -30,7 +30,7 @@ from reweighting.errors import UserError
 from reweighting.files import digest
 from reweighting.modeling.adapters import quantization_config
 from reweighting.modeling.config import PRMConfig
-from reweighting.modeling.families import FAMILIES, family_of
+from reweighting.modeling.families import FAMILIES, SUPPORTED, family_of
 from reweighting.modeling.saved_model import BaseIdentity
 from reweighting.terminal import first_line
 
@@ -98,6 +98,10 @@ def load_backbone(
     width = found.get_text_config().hidden_size
     if config.lora_rank > width:
         raise UserError(f"--lora_rank {config.lora_rank}: more than the model's hidden size, {width}, adds nothing.")
+    if not family_of(found).reads_images:
+        for flag in ("freeze_projector", "max_image_side"):
+            if getattr(config, flag) is not None:
+                raise UserError(f"--{flag} does nothing with {found.model_type} models, which read text only.")
     dtype = getattr(torch, config.dtype)
     if device.type == "meta":
         return AutoModel.from_config(found, dtype=dtype, attn_implementation=attn_implementation)
@@ -250,7 +254,7 @@ def _skeleton(name: str, config: PreTrainedConfig) -> nn.Module:
 
 def _unsupported(model_type: object, raw: dict[str, Any]) -> str:
     """Say that a kind of model is not supported, and what is."""
-    text = f"{str(model_type)[:60]} models are not supported (supported: {', '.join(FAMILIES)})"
+    text = f"{str(model_type)[:60]} models are not supported (supported: {SUPPORTED})"
     if model_type == "internvl_chat":
         return f"{text}. Use the checkpoint in transformers' own classes, whose name ends in -hf."
     if "auto_map" in raw:

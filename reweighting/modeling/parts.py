@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from reweighting.errors import UserError
 from reweighting.modeling.adapters import add_adapters, load_trained
+from reweighting.modeling.families import family_of
 from reweighting.modeling.loading import load_backbone, load_image_processor, load_tokenizer
 from reweighting.modeling.sources import HEAD_FILE, ModelSource, TrainedParts
 from reweighting.modeling.tokenization import ChainTokenizer
@@ -38,7 +39,7 @@ def load_parts(
     base = load_backbone(source.base_name, config, device, attn_implementation, source.revision)
     chain_tokenizer = ChainTokenizer(
         load_tokenizer(source.processors),
-        load_image_processor(source.processors),
+        load_image_processor(source.processors) if family_of(base.config).reads_images else None,
         base.config,
         max_length=config.max_length,
         max_image_side=config.max_image_side,

@@ -208,7 +208,9 @@ class ProcessRewardModel(nn.Module):
     def language_model_layers(self) -> tuple[nn.Module, list[nn.Module]]:
         """Return the language model and its transformer layers."""
         decoder = self.base.get_decoder()
-        return decoder, list(decoder.layers)
+        lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+        layers = max(lists, key=lambda modules: sum(parameter.numel() for parameter in modules.parameters()))
+        return decoder, list(layers)
 
     @property
     def holds_full_parameters(self) -> bool:
@@ -278,7 +280,8 @@ class ProcessRewardModel(nn.Module):
             Positions of the chains that are too long; empty without `drop_too_long`.
 
         Raises:
-            UserError: names the rows of the chains that `ChainTokenizer.check` refuses.
+            ChainTooLong: names the rows of the chains that `ChainTokenizer.check` refuses, some of them too long.
+            UserError: the same, none of them too long.
         """
         problems, too_long, count = Problems(), [], 0
         for position, chain in enumerate(chains):
@@ -292,7 +295,8 @@ class ProcessRewardModel(nn.Module):
             except UserError as error:
                 problems.add(chain.source_location, str(error))
         if problems.count:
-            raise UserError("\n".join([f"{problems.count} of {count} chains cannot be used", *problems.lines()]))
+            kind = ChainTooLong if too_long and not drop_too_long else UserError
+            raise kind("\n".join([f"{problems.count} of {count} chains cannot be used", *problems.lines()]))
         return too_long
 
     def chain_logits(

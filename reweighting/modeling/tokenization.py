@@ -24,6 +24,8 @@ from reweighting.modeling.families import family_of
 from reweighting.terminal import first_line
 
 CACHED_SIZES = 2**16  # of images; rows with the same image are usually neighbors
+# Replaces the function by which chat templates name today's date: scores must not change from day to day.
+FIXED_DATE = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}"
 QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: no chat template contains them
 
 Placeholder = tuple[str, int]  # see `Family.placeholder`
@@ -77,7 +79,7 @@ class ChainTokenizer:
 
     Args:
         tokenizer: the backbone's.
-        image_processor: the backbone's, a transformers image processor.
+        image_processor: the backbone's, a transformers image processor; None where its family reads no images.
         config: the backbone's; gives the family and the default of `max_length`.
         max_length: longest chain in tokens; a longer one is a UserError, nothing is ever truncated.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
@@ -106,9 +108,11 @@ class ChainTokenizer:
         self.family = family = family_of(config)(config, tokenizer, image_processor)
         self.max_length: int = max_length or config.get_text_config().max_position_embeddings
         self.max_image_side = max_image_side
-        if family.image_token is None or family.image_token_id in self._tokenize([family.image_token])[0]:
+        if family.reads_images and (
+            family.image_token is None or family.image_token_id in self._tokenize([family.image_token])[0]
+        ):
             raise UserError(f"this tokenizer cannot read {family.image_token!r} in a question as plain text.")
-        self.around_image, self.around_text = self._template(True), self._template(False)
+        self.around_image, self.around_text = self._template(family.reads_images), self._template(False)
         self._prompts: dict[str, tuple[list[int], list[int]]] = {}  # a placeholder's text -> tokens around the question
         self._images: dict[str, Pixels] = {}
         self._tokens: dict[tuple[str, tuple[str, ...], Placeholder | None], ChainTokens] = {}
@@ -249,7 +253,8 @@ class ChainTokenizer:
             folder: where to.
         """
         self.tokenizer.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
 
     def _placeholder(self, image: Path) -> Placeholder:
         """Return what stands for an image file in the prompt. Reads only the file's header."""
@@ -276,8 +281,10 @@ class ChainTokenizer:
         """Return the tokens before and after the question, and how many tokens each image token there stands for."""
         text, times = placeholder or ("", 1)
         if text not in self._prompts:
-            pieces = self.around_text if placeholder is None else self.around_image
-            before, after = (self._template_tokens(p.replace(self.family.template_token, text)) for p in pieces)
+            pieces = self.around_text
+            if placeholder is not None:
+                pieces = [piece.replace(self.family.template_token, text) for piece in self.around_image]
+            before, after = map(self._template_tokens, pieces)
             self._prompts[text] = before, after
         return *self._prompts[text], times
 
@@ -317,9 +324,10 @@ class ChainTokenizer:
         return input_ids, (input_ids == image).long(), torch.tensor(step_ends), prompt_length
 
     def _too_long(self, tokens: int, image: int, least: str = "") -> ChainTooLong:
+        of_image = f" ({image} of them are the image's: a smaller max_image_side saves some)" if image else ""
         return ChainTooLong(
-            f"{least}{tokens} tokens, but the model takes {self.max_length} ({image} of them are the image's: a "
-            "smaller max_image_side saves some). Shorten the text or leave the row out."
+            f"{least}{tokens} tokens, but the model takes {self.max_length}{of_image}. Shorten the text or leave the "
+            "row out."
         )
 
     def _has_room(self, size: int) -> bool:
@@ -330,22 +338,35 @@ class ChainTokenizer:
         self._cache_bytes_left -= size
         return True
 
+    def _start(self) -> str:
+        """Return the token that the tokenizer itself puts before a text, which some models need; most have none."""
+        start = self.tokenizer.bos_token_id
+        return str(self.tokenizer.bos_token) if start is not None and start in self.tokenizer("")["input_ids"] else ""
+
     def _template(self, with_image: bool) -> tuple[str, str]:
         """Return the prompt before and after the question, from the chat template or, without one, in a plain form."""
         token = self.family.template_token
         image = (self.family.plain_image or token) if with_image else ""
-        text = f"User: {image}{QUESTION_SLOT}\nAssistant: "
+        text = f"{self._start()}User: {image}{QUESTION_SLOT}\nAssistant: "
         if self.tokenizer.chat_template:
-            content = [{"type": "image"}] if with_image else []
-            message: dict[str, Any] = {"role": "user", "content": [*content, {"type": "text", "text": QUESTION_SLOT}]}
+            content: Any = QUESTION_SLOT  # text-only templates take no list of parts
+            if self.family.reads_images:
+                content = [{"type": "image"}] * with_image + [{"type": "text", "text": QUESTION_SLOT}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
             try:
-                text = str(self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+                template = FIXED_DATE + self.tokenizer.get_chat_template()
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+                    )
+                )
             except Exception as error:  # of jinja2, or any that the template itself raises
                 raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
         pieces = text.split(QUESTION_SLOT)
-        if len(pieces) != 2 or pieces[0].count(token) != with_image:
+        if len(pieces) != 2 or (token and pieces[0].count(token) != with_image):
             given = repr(text.replace(QUESTION_SLOT, "{question}"))
-            raise UserError("the tokenizer's chat template must place the image, then the question, once each; it gave "
+            parts = "image, then the question, once each" if token else "question once"
+            raise UserError(f"the tokenizer's chat template must place the {parts}; it gave "
                             f"{given[:200]}{' ...' if len(given) > 200 else ''}")  # fmt: skip
         return pieces[0], pieces[1]
 

@@ -130,8 +130,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        *outer, heads, queries, _ = q.shape
-        out = q.new_empty((*outer, queries, heads, v.shape[-1])).transpose(-2, -3)  # the kernels' memory layout
+        out = torch.empty_like(q)[..., : v.shape[-1]]  # in the queries' memory layout, as the kernels make it
         normalizers = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, normalizers, mask)
         return out

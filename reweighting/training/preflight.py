@@ -11,7 +11,7 @@ from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import short_repr
 from reweighting.devices import check_attention
 from reweighting.distributed import collectives
-from reweighting.errors import LISTED_PLACES, UserError
+from reweighting.errors import LISTED_PLACES, ChainTooLong, UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.terminal import printable
 from reweighting.training.build import load_backbone, micro_batches_per_step, windows_per_meta_pass
@@ -73,7 +73,7 @@ def check_chains(config: TrainingConfig, data: RunData) -> RunData:
         questions += [place] * len(candidates)
     try:
         too_long = model.check(chains, config.data.drop_too_long)
-    except UserError as error:
+    except ChainTooLong as error:
         raise UserError(f"{error}\nTo train without the chains that are too long: --drop_too_long") from error
     return _without(config, data, set(too_long), questions, model) if too_long else data
 

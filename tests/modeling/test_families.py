@@ -1,7 +1,7 @@
 """families/: what is asked of every family of models, with small random models of their real classes.
 
 `test_cell` is the matrix of docs/models.md: family x (full, LoRA, frozen vision) x (train, resume, save and load,
-parity).
+parity), and of text-only families, which have no vision to freeze.
 """
 
 import functools
@@ -13,23 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 
 from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.main import build_engine
 from reweighting.modeling.collate import collate
-from reweighting.modeling.families import FAMILIES, family_of, parameters_of
+from reweighting.modeling.families import FAMILIES, VISION_LANGUAGE, family_of, parameters_of
+from reweighting.modeling.families.causal_lm import CausalLM
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.dry_run import same
 from reweighting.training.resume import find_checkpoint, run_settings
 from reweighting.training.run_data import read_run_data
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, without_times
-from tests.tiny_families import real_processor, tiny_family
+from tests.tiny_families import TEXT_FAMILIES, TINY_FAMILIES, real_processor, tiny_family
 
 TRAIN_MODES = {"full": ["--no_freeze_vision"], "lora": ["--lora_rank", "2"], "frozen": []}
+TEXT_MODES = {"full": [], "lora": ["--lora_rank", "2"]}
 QUESTION, STEPS = "How many red cells?", ("Step 1: a\n\n- two", "Step 2: the second", "### Step 3: so 3")
 SIZES = [
     (60, 40),
@@ -76,10 +78,12 @@ def picture(width: int, height: int, kind: int = 0) -> Image.Image:
 
 def arguments(family: str, way: str, world: Path) -> Namespace:
     """A run of 4 steps and two updates of the weights."""
+    text_only = family in TEXT_FAMILIES
+    flags = [*TEXT_MODES[way], "--ignore_images"] if text_only else TRAIN_MODES[way]
     return parse_training_config([
         "--train_json_file", str(world / "train.json"), "--meta_json_file", str(world / "meta.json"),
         "--reward_model", str(tiny_family(family)), "--iteration_num", "4", "--unroll_steps", "2", "--batch_size", "2",
-        "--meta_batch_size", "4", "--save_every_iterations", "4", "--lr", "0.01", "--resume", *TRAIN_MODES[way],
+        "--meta_batch_size", "4", "--save_every_iterations", "4", "--lr", "0.01", "--resume", *flags,
     ])  # fmt: skip
 
 
@@ -132,15 +136,15 @@ def train(cell: Cell) -> None:
     moved = {name for name, p in cell.model.named_parameters() if not torch.equal(p, cell.before[name])}
     family, base = cell.model.chain_tokenizer.family, cell.model.backbone
     if cell.way == "lora":
-        language = family.lora_targets.split(r"\.")[1].rsplit("?")[-1]
+        language = "layers" if cell.family in TEXT_FAMILIES else family.lora_targets.split(r"\.")[1].rsplit("?")[-1]
         assert moved and all("lora_" in name or name.startswith("score_head") for name in moved)
         assert all(f".{language}." in name for name in moved if "lora_" in name)
         return
     seeing = {id(p) for p in parameters_of(base, family.vision_modules + family.projector_modules)}
     names = {name for name, p in base.named_parameters() if id(p) in seeing}
-    assert names and {name for name, p in base.named_parameters()} - names
+    assert bool(names) == family.reads_images and {name for name, p in base.named_parameters()} - names
     moved_names = {name.removeprefix("backbone.") for name in moved}
-    assert (moved_names & names == set()) if cell.way == "frozen" else (moved_names & names)
+    assert bool(moved_names & names) == (cell.way == "full" and family.reads_images)
     assert moved_names - names - {"score_head.weight", "score_head.bias"}
 
 
@@ -171,13 +175,18 @@ def parity(cell: Cell) -> None:
     whose features are remembered says what it says when it looks anew; and the image matters."""
     model = cell.model
     folder = Path(cell.config.data.train_json_file[0]).parent
-    chains = [Chain(QUESTION, STEPS, folder / "0.png"), Chain(QUESTION, STEPS[:2]),
-              Chain("Why? " * 20, STEPS, folder / "1.png"), Chain(QUESTION, STEPS, folder / "3.png")]  # fmt: skip
+    images = [
+        folder / name if model.chain_tokenizer.family.reads_images else None for name in ("0.png", "1.png", "3.png")
+    ]
+    chains = [Chain(QUESTION, STEPS, images[0]), Chain(QUESTION, STEPS[:2]),
+              Chain("Why? " * 20, STEPS, images[1]), Chain(QUESTION, STEPS, images[2])]  # fmt: skip
     together = scores(model, chains)
     for chain, z in zip(chains, together, strict=True):
         prefixes = [Chain(chain.question, chain.steps[: n + 1], chain.image) for n in range(len(chain.steps))]
         for n, alone in enumerate(scores(model, prefixes, together=False)):
             assert (alone[-1] - z[n]).abs() <= 1e-5 * max(1, z[n].abs())
+    if not model.chain_tokenizer.family.reads_images:
+        return
     assert (together[0] - together[3]).abs().max() > 1e-3  # another image
     with_image, without = scores(model, [chains[0], Chain(QUESTION, STEPS)])
     assert (with_image - without).abs().max() > 1e-3
@@ -192,7 +201,8 @@ def parity(cell: Cell) -> None:
 
 
 CHECKS = {"train": train, "resume": resume, "save and load": save_and_load, "parity": parity}
-CELLS = [(family, way, check) for family in FAMILIES for way in TRAIN_MODES for check in CHECKS]
+CELLS = [(family, way, check) for family in VISION_LANGUAGE for way in TRAIN_MODES for check in CHECKS]
+CELLS += [(family, way, check) for family in TEXT_FAMILIES for way in TEXT_MODES for check in CHECKS]
 
 
 @pytest.mark.parametrize("family, way, check", CELLS)
@@ -212,6 +222,7 @@ def test_the_docs_list_exactly_the_cells_that_are_tested():
         for way, checks in zip(header, row, strict=True)
         if way in ways
         for check in checks.split(", ")
+        if checks != "no vision"
     ]
     assert sorted(listed) == sorted(CELLS)
 
@@ -233,7 +244,7 @@ def model_of():
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_prompt_and_inputs_are_those_of_the_real_processor(family, model_of):
     processor, tokenizer = real_processor(family), model_of(family).chain_tokenizer
     for size in SIZES[:4]:
@@ -252,7 +263,7 @@ def test_prompt_and_inputs_are_those_of_the_real_processor(family, model_of):
             assert torch.equal(inputs[name].flatten(), expected[name].flatten())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_an_image_takes_as_many_tokens_as_its_size_says(family, model_of):
     model = model_of(family)
     tokenizer, counts = model.chain_tokenizer, set()
@@ -282,11 +293,12 @@ def test_tiles_are_counted_right_where_sizes_do_not_fit(model_of):
         processor.size = {"longest_edge": 56}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_position_ids_are_the_backbones_own(family, model_of):
     model = model_of(family)
     tokenizer, kind = model.chain_tokenizer, model.chain_tokenizer.family
-    images = [tokenizer.read_image(picture(60, 40)), None, tokenizer.read_image(picture(40, 60))]
+    sizes = [(60, 40), None, (40, 60)] if kind.reads_images else [None] * 3
+    images = [size and tokenizer.read_image(picture(*size)) for size in sizes]
     tokens = collate(
         [tokenizer.encode(Chain(QUESTION, STEPS[: n + 1]), image) for n, image in enumerate(images)]
     ).tokens
@@ -299,21 +311,22 @@ def test_position_ids_are_the_backbones_own(family, model_of):
     assert torch.equal(own[valid], told[valid])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_answers_go_on_from_one_pass_over_their_prompt_where_that_changes_nothing(family, model_of):
     model = model_of(family)
     tokenizer = model.chain_tokenizer
-    prompts = [(QUESTION, tokenizer.read_image(picture(60, 40))), ("Why? " * 9, None), ("Q", None)]
+    image = tokenizer.read_image(picture(60, 40)) if tokenizer.family.reads_images else None
+    prompts = [(QUESTION, image), ("Why? " * 9, None), ("Q", None)]
     encoded = [
         tokenizer.encode(Chain(question, (f"{n}", *STEPS[n:])), image) for question, image in prompts for n in range(3)
     ]
     shared, whole = model.collate(encoded), collate(encoded)
-    assert (shared.prompts is None) == (family == "gemma3")  # its windows would count padding
+    assert (shared.prompts is None) == family.startswith("gemma3")  # its windows would count padding
     with torch.no_grad():
         assert (model(shared) - model(whole)).abs().max() <= 1e-5 * model(whole).abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_every_parameter_belongs_to_the_tower_the_projector_or_the_language_model(family, model_of):
     model = model_of(family)
     kind, backbone = model.chain_tokenizer.family, model.backbone
@@ -326,7 +339,7 @@ def test_every_parameter_belongs_to_the_tower_the_projector_or_the_language_mode
     assert len(adapted) == 2 * 7 and all(name.startswith(language) for name in adapted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_special_tokens_in_users_text_are_plain_text(family, model_of):
     tokenizer = model_of(family).chain_tokenizer
     special = set(tokenizer.tokenizer.all_special_ids) | {tokenizer.family.image_token_id}
@@ -339,3 +352,64 @@ def test_a_model_of_no_known_family_is_refused():
     config = AutoConfig.for_model("blip-2")
     with pytest.raises(UserError, match=r"blip-2 models are not supported .*qwen2_vl.*gemma3.*families/__init__.py"):
         family_of(config)
+
+
+# ---------------------------------------------------------------- text-only models
+
+
+def test_encoders_and_decoders_of_other_things_are_no_text_models():
+    for kind in ("bert", "bart", "t5", "whisper", "xlnet", "clip", "musicgen"):
+        assert kind not in FAMILIES
+    assert FAMILIES["mistral"] is FAMILIES["qwen3"] is CausalLM
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_adapters_sit_on_every_linear_layer_of_a_text_model(family):
+    base = ProcessRewardModel.from_backbone(tiny_family(family), lora_rank=2).base
+    linear = {name for name, module in base.named_modules() if hasattr(module, "base_layer")}
+    parts = {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"}
+    if family != "phi3":  # its layers are fused
+        parts = {*("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+                 *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}  # fmt: skip
+    assert linear == {f"layers.{layer}.{part}" for layer in (0, 1) for part in parts}
+
+
+def test_an_image_for_a_text_model_is_an_error_that_names_rows_and_remedy(tmp_path):
+    picture(60, 40).save(tmp_path / "a.png")
+    model = ProcessRewardModel.from_backbone(tiny_family("qwen2"), device="meta")
+    chains = [Chain("Q", ("a",), tmp_path / "a.png", rows=(n,), source="train.json") for n in (3, 5)]
+    with pytest.raises(UserError) as caught:
+        model.check([*chains, Chain("Q", ("a",))])
+    first, line = str(caught.value).splitlines()
+    assert first == "2 of 3 chains cannot be used"
+    assert re.fullmatch(r"train.json: row 3: .*qwen2 models read text only.*--ignore_images.*train.json: row 5\)", line)
+    with pytest.raises(UserError, match="row 3: .*--ignore_images"):
+        model.chain_tokenizer.encode(chains[0])
+
+
+@pytest.mark.parametrize("flag", [{"freeze_projector": False}, {"freeze_projector": True}, {"max_image_side": 100}])
+def test_settings_about_images_are_refused_for_a_text_model(flag):
+    with pytest.raises(UserError, match=f"--{next(iter(flag))} does nothing with llama models, which read text only"):
+        ProcessRewardModel.from_backbone(tiny_family("llama"), **flag)
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after"),
+    [
+        ("qwen2", "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+        ("llama", "<|begin_of_text|>User: ", "\nAssistant: "),  # no template: a plain form behind its first token
+        ("smollm3", "<|im_start|>system\nToday Date: 1 January 2025<|im_end|>\n<|im_start|>user\n",
+         "<|im_end|>\n<|im_start|>assistant\n"),  # the same on every day
+    ],
+)  # fmt: skip
+def test_the_prompt_of_a_text_model_is_its_templates(family, before, after, model_of):
+    tokenizer = model_of(family).chain_tokenizer
+    encoded = tokenizer.encode(Chain(QUESTION, ("x",)))
+    assert tokenizer.tokenizer.decode(encoded.input_ids[: encoded.prompt_length]) == before + QUESTION + after
+
+
+def test_a_window_is_found_where_layers_are_not_listed():
+    tokenizer = AutoTokenizer.from_pretrained(tiny_family("qwen2"))
+    for window in (None, 8):
+        config = AutoConfig.for_model("mistral", sliding_window=window)
+        assert CausalLM(config, tokenizer, None).shares_prompts == (window is None)

@@ -15,7 +15,7 @@ from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
 from reweighting.modeling.config import PRMConfig
-from reweighting.modeling.families import FAMILIES
+from reweighting.modeling.families import VISION_LANGUAGE
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.modeling.saved_model import SavedModel
 from reweighting.training.build import load_backbone
@@ -142,7 +142,7 @@ def test_no_stale_feature_is_used_while_the_projector_learns(chains, tmp_path, s
     assert (before - now).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_every_family_trains_its_projector_beside_adapters(chains, tmp_path, family):
     model = ProcessRewardModel.from_backbone(tiny_family(family), train="dora", freeze_projector=False, **BF16)
     projector = tuple(model.chain_tokenizer.family.projector_modules)

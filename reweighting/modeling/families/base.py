@@ -1,4 +1,4 @@
-"""What a family of vision-language models defines, with the defaults that most families share."""
+"""What a family of models defines, with the defaults that most families share."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -16,20 +16,22 @@ LINEAR_LAYERS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"  # of 
 
 
 class Family:
-    """Define how a family turns an image into tokens and model inputs, and where its parts are.
+    """Define how a family turns texts and images into tokens and model inputs, and where its parts are.
 
     Module names are those inside the backbone without its LM head; a name may also be a parameter's.
 
     Args:
         config: the backbone's.
         tokenizer: the backbone's.
-        image_processor: the backbone's, a transformers image processor.
+        image_processor: the backbone's, a transformers image processor; None for a family that reads no images.
 
     Attributes:
         model_types: the values of `config.model_type` that belong to the family.
+        reads_images: the models have a vision tower; where False, nothing about images below is used.
         vision_modules: names of the vision tower.
         projector_modules: names of the layers between vision tower and language model.
-        lora_targets: regular expression that matches the full names of the language model's linear layers only.
+        lora_targets: regular expression that matches the full names of the language model's linear layers only, or
+            "all-linear": every linear layer of the backbone, of which the LM head is no part.
         plain_image: stands for an image in a prompt if the tokenizer has no chat template; None: `template_token`.
         processor_options: keyword arguments for the image processor besides the image.
         image_inputs: outputs of the image processor that the model takes, pixel values first.
@@ -37,15 +39,16 @@ class Family:
         key_mapping: renames tensors of a checkpoint, for layouts that transformers' base class does not know; see
             `from_pretrained` in transformers.
         token_types: the model's name for the tensor [B, T] that is 1 at image tokens; None: it takes none.
-        image_token_id: id of the token that the image's features replace.
-        image_token: the same token as text.
-        template_token: stands for the whole image in the chat template.
+        image_token_id: id of the token that the image's features replace; -1: there is none.
+        image_token: the same token as text; empty: there is none.
+        template_token: stands for the whole image in the chat template; empty: there is none.
         shares_prompts: several answers can continue from one pass over their prompt.
     """
 
     model_types: tuple[str, ...]
-    vision_modules: tuple[str, ...]
-    projector_modules: tuple[str, ...]
+    reads_images = True
+    vision_modules: tuple[str, ...] = ()
+    projector_modules: tuple[str, ...] = ()
     lora_targets = rf"(.*\.)?language_model\..*\.({LINEAR_LAYERS})"
     plain_image: str | None = None
     processor_options: dict[str, bool] = {}
@@ -56,12 +59,17 @@ class Family:
 
     def __init__(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, image_processor: Any):
         self.config, self.tokenizer, self.image_processor = config, tokenizer, image_processor
-        self.image_token_id: int = config.image_token_id
-        self.image_token = cast(str, tokenizer.convert_ids_to_tokens(self.image_token_id))
+        self.image_token_id = -1
+        self.image_token = ""
+        if self.reads_images:
+            self.image_token_id = config.image_token_id
+            self.image_token = cast(str, tokenizer.convert_ids_to_tokens(config.image_token_id))
         self.template_token = self.image_token
         # A sliding window would count the padding between a prompt and the steps that follow it.
-        layers = getattr(config.get_text_config(), "layer_types", None) or ()
-        self.shares_prompts = "sliding_attention" not in layers
+        text = config.get_text_config()
+        window = getattr(text, "sliding_window", None)
+        layers = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+        self.shares_prompts = set(layers) == {"full_attention"}
 
     def placeholder(self, height: int, width: int) -> tuple[str, int]:
         """Describe what replaces the template token for one image.
