@@ -102,7 +102,7 @@ def held_out_chains(folder: Path, count: int, seed: int = 987_654) -> tuple[list
         response = policy.respond(question, rng)
         picture = folder / f"{number}.png"
         draw_picture(question.kind, question.entries, rng).quantize(32).save(picture)
-        chains.append(Chain(question.text, response.steps, picture))
+        chains.append(Chain(question.text, response.steps, (picture,)))
         slips.append(response.first_slip)
     return chains, slips
 

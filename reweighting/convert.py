@@ -90,7 +90,9 @@ def canonical_rows(
 def canonical_row(answer: Answer, output: Path | None) -> dict[str, Any]:
     """Return the fields of a canonical row; image paths start from the output's folder where they can."""
     folder = Path.cwd() if output is None else output.parent.resolve()
-    images = [os.path.relpath(image, folder) for image in answer.images] or list(answer.image_names)
+    images = [os.path.relpath(image, folder) for image in answer.images]
+    if len(images) < len(answer.image_names):  # one is missing
+        images = list(answer.image_names)
     labelled = any(label is not None for label in answer.labels)
     return {
         "id": None if answer.id is None else str(answer.id),

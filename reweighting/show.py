@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         for number, chain in enumerate(chains)
     ]
     chosen = int(aggregates.argmax()) + 1
-    page = html_page(chains[0].question, row.image, candidates, chosen, scorer.aggregation)
+    page = html_page(chains[0].question, row.image_files, candidates, chosen, scorer.aggregation)
     try:
         atomic_write_text(output, page)
     except OSError as error:

@@ -46,9 +46,9 @@ def run(name: str, device: str, folder: Path) -> list[dict]:
 def scores_and_gradient(family: str, device: str, folder: Path) -> list:
     """Step scores of two chains, with an image where the family reads one, and the norms of a loss's gradient."""
     text_only = family in TEXT_FAMILIES
-    image = None if text_only else draw_cells(folder / "cells.png")
+    images = () if text_only else (draw_cells(folder / "cells.png"),)
     steps = ("Step 1: two in the first row", "Step 2: so 3 in all")
-    chains = [Chain("How many?", steps[:n], image, targets=(0.9, 0.1)[:n]) for n in (2, 1)]
+    chains = [Chain("How many?", steps[:n], images, targets=(0.9, 0.1)[:n]) for n in (2, 1)]
     torch.manual_seed(0)
     model = ProcessRewardModel.from_backbone(
         tiny_family(family), device=device, freeze_projector=None if text_only else False

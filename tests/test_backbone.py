@@ -40,13 +40,13 @@ def test_one_pass_equals_one_pass_per_prefix_also_padded_in_a_batch(demo):
     made = model()
     rows = load_candidate_rows(demo / "test.json")
     chains = [candidate_chains(row)[0] for row in rows]
-    longer = Chain(chains[0].question, (*chains[0].steps, "Step 6: " + "and so on " * 40), chains[0].image)
+    longer = Chain(chains[0].question, (*chains[0].steps, "Step 6: " + "and so on " * 40), chains[0].images)
     batch = [*chains[:3], longer]
     with torch.no_grad():
         together = made(collate([made.chain_tokenizer.encode(chain) for chain in batch]))
         for row, chain in enumerate(batch):
             for step in range(len(chain.steps)):
-                prefix = Chain(chain.question, chain.steps[: step + 1], chain.image)
+                prefix = Chain(chain.question, chain.steps[: step + 1], chain.images)
                 alone = made(collate([made.chain_tokenizer.encode(prefix)]))[0, -1]
                 assert abs(alone - together[row, step]) <= 1e-5
 

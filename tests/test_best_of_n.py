@@ -47,7 +47,7 @@ def test_what_the_command_writes(finished, demo, weights_path):
     for row, choice in zip(rows, selections, strict=True):
         assert list(choice) == ["id", "chosen", "aggregates", "scores"] and choice["id"] == row.id
         for response, aggregate, scores in zip(row.candidates, choice["aggregates"], choice["scores"], strict=True):
-            assert scores == pytest.approx(model.score(row.image, row.input, response), abs=1e-5)
+            assert scores == pytest.approx(model.score(row.image_files, row.input, response), abs=1e-5)
             assert aggregate == pytest.approx(sum(math.log(s / (1 - s)) for s in scores) / len(scores), abs=1e-4)
         assert choice["chosen"] == choice["aggregates"].index(max(choice["aggregates"]))
     content = json.loads(output.with_name("selections.json.metrics").read_text())

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from reweighting.convert import main
+from reweighting.data.chains import candidate_chains
 from reweighting.data.load_answers import LoadReport, iterate_answers
 from reweighting.data.load_chains import iterate_candidates, load_evaluation, load_meta, load_training
 from reweighting.data.readers.base import ReadingOptions
@@ -51,20 +52,56 @@ def test_published_rows_become_the_same_chains(demo, tmp_path, capsys):
     for sources in zip(one[:1], other[:1], strict=True):
         old, new = (load_training([source], None, OPTIONS, min_domains=2) for source in sources)
         assert old.domains == new.domains
-        assert [(c.question, c.steps, c.image, c.targets, c.domain) for c in old.chains] == [
-            (c.question, c.steps, c.image, c.targets, c.domain) for c in new.chains
+        assert [(c.question, c.steps, c.images, c.targets, c.domain) for c in old.chains] == [
+            (c.question, c.steps, c.images, c.targets, c.domain) for c in new.chains
         ]
     old, new = (load_meta([sources[1]], None, OPTIONS).chains for sources in (one, other))
     assert [(c.prompt, c.steps, c.label) for c in old] == [(c.prompt, c.steps, c.label) for c in new]
     old, new = (list(iterate_candidates([sources[2]], None, OPTIONS, LoadReport())) for sources in (one, other))
-    assert [(row.input, row.image, row.candidates) for row in old] == [
-        (row.input, row.image, row.candidates) for row in new
+    assert [(row.input, row.image_files, row.candidates) for row in old] == [
+        (row.input, row.image_files, row.candidates) for row in new
     ]
     labelled, _ = load_evaluation([other[0]], None, OPTIONS, 0.25)
     expected, _ = load_evaluation([one[0]], None, OPTIONS, 0.25)
     assert [(x.domain, x.accuracies, x.correct) for x in labelled] == [
         (x.domain, x.accuracies, x.correct) for x in expected
     ]
+
+
+def test_several_images_from_each_form(tmp_path, monkeypatch):
+    """Published rows with lists of images, and what convert makes of them: the same chains for each use."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Image.new("RGB", (4, 4), "red").save(f"{name}.png")
+    (tmp_path / "out").mkdir()
+    a, b, c = (tmp_path.resolve() / f"{name}.png" for name in "abc")
+    shared = [("<image>\n<image> Same?", ["a.png", "b.png"]), ("Is <image> in <image>?", ["b.png", "a.png"]),
+              ("Which of three?", ["a.png", "b.png", "c.png"]), ("Which?", None), ("How many?", "c.png")]  # fmt: skip
+    seen = [("Same?", (a, b)), ("Is <image> in <image>?", (b, a)), ("Which of three?", (a, b, c)), ("Which?", ()),
+            ("How many?", (c,))]  # fmt: skip
+    files = {
+        "train": [{"input": q, "image_path": i, "add": f"Step 1: {n}", "dataset": d, "accuracy": n / 5}
+                  for d in "xy" for n, (q, i) in enumerate(shared)],
+        "meta": [{"input": f"{q}\nStep 1: {n}", "image_path": i, "true_false": n % 2 == 0}
+                 for n, (q, i) in enumerate(shared)],
+        "test": [{"id": n, "input": q, "image_path": i, "candidates": ["Step 1: a", "Step 1: b"],
+                  "true_false": [True, False]} for n, (q, i) in enumerate(shared)],
+    }  # fmt: skip
+    for name, rows in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        main([f"{name}.json", "--output", f"out/{name}.jsonl"])
+    for folder, ending in (("", "json"), ("out/", "jsonl")):
+        train, metas, test = ([Source(f"{folder}{name}.{ending}")] for name in files)
+        chains = load_training(train, None, OPTIONS, min_domains=2)
+        assert [chain.prompt for chain in chains.chains] == seen * 2 and chains.domains == ["x", "y"]
+        assert [chain.prompt for chain in load_meta(metas, None, OPTIONS).chains] == seen
+        found = list(iterate_candidates(test, None, OPTIONS, LoadReport()))
+        assert [candidate_chains(row)[1].prompt for row in found] == seen
+        assert len({labelled.key for labelled in load_evaluation(train, None, OPTIONS, 0.5)[0]}) == 10
+    keys = [labelled.key for labelled in load_evaluation([Source("train.json")], None, OPTIONS, 0.5)[0]]
+    assert keys[3:5] == ["x\nWhich?\nNone", "x\nHow many?\nc.png"] and keys[1].endswith("?\nb.png\na.png")
+    without = load_training([Source("train.json")], None, ReadingOptions(ignore_images=True), min_domains=2).chains
+    assert [chain.prompt for chain in without[:3]] == [("Same?", ()), ("Is  in ?", ()), ("Which of three?", ())]
 
 
 def test_the_report(folder, capsys):
@@ -86,6 +123,14 @@ def test_missing_images_are_counted(folder, capsys):
     main(["visualprm.jsonl", "--output", "rows.jsonl"])
     assert "images      0 found, 1 answers with a missing one" in capsys.readouterr().out
     assert next(iterate_rows(Path("rows.jsonl")))["images"] == ["a.png"]
+    Image.new("RGB", (4, 4), "red").save("b.png")
+    (folder / "two.json").write_text(
+        '[{"question": "<image> or <image>?", "steps": ["x"], "images": ["b.png", "a.png"]}]'
+    )
+    main(["two.json", "--output", "rows.jsonl"])  # what is there and what is not, in order
+    assert "images      1 found, 1 answers with a missing one" in capsys.readouterr().out
+    (row,) = iterate_rows(Path("rows.jsonl"))
+    assert (row["question"], row["images"]) == ("<image> or <image>?", ["b.png", "a.png"])
 
 
 @pytest.mark.parametrize(

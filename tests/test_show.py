@@ -1,6 +1,8 @@
 """show.py and html_page.py: one self-contained page, all text escaped, and what a real browser makes of it."""
 
+import base64
 import errno
+import io
 import json
 import os
 import re
@@ -128,12 +130,18 @@ def test_in_a_browser(shown, demo, weights_path, tmp_path):
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_page_without_image_and_known_answers():
+def test_a_page_without_known_answers_and_with_any_number_of_images(tmp_path):
     candidates = [PageCandidate(1, [("a", 0.2)], -1.4), PageCandidate(2, [("b", 0.8), ("c", 0.6)], 0.9)]
-    found = Texts(html_page("Q", None, candidates, 2, "min"))
+    found = Texts(html_page("Q", (), candidates, 2, "min"))
     assert found.texts["li"] == ["0.20a", "0.80b", "0.60c"]
     assert found.texts["h2"] == ["Candidate 1 · min -1.40", "Candidate 2 · ★ chosen · min 0.90"]
     assert "img" not in [tag for tag, _ in found.tags]
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+    found = Texts(html_page("Is <image> in <image>?", (tmp_path / "b.png", tmp_path / "a.png"), candidates, 2, "min"))
+    pictures = [attributes["src"].partition(",")[2] for tag, attributes in found.tags if tag == "img"]
+    colours = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0)) for data in pictures]
+    assert colours == [(0, 0, 255), (255, 0, 0)] and found.texts["h1"] == ["Is <image> in <image>?"]
 
 
 def test_what_the_user_can_fix(demo, weights_path, tmp_path):
@@ -163,7 +171,7 @@ def test_only_an_earlier_page_is_replaced(shown, demo, weights_path, tmp_path):
 
 def test_a_candidate_of_which_nothing_is_known_is_called_neither():
     candidates = [PageCandidate(1, [("a", 0.2)], -1.4, None), PageCandidate(2, [("b", 0.8)], 0.9, False)]
-    html = html_page("Q", None, candidates, 2, "min")
+    html = html_page("Q", (), candidates, 2, "min")
     assert "correct answer" not in html.replace("incorrect answer", "").partition("<section")[2]
     assert Texts(html).texts["h2"][1] == "Candidate 2 · ★ chosen · ✗ incorrect answer · min 0.90"
 

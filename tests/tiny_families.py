@@ -65,8 +65,10 @@ TEMPLATES = {
     "qwen2_5_vl": CHAT_TEMPLATE,
     "qwen3_vl": template(IM_START, "<|vision_start|><|image_pad|><|vision_end|>", PART, "<|im_end|>\n",
                          "<|im_start|>assistant\n"),
-    "llava_onevision": template("<|im_start|>{{ message['role'] }} ", "<image>", "{{ '\n' + part['text'] }}",
-                                "<|im_end|>", "<|im_start|>assistant\n"),
+    "llava_onevision": HEAD + "<|im_start|>{{ message['role'] }} "  # all images, then all texts
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ '\n' + part['text'] }}{% endfor %}<|im_end|>"
+    + TAIL.replace("{ANSWER}", "<|im_start|>assistant\n"),
     "internvl": template(IM_START, "<IMG_CONTEXT>\n", PART, "<|im_end|>\n", "<|im_start|>assistant\n"),
     "idefics3": template("<|begin_of_text|>{{ message['role'] | capitalize }}:", "<image>", PART,
                          "<end_of_utterance>\n", "Assistant:"),

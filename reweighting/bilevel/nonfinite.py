@@ -60,7 +60,7 @@ class NonFinite:
             level,
             losses=[str(collectives.all_reduce_sum(one.loss).item()) for one in micro_batches],
             rows=[chain.source_location for chain in bad],
-            images=[str(chain.image) for chain in bad if chain.image is not None],
+            images=[str(image) for chain in bad for image in chain.images],
             parameters=[name for name, gradient in gradients.items() if not gradient.isfinite().all()],
         )
 

@@ -1,4 +1,4 @@
-"""From rows to chains: a chain is one question with an image and the steps of one response.
+"""From rows to chains: a chain is one question with its images and the steps of one response.
 
 Training, meta and best-of-N all come through here, so that a step has the same words wherever it is scored.
 
@@ -14,16 +14,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from reweighting.data.placeholders import place_images
 from reweighting.data.steps import MAX_STEPS, first_step_number, split_answer, split_prompt, split_response
 from reweighting.errors import UserError
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A question, its image, and the steps of one response with what is known about them.
+    """A question, its images, and the steps of one response with what is known about them.
 
     Attributes:
-        question, image: what is asked.
+        question: what is asked; where it has `<image>` placeholders, the images stand there, else before it.
+        images: the files of its images, in order.
         steps: the texts of the steps, [S].
         targets: Monte Carlo accuracies in [0, 1], [S], NaN where no row labels the step; empty if none is labeled.
         label: 1.0 / 0.0 if the final answer is correct / incorrect (meta chains), else NaN.
@@ -36,7 +38,7 @@ class Chain:
 
     question: str
     steps: tuple[str, ...]
-    image: Path | None = None
+    images: tuple[Path, ...] = ()
     targets: tuple[float, ...] = ()
     label: float = math.nan
     domain: int = -1
@@ -45,9 +47,9 @@ class Chain:
     continued: int = 0
 
     @property
-    def prompt(self) -> tuple[str, Path | None]:
-        """What is asked: the question and its image."""
-        return self.question, self.image
+    def prompt(self) -> tuple[str, tuple[Path, ...]]:
+        """What is asked: the question and its images."""
+        return self.question, self.images
 
     @property
     def num_labeled_steps(self) -> int:
@@ -65,7 +67,7 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
     """Merge training rows into chains, each row labelling exactly one step of exactly one chain.
 
     A row's `accuracy` belongs to the last step of its `add`; `split_prompt` says what of its `input` is the question.
-    Rows of the same (dataset, question, image) whose steps extend each other become one chain. Where they branch, the
+    Rows of the same (dataset, question, images) whose steps extend each other become one chain. Where they branch, the
     shared rows go with the branch that comes first in the file; a repeated row stays a label of its own, with the next
     branch or alone, because the loss is a mean over rows. Takes time linear in the rows' steps, and keeps no row.
 
@@ -87,7 +89,8 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
     for number, row in enumerate(rows):
         question, begun = split_prompt(row.input, [row.add])
         steps = checked_steps([*begun, *split_response(row.add, separator)], row.index, source)
-        node = tree.insert((row.dataset, question, row.image), steps)
+        question = place_images(question, len(row.image_files))
+        node = tree.insert((row.dataset, question, row.image_files), steps)
         if begun:
             continued[node] = len(begun)
         nodes.append(node)
@@ -116,14 +119,14 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
         members = [number]
         while members[-1] in next_of:
             members.append(next_of[members[-1]])
-        (dataset, question, image), steps = tree.path(nodes[members[-1]])
+        (dataset, question, images), steps = tree.path(nodes[members[-1]])
         targets = [math.nan] * len(steps)
         for member in members:
             targets[tree.depths[nodes[member]] - 1] = accuracies[member]
         places = tuple(indices[member] for member in members)
         begun = max(continued.get(nodes[member], 0) for member in members)
         domain = domain_of[dataset]
-        chain = Chain(question, steps, image, tuple(targets), math.nan, domain, places, source, begun)
+        chain = Chain(question, steps, images, tuple(targets), math.nan, domain, places, source, begun)
         ordered.append((min(members), chain))
     ordered.sort(key=lambda pair: pair[0])
     return [chain for _, chain in ordered], domains
@@ -198,7 +201,8 @@ def meta_chains(
         question, steps = split_answer(row.input, separator)
         if steps:
             steps = checked_steps(steps, row.index, source)
-            chains.append(Chain(question, steps, row.image, (), float(row.true_false), -1, (row.index,), source))
+            question, label = place_images(question, len(row.image_files)), float(row.true_false)
+            chains.append(Chain(question, steps, row.image_files, (), label, -1, (row.index,), source))
         else:
             stepless.append(bool(row.true_false))
     correct = sum(chain.label == 1.0 for chain in chains)
@@ -223,12 +227,13 @@ def candidate_chains(row, source: str = "") -> list[Chain]:
         question, begun = split_prompt(row.input, row.candidates)
         responses = [[*begun, *split_response(text)] for text in row.candidates]
     else:
-        question, begun, responses = row.input.strip(), [], row.candidate_steps
+        question, begun, responses = row.input, [], row.candidate_steps
+    question = place_images(question, len(row.image_files))
     return [
         Chain(
             question,
             checked_steps(steps, row.index, source),
-            row.image,
+            row.image_files,
             rows=(row.index,),
             source=source,
             continued=len(begun),

@@ -17,6 +17,7 @@ from typing import Any
 from reweighting.data.answer_values import answers_match
 from reweighting.data.answers import final_answer
 from reweighting.data.canonical import CanonicalRow, LeftOut
+from reweighting.data.placeholders import place_images, placeholder_problem, without_placeholders
 from reweighting.data.readers import READERS, find_reader
 from reweighting.data.readers.base import RawRow, ReadingOptions
 from reweighting.data.row_checks import FieldProblems, check_fields, check_row, file_fields
@@ -33,7 +34,6 @@ PUBLISHED = {  # formats with a loader of their own, in load_rows.py, and their 
 }
 FORMATS = (CANONICAL, *PUBLISHED, *READERS)
 ROWS_AT_A_TIME = 256  # read before their images are checked
-PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,10 @@ def iterate_answers(
                 continue
             for row in found:
                 references = images.references([] if options.ignore_images else row.image_references)
-                rows.append((row.model_copy(update={"images": None, "image_path": None}), references))
+                question = without_placeholders(row.question) if options.ignore_images else row.question
+                rows.append(
+                    (row.model_copy(update={"question": question, "images": None, "image_path": None}), references)
+                )
             for place, (kind, text) in row_problems.items():
                 problems.add(f"row {index}", f"{place}: {text}", (place.partition("[")[0], kind))
         for (row, references), found_images in zip(rows, images.find([names for _, names in rows]), strict=True):
@@ -184,6 +187,8 @@ def iterate_answers(
             for kind, text in broken if require_images else ():
                 problems.add(f"row {row.index}", f"images: {text}", ("images", kind))
             report.missing_images += bool(broken)
+            if text := placeholder_problem(row.question, len(references)):
+                problems.add(f"row {row.index}", f"question: {text}", ("question", "placeholders"))
             if not problems.count:
                 try:
                     answer = _answer(row, references, found_images, source, options)
@@ -232,7 +237,7 @@ def _answer(
     steps, labels = row.labelled_steps(options.after_first_error)
     files = tuple(image.file for image in images if image.file is not None)
     return Answer(
-        _without_placeholder(row.question, len(files)).strip(),
+        place_images(row.question, len(references)),
         files,
         tuple(steps),
         tuple(labels),
@@ -245,15 +250,6 @@ def _answer(
         source.path,
         tuple(reference.path for reference in references),
     )
-
-
-def _without_placeholder(question: str, images: int) -> str:
-    """The question without the `<image>` that only says where its one image goes: before the question."""
-    if images == 1 and question.count(PLACEHOLDER) == 1:
-        stripped = question.strip()
-        if stripped.startswith(PLACEHOLDER) or stripped.endswith(PLACEHOLDER):
-            return stripped.removeprefix(PLACEHOLDER).removesuffix(PLACEHOLDER)
-    return question
 
 
 def _columns(reader: type[RawRow] | None, options: ReadingOptions) -> set[str] | None:
@@ -269,13 +265,21 @@ def _questions(path: str | None) -> dict[str, dict[str, Any]]:
         source = Source(path)
         for raw in source.rows():
             if isinstance(raw, dict) and "id" in raw:
-                for name in ("image", "image_path"):
-                    if isinstance(raw.get(name), str) and raw[name] and os.path.exists(source.folder / raw[name]):
-                        raw[name] = str((source.folder / raw[name]).absolute())
+                for name in ("image", "images", "image_path"):
+                    if name in raw:
+                        raw[name] = _absolute(raw[name], source.folder)
                 questions[str(raw["id"])] = raw
         if not questions:
             raise UserError(f"--questions_json_file {path}: no row has an `id` to join answers with.")
     return questions
+
+
+def _absolute(images: Any, folder: Path) -> Any:
+    """The images of a question, with absolute paths where they start from its file's folder."""
+    if isinstance(images, list):
+        return [_absolute(image, folder) for image in images]
+    is_there = isinstance(images, str) and images and os.path.exists(folder / images)
+    return str((folder / images).absolute()) if is_there else images
 
 
 def _joined(raw: Any, questions: Mapping[str, dict[str, Any]]) -> Any:

@@ -26,7 +26,6 @@ from reweighting.data.load_rows import (
 from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.schema import CandidateRow
 from reweighting.data.sources import Source
-from reweighting.data.steps import split_prompt
 from reweighting.errors import UserError
 
 
@@ -121,12 +120,8 @@ def _targets(answer: Answer) -> tuple[float, ...]:
 
 def _chain(answer: Answer, targets: tuple[float, ...] = (), label: float = math.nan, domain: int = -1) -> Chain:
     """An answer as a chain."""
-    if len(answer.images) > 1:
-        raise UserError(f"{answer.source}: row {answer.index}: {len(answer.images)} images, allowed: at most one. "
-                        "Leave the row out, or join its images.")  # fmt: skip
-    image = answer.images[0] if answer.images else None
     steps = checked_steps(answer.steps, answer.index, answer.source)
-    return Chain(answer.question, steps, image, targets, label, domain, (answer.index,), answer.source)
+    return Chain(answer.question, steps, answer.images, targets, label, domain, (answer.index,), answer.source)
 
 
 def _add(result: Chains, chains: list[Chain], domains: list[str]) -> None:
@@ -237,7 +232,8 @@ def _evaluation_rows(
     for chain in chains:
         own = [rows[index] for index in chain.rows]
         first = own[0]
-        key = "\n".join((first.dataset, split_prompt(first.input, [first.add])[0], str(first.image_path)))
+        names = first.image_path if isinstance(first.image_path, list) else [first.image_path]
+        key = "\n".join((first.dataset, chain.question, *map(str, names)))
         correct = [row.accuracy > threshold if row.correct is None else row.correct for row in own]
         found.append(LabelledChain(chain, domains[chain.domain], [row.accuracy for row in own], correct, key))
     return found
@@ -254,7 +250,7 @@ def iterate_candidates(
     """Load questions with several answers.
 
     Published candidate rows come one after the other, in memory that does not grow with the file. The answers of all
-    other sources are collected by question and image first.
+    other sources are collected by question and images first.
 
     Args:
         sources, image_root, options: as in `load_training`.
@@ -283,14 +279,14 @@ def _candidates(answers: list[Answer], index: int) -> CandidateRow:
     """A question with its answers as a candidate row."""
     first = answers[0]
     chains = [_chain(answer) for answer in answers]  # checks them
-    image = chains[0].image
+    images = chains[0].images
     correct = [answer.correct() for answer in answers]
     stated = [answer.answer for answer in answers if answer.answer is not None]
     return CandidateRow(
         id=index if first.id is None else first.id,
         input=first.question,
-        image_path=None if image is None else str(image),
-        image=image,
+        image_path=[str(image) for image in images] or None,
+        image_files=images,
         candidates=["\n".join(chain.steps) for chain in chains],
         candidate_steps=[list(chain.steps) for chain in chains],
         true_false=None if correct.count(None) == len(correct) else correct,
@@ -300,7 +296,7 @@ def _candidates(answers: list[Answer], index: int) -> CandidateRow:
 
 
 def shared_questions(chains: Iterable[Chain], others: Iterable[Chain]) -> int:
-    """Count the questions of `others`, image included, that are questions of `chains` too."""
+    """Count the questions of `others`, images included, that are questions of `chains` too."""
     asked = {hash(chain.prompt) for chain in chains}
     return len({chain.prompt for chain in others if hash(chain.prompt) in asked})
 

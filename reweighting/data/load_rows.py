@@ -11,10 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from reweighting.data.placeholders import placeholder_problem, without_placeholders
 from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.row_checks import check_fields, file_fields
 from reweighting.data.row_files import short_repr
-from reweighting.data.row_images import FoundImage, Reference, RowImages, image_root_folder
+from reweighting.data.row_images import Reference, RowImages, image_root_folder
 from reweighting.data.schema import CandidateRow, EvaluationRow, MetaRow, Row, TrainingRow
 from reweighting.data.sources import Source
 from reweighting.data.steps import split_response
@@ -148,10 +149,13 @@ def _checked_rows(
     while raw_rows := [_own_fields(raw, source, options, images) for raw in islice(stream, ROWS_AT_A_TIME)]:
         for (raw, _), found in zip(raw_rows, images.find([references for _, references in raw_rows]), strict=True):
             index, count = count, count + 1
-            image = found[0] if found else FoundImage(None, None)
-            row, row_problems = check_fields(row_type, raw, {"index": index, "image": image.file})
-            if image.problem:
-                row_problems.setdefault("image_path", image.problem)
+            files = tuple(image.file for image in found if image.file is not None)
+            row, row_problems = check_fields(row_type, raw, {"index": index, "image_files": files})
+            for image in found:
+                if image.problem:
+                    row_problems.setdefault("image_path", image.problem)
+            if row is not None and (text := placeholder_problem(row.asked(options.step_separator), len(found))):
+                row_problems["input"] = ("placeholders", text)
             for field, (kind, text) in row_problems.items():
                 problems.add(f"row {index}", f"{field}: {text}", (field.partition("[")[0], kind))
             if row is not None and not problems.count:
@@ -161,15 +165,20 @@ def _checked_rows(
 
 
 def _own_fields(raw: Any, source: Source, options: ReadingOptions, images: RowImages) -> tuple[Any, list[Reference]]:
-    """The row with the domain that the user asked for, and the image that it names, if it names one."""
+    """The row with the domain that the user asked for, and the images that it names."""
     if not isinstance(raw, dict):
         return raw, []
     if source.domain is not None or options.domain_field is not None:
         raw = raw | {"dataset": source.domain_of(raw, options.domain_field)}
     if options.ignore_images:
-        return raw | {"image_path": None}, []
+        asked = raw.get("input")
+        shown = {"input": without_placeholders(asked)} if isinstance(asked, str) else {}
+        return raw | {"image_path": None} | shown, []
     value = raw.get("image_path")
-    references = images.references([value] if value and isinstance(value, str | bytes | dict) else [])
-    if references and references[0].problem is None and not isinstance(value, str):
-        raw = raw | {"image_path": references[0].path}
+    if not isinstance(value, list | str | bytes | dict) or not value:
+        return raw, []
+    named = [one for one in (value if isinstance(value, list) else [value]) if one]
+    references = images.references(named)
+    if not isinstance(value, str) and all(reference.problem is None for reference in references):
+        raw = raw | {"image_path": [reference.path for reference in references]}
     return raw, references

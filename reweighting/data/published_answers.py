@@ -62,8 +62,7 @@ def _answer(
 ) -> Answer:
     report.answers += 1
     labels = tuple(None if math.isnan(target) else target for target in chain.targets) or (None,) * len(chain.steps)
-    images = () if chain.image is None else (chain.image,)
     return Answer(
-        chain.question, images, chain.steps, labels, domain, correct, id, None, truth, chain.rows[0], chain.source,
-        tuple(map(str, images)),
+        chain.question, chain.images, chain.steps, labels, domain, correct, id, None, truth, chain.rows[0],
+        chain.source, tuple(map(str, chain.images)),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from pydantic_core import ValidationError
 from reweighting.data.row_files import short_repr
 
 OUR_MESSAGES = ("one_per_candidate", "accuracy", "steps")  # error types whose text is whole
-SET_BY_LOADER = ("image", "index", "candidate_steps")  # fields that are not read from the file
+SET_BY_LOADER = ("image_files", "index", "candidate_steps")  # fields that are not read from the file
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 

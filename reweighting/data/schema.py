@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from reweighting.data.labels import accuracy_from_counts, agree
+from reweighting.data.steps import split_answer
 
 # A field's description is also what an error message shows after "allowed:".
 # Encoding fails, as it should, on half of a surrogate pair, which JSON can carry.
@@ -29,15 +30,23 @@ Scalar = Annotated[AnyText | bool | int | Finite | None, Field(description="fini
 
 
 class Row(BaseModel):
-    """What all rows have. `image` and `index` are not read from the file: the loader sets them."""
+    """What all rows have. `image_files` and `index` are not read from the file: the loader sets them."""
 
     # Rust's regular expressions count fewer characters as blank than `str.strip`, which later code uses.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
 
     input: Text
-    image_path: AnyText | None = Field(description='the path of an image file, null or ""')
-    image: Path | None = Field(None, description="the checked image file, symlinks resolved; None: no image")
+    image_path: list[Any] | AnyText | None = Field(description='the path of an image file, a list of paths, null or ""')
+    image_files: tuple[Path, ...] = Field((), description="the checked image files, in order, symlinks resolved")
     index: int = Field(0, description="position in the file, from 0")
+
+    def asked(self, separator: str | None) -> str:
+        """Return the text that holds the question.
+
+        Args:
+            separator: what ends a step, beside the markers.
+        """
+        return self.input
 
 
 class TrainingRow(Row):
@@ -87,6 +96,10 @@ class MetaRow(Row):
 
     true_false: bool = Field(description="true or false")
     id: OptionalId = None
+
+    def asked(self, separator: str | None) -> str:
+        """See `Row.asked`: the answer stands in the same text."""
+        return split_answer(self.input, separator)[0]
 
 
 class CandidateRow(Row):

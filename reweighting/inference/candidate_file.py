@@ -51,8 +51,8 @@ class CandidateFile:
             nonlocal questions, largest
             for row in iterate_candidates(sources, image_root, options, report):
                 questions, largest = questions + 1, max(largest, len(row.candidates))
-                if row.image is not None:
-                    status = row.image.stat()
+                for file in row.image_files:
+                    status = file.stat()
                     images.update(f"{row.index} {status.st_size} {status.st_mtime_ns}\n".encode())
                 yield from candidate_chains(row, name)
 

@@ -33,13 +33,13 @@ class PageCandidate:
 
 
 def html_page(
-    question: str, image: Path | None, candidates: Sequence[PageCandidate], chosen: int, aggregation: str
+    question: str, images: Sequence[Path], candidates: Sequence[PageCandidate], chosen: int, aggregation: str
 ) -> str:
     """Fill the page's template; all text is escaped.
 
     Args:
         question: the text.
-        image: the file, which goes into the page.
+        images: the files, which go into the page in this order.
         candidates: at least one.
         chosen: the number of the chosen one, from 1.
         aggregation: the name of what makes the aggregates.
@@ -48,7 +48,7 @@ def html_page(
         The page as text.
 
     Raises:
-        UserError: if the image cannot be read.
+        UserError: if an image cannot be read.
     """
     environment = Environment(
         loader=PackageLoader("reweighting.inference"),
@@ -62,7 +62,7 @@ def html_page(
         generator=GENERATOR,
         title=" ".join(question.split())[:80],
         question=question,
-        picture=data_uri(image) if image is not None else None,
+        pictures=[data_uri(image) for image in images],
         candidates=candidates,
         chosen=chosen,
         aggregation=aggregation,

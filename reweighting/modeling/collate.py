@@ -137,13 +137,13 @@ def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Bat
         prompts = Tokens.pad(
             [item.input_ids[: item.prompt_length] for item in first],
             [item.is_image[: item.prompt_length] for item in first],
-            [item.pixels for item in first if item.pixels is not None],
+            [image for item in first for image in item.images],
         )
     starts = [0 if prompts is None else item.prompt_length for item in encoded]  # of each chain's own text
     tokens = Tokens.pad(
         [item.input_ids[start:] for item, start in zip(encoded, starts, strict=True)],
         [item.is_image[start:] for item, start in zip(encoded, starts, strict=True)],
-        [item.pixels for item in encoded if item.pixels is not None] if prompts is None else (),
+        [image for item in encoded for image in item.images] if prompts is None else (),
     )
     step_counts = torch.tensor([len(chain.steps) for chain in chains])  # [B]
     targets = _pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
@@ -179,8 +179,8 @@ def sort_by_length(encoded: Sequence[EncodedChain]) -> list[EncodedChain]:
 
 
 def _prompt_key(item: EncodedChain) -> Hashable:
-    """Return what chains of one prompt have in common. An image that is no file is identified by its object."""
-    return (item.chain.prompt, id(item.pixels) if item.chain.image is None else None)
+    """Return what chains of one prompt have in common. Images that are no files are identified by their objects."""
+    return (item.chain.prompt, () if item.chain.images else tuple(map(id, item.images)))
 
 
 def _pad(rows: Sequence[Tensor], value: float = 0) -> Tensor:

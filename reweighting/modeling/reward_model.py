@@ -4,6 +4,7 @@
     model = ProcessRewardModel.from_pretrained("weights/prm")                             # to use one
     model.score("photo.png", "How many red cells?", "Step 1: ...\\nStep 2: ...")          # [0.91, 0.13]
     model.rank("photo.png", "How many red cells?", responses)                             # [2, 0, 1]
+    model.rank(["a.png", "b.png"], "Is <image> part of <image>?", responses)              # several images, in order
 
 Notation:
     B  chains in a batch    S  steps of the longest chain    T  tokens    D  hidden size of the backbone
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,8 +35,11 @@ from reweighting.modeling.parts import load_parts, load_saved_weights
 from reweighting.modeling.saved_model import BaseIdentity, SavedModel
 from reweighting.modeling.score_head import initialize_from_tokens, random_head
 from reweighting.modeling.scoring_inputs import (
+    AnyImage,
+    Images,
     check_batch_size,
-    check_image,
+    check_images,
+    check_question,
     check_text,
     check_texts,
     one_line_errors,
@@ -300,17 +303,17 @@ class ProcessRewardModel(nn.Module):
         return too_long
 
     def chain_logits(
-        self, chains: Sequence[Chain], batch_size: int = 8, pixels: Pixels | None = None
+        self, chains: Sequence[Chain], batch_size: int = 8, images: Sequence[Pixels] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute step logits without gradients; dropout is off meanwhile.
 
-        Neighbors with the same image share its features, over any number of batches. Calls from several threads take
+        Neighbors with the same images share their features, over any number of batches. Calls from several threads take
         turns; none may score while another one trains the model.
 
         Args:
             chains: N chains with at most S steps.
             batch_size: chains in a forward pass.
-            pixels: replaces the chains' images, if the image is not a file (from `chain_tokenizer.read_image`).
+            images: replace each chain's own, if they are not files (from `chain_tokenizer.read_images`).
 
         Returns:
             Step logits [N, S] and step mask [N, S] bool, on the CPU.
@@ -321,17 +324,19 @@ class ProcessRewardModel(nn.Module):
         """
         check_batch_size(batch_size)
         with SCORING, one_line_errors():
-            logits, mask = self._chain_logits(chains, batch_size, pixels)
+            logits, mask = self._chain_logits(chains, batch_size, images)
         if not logits.isfinite().all():
             raise UserError("the reward model gives scores that are not finite: its training may have diverged.")
         return logits, mask
 
-    def _chain_logits(self, chains: Sequence[Chain], batch_size: int, pixels: Pixels | None) -> tuple[Tensor, Tensor]:
+    def _chain_logits(
+        self, chains: Sequence[Chain], batch_size: int, images: Sequence[Pixels] | None
+    ) -> tuple[Tensor, Tensor]:
         tokenizer = self.chain_tokenizer
         if tokenizer.encode_image is None and self.holds_full_parameters:
             tokenizer = tokenizer.with_image_encoder(self.encode_image)
-        if pixels is not None:
-            pixels = tokenizer.with_features(pixels)
+        if images is not None:
+            images = [tokenizer.with_features(image) for image in images]
         steps = max((len(chain.steps) for chain in chains), default=0)
         # Made outside inference mode, so that the caller can compute with them in any way.
         logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)  # [N, S]
@@ -342,7 +347,7 @@ class ProcessRewardModel(nn.Module):
             with torch.inference_mode() if self.holds_full_parameters else torch.no_grad():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
-                    batch = self.collate([tokenizer.encode(chain, pixels) for chain in part])
+                    batch = self.collate([tokenizer.encode(chain, images) for chain in part])
                     z = self(batch)  # [B, S of the batch]
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
@@ -350,12 +355,13 @@ class ProcessRewardModel(nn.Module):
             self.train(was_training)
         return logits, mask
 
-    def score(self, image: str | Path | Image.Image | None, question: str, steps: str | Iterable[str]) -> list[float]:
+    def score(self, image: Images, question: str, steps: str | Iterable[str]) -> list[float]:
         """Score the steps of one response.
 
         Args:
-            image: a file, an image in memory, or None.
-            question: the question; it may be blank, if the image holds it.
+            image: a file, an image in memory, a list of these, or None.
+            question: the question; it may be blank, if the image holds it. The images stand before it, or at its
+                `<image>` placeholders, one for each.
             steps: the steps, or a response that is split at its `Step N` markers; none may be blank.
 
         Returns:
@@ -363,18 +369,20 @@ class ProcessRewardModel(nn.Module):
 
         Raises:
             TypeError: an argument is of another kind.
-            UserError: the image cannot be read, the text is longer than the model takes, or there is no step.
+            UserError: an image cannot be read, the placeholders do not fit the images, the text is longer than the
+                model takes, or there is no step.
         """
         steps = split_response(check_text("steps", steps)) if isinstance(steps, str) else check_texts("steps", steps)
         if not steps:
             raise UserError("steps: there is no step to score.")
-        question = check_text("question", question, may_be_blank=True)
-        logits, _ = self.chain_logits([Chain(question.strip(), tuple(steps))], pixels=self._pixels(image))
+        images = check_images(image)
+        question = check_question(question, len(images))
+        logits, _ = self.chain_logits([Chain(question, tuple(steps))], images=self._read(images))
         return logits[0].sigmoid().tolist()
 
     def rank(
         self,
-        image: str | Path | Image.Image | None,
+        image: Images,
         question: str,
         responses: Iterable[str],
         aggregation: AggregationName | None = None,
@@ -383,8 +391,9 @@ class ProcessRewardModel(nn.Module):
         """Rank responses to a question.
 
         Args:
-            image: a file, an image in memory, or None.
-            question: the question; it may be blank, if the image holds it.
+            image: a file, an image in memory, a list of these, or None.
+            question: the question; it may be blank, if the image holds it. The images stand before it, or at its
+                `<image>` placeholders, one for each.
             responses: the candidates; none may be blank.
             aggregation: how steps become one number, a name in `AGGREGATIONS`; None: as the model was trained.
             batch_size: chains in a forward pass.
@@ -401,18 +410,18 @@ class ProcessRewardModel(nn.Module):
             raise UserError(f"aggregation: found {name}, allowed: {', '.join(AGGREGATIONS)}")
         check_batch_size(batch_size)
         responses = check_texts("responses", responses)
-        question = check_text("question", question, may_be_blank=True)
+        images = check_images(image)
+        question = check_question(question, len(images))
         if not responses:
             return []
         # Equal responses are scored once: in a batch they could differ in the last bits.
         distinct = list(dict.fromkeys(responses))
-        chains = [Chain(question.strip(), tuple(split_response(text))) for text in distinct]
-        logits, mask = self.chain_logits(chains, batch_size, self._pixels(image))
+        chains = [Chain(question, tuple(split_response(text))) for text in distinct]
+        logits, mask = self.chain_logits(chains, batch_size, self._read(images))
         values = aggregate(logits, mask, name).tolist()  # of the distinct responses
         value_of = dict(zip(distinct, values, strict=True))
         return sorted(range(len(responses)), key=lambda i: -value_of[responses[i]])
 
-    def _pixels(self, image: str | Path | Image.Image | None) -> Pixels | None:
-        checked = check_image(image)
+    def _read(self, images: Sequence[AnyImage]) -> tuple[Pixels, ...]:
         with one_line_errors():
-            return None if checked is None else self.chain_tokenizer.read_image(checked)
+            return self.chain_tokenizer.read_images(images)

@@ -1,14 +1,18 @@
 """Check what callers of the Python API give to a reward model, so that each mistake has one clear error."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
+from reweighting.data.placeholders import place_images, placeholder_problem
 from reweighting.errors import UserError
 from reweighting.out_of_memory import is_out_of_memory
 from reweighting.terminal import first_line
+
+AnyImage = str | Path | Image.Image
+Images = AnyImage | Sequence[AnyImage] | None  # of a question
 
 
 def check_text(name: str, text: object, may_be_blank: bool = False) -> str:
@@ -56,21 +60,44 @@ def check_texts(name: str, texts: object) -> list[str]:
     return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
 
 
-def check_image(image: object) -> str | Path | Image.Image | None:
-    """Check the kind of an image; whether it can be read is seen when it is opened.
+def check_images(image: object) -> list[AnyImage]:
+    """Check the kind of a question's images; whether they can be read is seen when they are opened.
 
     Args:
         image: what the caller gave.
 
     Returns:
-        The image.
+        The images, in order.
 
     Raises:
-        TypeError: it is no path, no PIL image and not None.
+        TypeError: it is no path, no PIL image, not None, and no list of paths and PIL images.
     """
-    if image is None or isinstance(image, str | Path | Image.Image):
-        return image
-    raise TypeError(f"image: expected a path, a PIL image or None, found {type(image).__name__}")
+    given = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+    images = [one for one in given if isinstance(one, str | Path | Image.Image)]
+    if len(images) < len(given):
+        found = ", ".join(sorted({type(one).__name__ for one in given}))
+        raise TypeError(f"image: expected a path, a PIL image or None, or a list of these, found {found}")
+    return images
+
+
+def check_question(question: object, images: int) -> str:
+    """Check a question, which may be blank, where an image holds it.
+
+    Args:
+        question: what the caller gave.
+        images: how many it has.
+
+    Returns:
+        The question as a chain has it.
+
+    Raises:
+        TypeError: it is no str.
+        UserError: it is no text, or has placeholders, but not one for each image.
+    """
+    text = check_text("question", question, may_be_blank=True)
+    if problem := placeholder_problem(text, images):
+        raise UserError(f"question: {problem}")
+    return place_images(text, images)
 
 
 def check_batch_size(batch_size: object) -> int:

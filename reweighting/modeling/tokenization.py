@@ -20,15 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from reweighting.data.chains import Chain
 from reweighting.data.images import image_size, open_image
 from reweighting.errors import ChainTooLong, UserError
-from reweighting.modeling.families import family_of
+from reweighting.modeling.families import Family, family_of
+from reweighting.modeling.prompts import Placeholder, Prompts
 from reweighting.terminal import first_line
 
-CACHED_SIZES = 2**16  # of images; rows with the same image are usually neighbors
-# Replaces the function by which chat templates name today's date: scores must not change from day to day.
-FIXED_DATE = "{% macro strftime_now(format) %}1 January 2025{% endmacro %}"
-QUESTION_SLOT = "\ue000question\ue000"  # private-use characters: no chat template contains them
-
-Placeholder = tuple[str, int]  # see `Family.placeholder`
+CACHED_SIZES = 2**16  # of images, and of pieces of prompts; rows with the same image are usually neighbors
+ImageKey = tuple[str, bool]  # an image's file, and whether the family reads it as it reads a question's only image
 ChainTokens = tuple[Tensor, Tensor, Tensor, int]  # input_ids, is_image, step_ends, prompt_length of an EncodedChain
 
 
@@ -63,7 +60,7 @@ class EncodedChain:
         is_image: 1 at image tokens, [T] int64.
         step_ends: position of each step's last token, [S] int64.
         prompt_length: tokens of the prompt, which comes first; the rest are the steps.
-        pixels: the image, or None.
+        images: those of the question, in order.
     """
 
     chain: Chain
@@ -71,7 +68,7 @@ class EncodedChain:
     is_image: Tensor
     step_ends: Tensor
     prompt_length: int
-    pixels: Pixels | None
+    images: tuple[Pixels, ...]
 
 
 class ChainTokenizer:
@@ -83,10 +80,11 @@ class ChainTokenizer:
         config: the backbone's; gives the family and the default of `max_length`.
         max_length: longest chain in tokens; a longer one is a UserError, nothing is ever truncated.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
-        cache_bytes: memory for processed images and tokens, for later epochs; the last image is always kept.
+        cache_bytes: memory for processed images and tokens, for later epochs; a last question's images are always kept.
 
     Attributes:
         family: what differs between kinds of models.
+        prompts: writes the prompts of questions.
         encode_image: computes an image's features from its pixels, if the vision tower never changes; the features are
             then cached in place of the pixels. None: the model computes them in each pass.
 
@@ -112,13 +110,13 @@ class ChainTokenizer:
             family.image_token is None or family.image_token_id in self._tokenize([family.image_token])[0]
         ):
             raise UserError(f"this tokenizer cannot read {family.image_token!r} in a question as plain text.")
-        self.around_image, self.around_text = self._template(family.reads_images), self._template(False)
-        self._prompts: dict[str, tuple[list[int], list[int]]] = {}  # a placeholder's text -> tokens around the question
-        self._images: dict[str, Pixels] = {}
-        self._tokens: dict[tuple[str, tuple[str, ...], Placeholder | None], ChainTokens] = {}
+        self.prompts = Prompts(tokenizer, family)
+        self._pieces: dict[str, list[int]] = {}  # a piece of a prompt -> its tokens
+        self._images: dict[ImageKey, Pixels] = {}
+        self._tokens: dict[tuple[str, tuple[str, ...], tuple[Placeholder, ...]], ChainTokens] = {}
         self._cache_bytes_left = cache_bytes
-        self._last_image: dict[str, Pixels] = {}
-        self._placeholders: dict[Path, Placeholder] = {}
+        self._last_images: dict[ImageKey, Pixels] = {}
+        self._placeholders: dict[tuple[Path, bool], Placeholder] = {}
         self.encode_image: Callable[[Pixels], Tensor] | None = None
 
     def check_vocabulary(self, rows: int) -> None:
@@ -132,7 +130,8 @@ class ChainTokenizer:
         """
         # Special tokens can only come from the chat template; published tokenizers have some that no model knows.
         special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        used = {token for piece in (*self.around_image, *self.around_text) for token in self._template_tokens(piece)}
+        pieces = (piece for template in self.prompts.templates.values() for piece in template.pieces)
+        used = {token for piece in pieces for token in self._template_tokens(piece)}
         for token, index in self.tokenizer.get_vocab().items():
             if index >= rows and (index in used or index not in special):
                 raise UserError(
@@ -147,10 +146,10 @@ class ChainTokenizer:
             encode_image: see the attribute.
 
         Returns:
-            A copy that caches the last image only.
+            A copy that caches the last question's images only.
         """
         other = copy(self)
-        other._images, other._tokens, other._last_image, other._cache_bytes_left = {}, {}, {}, 0
+        other._images, other._tokens, other._last_images, other._cache_bytes_left = {}, {}, {}, 0
         other.encode_image = encode_image
         return other
 
@@ -168,83 +167,82 @@ class ChainTokenizer:
         kept = {name: pixels.inputs[name] for name in self.family.kept_inputs}
         return Pixels(pixels.placeholder, kept, self.encode_image(pixels))
 
-    def encode(self, chain: Chain, pixels: Pixels | None = None) -> EncodedChain:
+    def encode(self, chain: Chain, images: Sequence[Pixels] | None = None) -> EncodedChain:
         """Tokenize a chain: the chat template's user turn, then the steps, one a line, each on its own.
 
         Args:
             chain: the chain.
-            pixels: replaces `chain.image` if the image is not a file.
+            images: replace `chain.images` if they are not files.
 
         Returns:
-            The tokens and the image.
+            The tokens and the images.
 
         Raises:
-            UserError: the image cannot be read, or the chain is longer than `max_length`; names the rows.
+            UserError: an image cannot be read, the question's placeholders do not fit its images, or the chain is
+                longer than `max_length`; names the rows.
         """
         try:
-            if pixels is None and chain.image is not None:
-                pixels = self.read_image(chain.image)
-            tokens = self._cached_tokens(chain, None if pixels is None else pixels.placeholder)
+            read = self.read_images(chain.images) if images is None else tuple(images)
+            tokens = self._cached_tokens(chain, tuple(image.placeholder for image in read))
         except UserError as error:
             raise type(error)(f"{chain.source_location}: {error}") from error
-        return EncodedChain(chain, *tokens, pixels)
+        return EncodedChain(chain, *tokens, read)
 
     def check(self, chain: Chain) -> None:
         """Check that `encode` will not fail for a chain.
 
-        Reads only the image's size, and does not tokenize texts that are short enough to fit in any case, so that a
+        Reads only the images' sizes, and does not tokenize texts that are short enough to fit in any case, so that a
         million rows can be checked before training.
 
         Args:
-            chain: the chain; its image file has been checked already.
+            chain: the chain; its image files have been checked already.
 
         Raises:
             ChainTooLong: the chain has more than `max_length` tokens.
-            UserError: the image has an impossible shape.
+            UserError: an image has an impossible shape, or the placeholders do not fit the images.
         """
-        placeholder = None if chain.image is None else self._placeholder(chain.image)
-        before, after, times = self._prompt_tokens(placeholder)
-        image = times * before.count(self.family.image_token_id)
-        around = len(before) - before.count(self.family.image_token_id) + image + len(after)
+        family = self.family.among(len(chain.images))
+        placeholders = tuple(self._placeholder(image, family) for image in chain.images)
+        pieces, texts = self.prompts.write(chain.question, placeholders)
+        expansions = self._expansions(placeholders)
+        image = sum(expansions)
+        around = sum(len(self._piece_tokens(piece)) for piece in pieces) - len(expansions) + image
         if around + len(chain.steps) - 1 > self.max_length:  # each further step begins with a newline
             raise self._too_long(around + len(chain.steps) - 1, image, "at least ")
         # A token stands for at least one byte of text; a tokenizer may add one token before each piece.
-        text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps))
+        text = sum(len(piece.encode()) + 2 for piece in (*texts, *chain.steps))
         if around + text > self.max_length:
-            self._cached_tokens(chain, placeholder)
+            self._cached_tokens(chain, placeholders)
 
-    def read_image(self, image: Path | str | Image.Image) -> Pixels:
-        """Open and process an image; files are cached.
+    def read_images(self, images: Sequence[Path | str | Image.Image]) -> tuple[Pixels, ...]:
+        """Open and process the images of a question; files are cached, each on its own.
 
         Args:
-            image: a file, or an image in memory.
+            images: files, or images in memory.
 
         Returns:
-            The processed image.
+            The processed images.
 
         Raises:
-            UserError: it cannot be read, or the family cannot read its shape.
+            UserError: one cannot be read, or the family cannot read its shape.
         """
-        key = None if isinstance(image, Image.Image) else str(image)
-        if key is not None and (cached := self._images.get(key) or self._last_image.get(key)):
-            return cached
-        try:
-            opened = open_image(image, self.max_image_side)
-            text, times = placeholder = self.family.placeholder(opened.height, opened.width)
-            tokens = times * text.count(self.family.image_token)
-            if tokens > self.max_length:  # before it takes the memory
-                raise UserError(f"the image takes {tokens} tokens, and the model takes {self.max_length} in all")
-            pixels = Pixels(placeholder, self.family.process(opened))
-        except (UserError, MemoryError):
-            raise
-        except Exception as error:  # an image 200 times as wide as it is high, or damaged settings of the processor
-            raise UserError(f"cannot use the image {_named(image)}: {first_line(error)}") from error
-        pixels = self.with_features(pixels)
-        if key is not None:
-            if self._has_room(pixels.nbytes):
-                self._images[key] = pixels
-            self._last_image = {key: pixels}
-        return pixels
+        family = self.family.among(len(images))
+        keys = [None if isinstance(one, Image.Image) else (str(one), family is self.family) for one in images]
+        cached = {key: self._images.get(key) or self._last_images.get(key) for key in keys if key is not None}
+        known = {key: pixels for key, pixels in cached.items() if pixels is not None}
+        read, before = [], len(known)
+        for key, image in zip(keys, images, strict=True):
+            pixels = known.get(key) if key is not None else None
+            if pixels is None:
+                pixels = self._read_image(image, family)
+                if key is not None:
+                    known[key] = pixels
+                    if self._has_room(pixels.nbytes):
+                        self._images[key] = pixels
+            read.append(pixels)
+        if len(known) > before:
+            self._last_images = known
+        return tuple(read)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write tokenizer and image processor in Hugging Face's layout.
@@ -256,18 +254,34 @@ class ChainTokenizer:
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
 
-    def _placeholder(self, image: Path) -> Placeholder:
+    def _read_image(self, image: Path | str | Image.Image, family: Family) -> Pixels:
+        """Open and process an image, as `family` reads it."""
+        try:
+            opened = open_image(image, self.max_image_side)
+            text, times = placeholder = family.placeholder(opened.height, opened.width)
+            tokens = times * text.count(self.family.image_token)
+            if tokens > self.max_length:  # before it takes the memory
+                raise UserError(f"the image takes {tokens} tokens, and the model takes {self.max_length} in all")
+            pixels = Pixels(placeholder, family.process(opened))
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # an image 200 times as wide as it is high, or damaged settings of the processor
+            raise UserError(f"cannot use the image {_named(image)}: {first_line(error)}") from error
+        return self.with_features(pixels)
+
+    def _placeholder(self, image: Path, family: Family) -> Placeholder:
         """Return what stands for an image file in the prompt. Reads only the file's header."""
-        if image not in self._placeholders:
+        key = (image, family is self.family)
+        if key not in self._placeholders:
             width, height = image_size(image, self.max_image_side)
             try:
-                placeholder = self.family.placeholder(height, width)
+                placeholder = family.placeholder(height, width)
             except (ArithmeticError, ValueError) as error:
                 raise UserError(f"cannot use the image {image}: {first_line(error)}") from error
             if len(self._placeholders) >= CACHED_SIZES:
                 self._placeholders.clear()
-            self._placeholders[image] = placeholder
-        return self._placeholders[image]
+            self._placeholders[key] = placeholder
+        return self._placeholders[key]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         """Tokenize users' texts: `<|image_pad|>` in a question is eleven characters, not a special token."""
@@ -277,16 +291,18 @@ class ChainTokenizer:
             raise UserError(f"the tokenizer fails: {first_line(error)}") from error
         return encoding["input_ids"]
 
-    def _prompt_tokens(self, placeholder: Placeholder | None) -> tuple[list[int], list[int], int]:
-        """Return the tokens before and after the question, and how many tokens each image token there stands for."""
-        text, times = placeholder or ("", 1)
-        if text not in self._prompts:
-            pieces = self.around_text
-            if placeholder is not None:
-                pieces = [piece.replace(self.family.template_token, text) for piece in self.around_image]
-            before, after = map(self._template_tokens, pieces)
-            self._prompts[text] = before, after
-        return *self._prompts[text], times
+    def _expansions(self, images: tuple[Placeholder, ...]) -> list[int]:
+        """How many tokens each image token of a prompt stands for, in order."""
+        return [times for text, times in images for _ in range(text.count(self.family.image_token))]
+
+    def _piece_tokens(self, piece: str) -> list[int]:
+        """Tokenize a piece of a prompt; pieces are cached."""
+        tokens = self._pieces.get(piece)
+        if tokens is None:
+            if len(self._pieces) >= CACHED_SIZES:
+                self._pieces.clear()
+            tokens = self._pieces[piece] = self._template_tokens(piece)
+        return tokens
 
     def _template_tokens(self, text: str) -> list[int]:
         """Tokenize text of the chat template, in which special tokens count as such."""
@@ -295,9 +311,9 @@ class ChainTokenizer:
         except Exception as error:  # as in `_tokenize`
             raise UserError(f"the tokenizer fails: {first_line(error)}") from error
 
-    def _cached_tokens(self, chain: Chain, placeholder: Placeholder | None) -> ChainTokens:
+    def _cached_tokens(self, chain: Chain, images: tuple[Placeholder, ...]) -> ChainTokens:
         """Return what `_chain_tokens` gives, from the cache if it is there."""
-        key = (chain.question, chain.steps, placeholder)
+        key = (chain.question, chain.steps, images)
         tokens = self._tokens.get(key)
         if tokens is None:
             tokens = self._chain_tokens(*key)
@@ -305,26 +321,29 @@ class ChainTokenizer:
                 self._tokens[key] = tokens
         return tokens
 
-    def _chain_tokens(self, question: str, steps: Sequence[str], placeholder: Placeholder | None) -> ChainTokens:
+    def _chain_tokens(self, question: str, steps: Sequence[str], images: tuple[Placeholder, ...]) -> ChainTokens:
         """Concatenate prompt and steps. Raises UserError if the result is longer than `max_length`."""
-        before, after, times = self._prompt_tokens(placeholder)
-        image = self.family.image_token_id
-        before = [token for token in before for _ in range(times if token == image else 1)]
+        pieces, texts = self.prompts.write(question, images)
+        expansions, image = iter(self._expansions(images)), self.family.image_token_id
         # The newline comes before a step, so that a score is read at the last word of the step itself.
-        pieces = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
-        question_ids, *steps_ids = self._tokenize([question, *pieces])
-        ids, step_ends = [*before, *question_ids, *after], []
+        lines = [step.strip() if number == 0 else "\n" + step.strip() for number, step in enumerate(steps)]
+        tokens = self._tokenize([*texts, *lines])
+        ids, step_ends = [], []
+        for piece, text_ids in zip(pieces, [*tokens[: len(texts)], []], strict=True):
+            piece_ids = self._piece_tokens(piece)
+            ids += [token for token in piece_ids for _ in range(next(expansions) if token == image else 1)]
+            ids += text_ids
         prompt_length = len(ids)
-        for step_ids in steps_ids:
+        for step_ids in tokens[len(texts) :]:
             ids.extend(step_ids)
             step_ends.append(len(ids) - 1)
         if len(ids) > self.max_length:
-            raise self._too_long(len(ids), before.count(image))
+            raise self._too_long(len(ids), ids.count(image))
         input_ids = torch.tensor(ids)  # [T]
         return input_ids, (input_ids == image).long(), torch.tensor(step_ends), prompt_length
 
     def _too_long(self, tokens: int, image: int, least: str = "") -> ChainTooLong:
-        of_image = f" ({image} of them are the image's: a smaller max_image_side saves some)" if image else ""
+        of_image = f" ({image} of them are the images': a smaller max_image_side saves some)" if image else ""
         return ChainTooLong(
             f"{least}{tokens} tokens, but the model takes {self.max_length}{of_image}. Shorten the text or leave the "
             "row out."
@@ -337,38 +356,6 @@ class ChainTokenizer:
             return False
         self._cache_bytes_left -= size
         return True
-
-    def _start(self) -> str:
-        """Return the token that the tokenizer itself puts before a text, which some models need; most have none."""
-        start = self.tokenizer.bos_token_id
-        return str(self.tokenizer.bos_token) if start is not None and start in self.tokenizer("")["input_ids"] else ""
-
-    def _template(self, with_image: bool) -> tuple[str, str]:
-        """Return the prompt before and after the question, from the chat template or, without one, in a plain form."""
-        token = self.family.template_token
-        image = (self.family.plain_image or token) if with_image else ""
-        text = f"{self._start()}User: {image}{QUESTION_SLOT}\nAssistant: "
-        if self.tokenizer.chat_template:
-            content: Any = QUESTION_SLOT  # text-only templates take no list of parts
-            if self.family.reads_images:
-                content = [{"type": "image"}] * with_image + [{"type": "text", "text": QUESTION_SLOT}]
-            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-            try:
-                template = FIXED_DATE + self.tokenizer.get_chat_template()
-                text = str(
-                    self.tokenizer.apply_chat_template(
-                        messages, chat_template=template, tokenize=False, add_generation_prompt=True
-                    )
-                )
-            except Exception as error:  # of jinja2, or any that the template itself raises
-                raise UserError(f"the tokenizer's chat template fails: {first_line(error)}") from error
-        pieces = text.split(QUESTION_SLOT)
-        if len(pieces) != 2 or (token and pieces[0].count(token) != with_image):
-            given = repr(text.replace(QUESTION_SLOT, "{question}"))
-            parts = "image, then the question, once each" if token else "question once"
-            raise UserError(f"the tokenizer's chat template must place the {parts}; it gave "
-                            f"{given[:200]}{' ...' if len(given) > 200 else ''}")  # fmt: skip
-        return pieces[0], pieces[1]
 
 
 def _named(image: Path | str | Image.Image) -> str:

@@ -212,23 +212,25 @@ def estimate_run(
 
 
 def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
-    """Bytes of the image cache once all images were seen, each as large as the longest chain's."""
-    with_image = {chain.image: chain for chain in chains if chain.image is not None}
+    """Bytes of the image cache once all images were seen, each as large as the largest of the longest chain."""
+    with_image = {image: chain for chain in chains for image in chain.images}
     if not with_image:
         return 0
     (chain,) = longest(model, list(with_image.values()), 1)
-    pixels = model.chain_tokenizer.encode(chain).pixels
-    return min(len(with_image) * pixels.nbytes, CACHE_BYTES) if pixels else 0
+    largest = max(image.nbytes for image in model.chain_tokenizer.encode(chain).images)
+    return min(len(with_image) * largest, CACHE_BYTES)
 
 
 def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:
-    """Find the chains with most tokens, among those with most text and an even sample of all.
+    """Find the chains with most tokens, among those with most images or text and an even sample of all.
 
     Returns:
         At most `count` chains, the longest first.
     """
     by_text = sorted(chains, key=lambda chain: sum(map(len, (chain.question, *chain.steps))))
-    sample = by_text[-max(MOST_TEXT, count) :] + list(chains[:: -(-len(chains) // SAMPLED)])
+    by_images = sorted(by_text, key=lambda chain: len(chain.images))  # a stable sort: by text among equals
+    most = max(MOST_TEXT, count)
+    sample = by_text[-most:] + by_images[-most:] + list(chains[:: -(-len(chains) // SAMPLED)])
     distinct = {id(chain): chain for chain in sample}.values()
     return sorted(distinct, key=lambda chain: -len(model.chain_tokenizer.encode(chain).input_ids))[:count]
 

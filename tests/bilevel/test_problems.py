@@ -35,7 +35,7 @@ def random_chain(generator: torch.Generator, domain: int = -1, label: float = ma
     count = 1 + number() % 3
     steps = tuple(f"Step {i}: {number()} is {number()}." for i in range(1, count + 1))
     targets = tuple(number() / 100 for _ in range(count)) if domain >= 0 else ()
-    return Chain(f"What is {number()}?", steps, None, targets, label, domain)
+    return Chain(f"What is {number()}?", steps, (), targets, label, domain)
 
 
 class Fixture:
@@ -149,11 +149,11 @@ def test_a_window_of_both_levels_equals_the_plain_formulas(tmp_path, positive_ra
 
 def test_answers_are_compared_with_those_to_the_same_question():
     def group(*answers):
-        chains = [Chain(question, ("a",), image, label=label) for question, image, label in answers]
+        chains = [Chain(question, ("a",), images, label=label) for question, images, label in answers]
         groups, levels = centering_groups(chains, 0.25)
         return groups.tolist(), levels.sigmoid().tolist()
 
-    a, b = Path("a.png"), Path("b.png")
+    a, b = (Path("a.png"),), (Path("b.png"),)
     pairs = [("p", a, 1.0), ("q", a, 0.0), ("p", a, 0.0), ("q", a, 1.0)]
     assert group(*pairs) == ([0, 1, 0, 1], [0.5, 0.5])
     # The same words under another image are another question; questions with answers of one kind stand together.

@@ -33,7 +33,7 @@ def mutated_rows(draw):
     kind = draw(st.sampled_from(list(VALID)))
     rows = [dict(row) for row in VALID[kind]]
     row = draw(st.sampled_from(rows))
-    names = [*row, "sid", "ground_truth", "score", "times", "answers", "index", "image"]
+    names = [*row, "sid", "ground_truth", "score", "times", "answers", "index", "image_files"]
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(names) | texts)
         if draw(st.booleans()):
@@ -52,7 +52,7 @@ def loads_or_user_error(kind, path, root):
     else:
         assert [row.index for row in rows] == list(range(len(rows))) and rows
         assert all(row.model_dump_json() for row in rows)  # nothing in them that cannot be written out
-        assert all(bool(row.image_path) == (row.image is not None) for row in rows)
+        assert all(bool(row.image_path) == bool(row.image_files) for row in rows)
 
 
 anything = settings(

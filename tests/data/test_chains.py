@@ -27,8 +27,8 @@ from reweighting.modeling.tokenization import ChainTokenizer
 from tests.tiny import tiny_backbone, tiny_tokenizer
 
 
-def training_row(index, add, accuracy=0.5, dataset="geo", question="How many?", image=None):
-    return SimpleNamespace(index=index, input=question, add=add, accuracy=accuracy, dataset=dataset, image=image)
+def training_row(index, add, accuracy=0.5, dataset="geo", question="How many?", images=()):
+    return SimpleNamespace(index=index, input=question, add=add, accuracy=accuracy, dataset=dataset, image_files=images)
 
 
 def chain_tokenizer(tokenizer=None, **options) -> ChainTokenizer:
@@ -83,7 +83,7 @@ def test_rows_that_extend_each_other_are_one_chain():
         training_row(0, "Step 1: a\nStep 2: b\nStep 3: c", 0.1),
         training_row(1, "Step 1: a", 0.9),
         training_row(2, "Step 1: a", 0.3, dataset="chart"),  # another domain
-        training_row(3, "Step 1: a", 0.4, image=Path("x.png")),  # another image
+        training_row(3, "Step 1: a", 0.4, images=(Path("x.png"),)),  # another image
     ]
     chains, domains = training_chains(rows, "train.json")
     assert domains == ["chart", "geo"]
@@ -125,7 +125,7 @@ def test_steps_in_the_input_count_where_the_response_continues_them():
 def test_any_other_input_is_the_question_whatever_stands_in_it(question, add):
     (chain,), _ = training_chains([training_row(0, add, question=question)])
     assert (chain.question, list(chain.steps), chain.continued) == (question, split_response(add), 0)
-    row = SimpleNamespace(index=0, input=question, image=None, candidates=[add, add], candidate_steps=None)
+    row = SimpleNamespace(index=0, input=question, image_files=(), candidates=[add, add], candidate_steps=None)
     assert all((c.question, list(c.steps)) == (question, split_response(add)) for c in candidate_chains(row))
 
 
@@ -170,7 +170,7 @@ def test_many_steps_take_linear_time_and_too_many_are_refused():
     with pytest.raises(UserError, match="row 7: "):
         meta_chains([meta_row(7, "Q\n" + add, True)])
     with pytest.raises(UserError, match="row 7: "):
-        candidate_chains(SimpleNamespace(index=7, input="Q", image=None, candidates=[add], candidate_steps=None))
+        candidate_chains(SimpleNamespace(index=7, input="Q", image_files=(), candidates=[add], candidate_steps=None))
 
 
 def test_a_shared_prefix_goes_with_the_first_branch():
@@ -199,7 +199,7 @@ def test_every_row_labels_its_own_step_of_one_chain(drawn):
     rows = []
     for index, (steps, dataset, has_image) in enumerate(drawn):
         add = "\n".join(f"Step {n}: {letter}" for n, letter in enumerate(steps, 1))
-        rows.append(training_row(index, add, index / 100, dataset, image=Path("i.png") if has_image else None))
+        rows.append(training_row(index, add, index / 100, dataset, images=(Path("i.png"),) * has_image))
     chains, domains = training_chains(rows)
     assert sorted(index for chain in chains for index in chain.rows) == list(range(len(rows)))
     for chain in chains:
@@ -208,17 +208,17 @@ def test_every_row_labels_its_own_step_of_one_chain(drawn):
         for index, n in zip(chain.rows, labeled, strict=True):
             assert list(chain.steps[: n + 1]) == split_response(rows[index].add)
             assert chain.targets[n] == index / 100
-            assert (domains[chain.domain], chain.image) == (rows[index].dataset, rows[index].image)
+            assert (domains[chain.domain], chain.images) == (rows[index].dataset, rows[index].image_files)
     firsts = [min(chain.rows) for chain in chains]
     assert firsts == sorted(firsts)
-    whole = {(r.dataset, r.image, tuple(split_response(r.add))) for r in rows}
+    whole = {(r.dataset, r.image_files, tuple(split_response(r.add))) for r in rows}
     if len(whole) == len(rows):  # without repeats, the chains are the leaves of the prefix trees: all is merged
         leaves = {t for t in whole if not any(o != t and o[:2] == t[:2] and o[2][: len(t[2])] == t[2] for o in whole)}
-        assert {(domains[chain.domain], chain.image, chain.steps) for chain in chains} == leaves
+        assert {(domains[chain.domain], chain.images, chain.steps) for chain in chains} == leaves
 
 
 def meta_row(index, text, true_false):
-    return SimpleNamespace(index=index, input=text, true_false=true_false, image=None)
+    return SimpleNamespace(index=index, input=text, true_false=true_false, image_files=())
 
 
 def test_meta_chains_count_rows_without_steps():
@@ -241,7 +241,7 @@ def test_a_meta_set_of_one_class_is_refused_with_numbers():
 
 def test_candidate_chains_keep_order_and_steps_that_all_candidates_continue():
     row = SimpleNamespace(
-        index=4, input=" Q\nStep 1: begun ", image=None, candidates=["Step 2: x", "Step 2: y"], candidate_steps=None
+        index=4, input=" Q\nStep 1: begun ", image_files=(), candidates=["Step 2: x", "Step 2: y"], candidate_steps=None
     )
     assert [(c.question, c.steps, c.continued) for c in candidate_chains(row)] == [
         ("Q", ("Step 1: begun", "Step 2: x"), 1),
@@ -259,7 +259,7 @@ def test_candidate_chains_keep_order_and_steps_that_all_candidates_continue():
 
 def test_tokens_are_the_chat_template_with_the_image_then_the_steps():
     tokenizer = tiny_tokenizer()
-    pixels = chain_tokenizer().read_image(Image.new("RGB", (80, 80), "red"))
+    pixels = chain_tokenizer().read_images([Image.new("RGB", (80, 80), "red")])
     encoded = chain_tokenizer().encode(Chain("How many?", ("Step 1: a", " Step 2: b\n")), pixels)
     assert tokenizer.decode(encoded.input_ids) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -307,7 +307,7 @@ def test_without_a_chat_template_a_plain_form_is_used():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     plain = chain_tokenizer(tokenizer)
-    image = plain.read_image(Image.new("RGB", (56, 56)))
+    image = plain.read_images([Image.new("RGB", (56, 56))])
     text = tokenizer.decode(plain.encode(Chain("Q", ("a",)), image).input_ids)
     assert text == "User: <|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Q\nAssistant: a"
 
@@ -381,7 +381,7 @@ def test_unusable_images_name_the_file_and_the_row(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
     Image.new("RGB", (1000, 2)).save(tmp_path / "thread.png")
     for name in ("broken.png", "thread.png", "absent.png"):
-        chain = Chain("Q", ("a",), image=tmp_path / name, rows=(3,), source="train.json")
+        chain = Chain("Q", ("a",), images=(tmp_path / name,), rows=(3,), source="train.json")
         with pytest.raises(UserError, match=rf"train.json: row 3: .*{name}"):
             chain_tokenizer().encode(chain)
 
@@ -391,12 +391,12 @@ def test_images_are_processed_once_while_the_cache_has_room(tmp_path):
     for name in names:
         Image.new("RGB", (56, 56), "red").save(tmp_path / name)
     tokenizer = chain_tokenizer(cache_bytes=100_000)  # one image takes 16 * 1176 * 4 bytes
-    a, b, c = (Chain("Q", ("x",), image=tmp_path / name) for name in names)
-    first_a, first_b = tokenizer.encode(a).pixels, tokenizer.encode(b).pixels
-    assert tokenizer.encode(b).pixels is first_b  # the last one, although there is no room
+    a, b, c = (Chain("Q", ("x",), images=(tmp_path / name,)) for name in names)
+    first_a, first_b = tokenizer.encode(a).images[0], tokenizer.encode(b).images[0]
+    assert tokenizer.encode(b).images[0] is first_b  # the last one, although there is no room
     tokenizer.encode(c)
-    assert tokenizer.encode(a).pixels is first_a
-    assert tokenizer.encode(b).pixels is not first_b
+    assert tokenizer.encode(a).images[0] is first_a
+    assert tokenizer.encode(b).images[0] is not first_b
     assert torch.equal(tokenizer.encode(b).input_ids, chain_tokenizer().encode(b).input_ids)
 
 
@@ -405,7 +405,7 @@ def test_images_are_processed_once_while_the_cache_has_room(tmp_path):
 
 def test_collate_pads_on_the_right_and_masks():
     tokenizer = chain_tokenizer()
-    pixels = tokenizer.read_image(Image.new("RGB", (56, 56)))
+    pixels = tokenizer.read_images([Image.new("RGB", (56, 56))])
     chains = [
         Chain("Q", ("a", "bb", "c"), targets=(0.2, math.nan, 0.0), domain=1),
         Chain("Question", ("a",), label=1.0),
@@ -435,7 +435,7 @@ def test_collate_pads_on_the_right_and_masks():
 def test_collate_puts_prompts_aside_where_chains_share_them(tmp_path):
     Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
     tokenizer = chain_tokenizer()
-    asked = [("Q", tmp_path / "a.png"), ("Another", None), ("Q", None)]
+    asked = [("Q", (tmp_path / "a.png",)), ("Another", ()), ("Q", ())]
     order = [0, 1, 0, 2, 1, 0]
     encoded = [tokenizer.encode(Chain(asked[k][0], ("a", "bb" * n), asked[k][1])) for n, k in enumerate(order, 1)]
     batch = collate(encoded, share_prompts=True)
@@ -467,7 +467,7 @@ def test_lengths_are_known_from_image_sizes_alone(tmp_path, size, turned, max_si
     exif = Image.Exif()
     exif[274] = 6 if turned else 1  # lies on its side
     Image.new("RGB", size).save(tmp_path / "a.png", exif=exif)
-    chain = Chain("Q", ("a",), image=tmp_path / "a.png")
+    chain = Chain("Q", ("a",), images=(tmp_path / "a.png",))
     try:
         length = len(chain_tokenizer(max_image_side=max_side).encode(chain).input_ids)
     except UserError:  # of an impossible shape

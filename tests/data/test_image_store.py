@@ -74,7 +74,7 @@ def test_images_in_rows_of_any_kind(folder, monkeypatch):
     assert answer.images[0].read_bytes() == content
     meta = [{"input": "q\nStep 1: a", "true_false": right, "image_path": uri} for right in (True, False)]
     (folder / "meta.json").write_text(json.dumps(meta))
-    assert {row.image for row in load_meta_rows("meta.json")} == {answer.images[0]}
+    assert {row.image_files for row in load_meta_rows("meta.json")} == {answer.images}
 
 
 def test_memory_does_not_grow_with_images_in_a_table(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def image_problem(image_path, image_root=None):
 
 
 def image_found(image_path, image_root=None, json_name="rows.json"):
-    return load_candidate_rows(write([candidate(image_path=image_path)], json_name), image_root)[0].image
+    return load_candidate_rows(write([candidate(image_path=image_path)], json_name), image_root)[0].image_files[0]
 
 
 def test_where_images_are_looked_for(folder):
@@ -225,8 +225,8 @@ def test_whatever_the_check_accepts_the_run_reads(folder, tokenizers, data, max_
         with pytest.raises(UnreadableImage):
             open_image(folder / name)
         return
-    image = open_image(row.image, max_side)
-    assert image.mode == "RGB" and image.size == image_size(row.image, max_side)
+    image = open_image(row.image_files[0], max_side)
+    assert image.mode == "RGB" and image.size == image_size(row.image_files[0], max_side)
     chain = candidate_chains(row)[0]
     try:
         tokenizers[max_side].check(chain)

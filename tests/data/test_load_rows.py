@@ -37,10 +37,44 @@ def test_training_rows_have_fields_image_and_index(folder):
     )
     assert [type(row) for row in rows] == [TrainingRow, TrainingRow]
     first, second = rows
-    assert (first.image, first.index) == (folder.resolve() / "a.png", 0)
+    assert (first.image_files, first.index) == ((folder.resolve() / "a.png",), 0)
     assert (first.id, first.sid, first.ground_truth, first.score, first.times) == (3, "s", False, 2.0, 4.0)
-    assert (second.image, second.index, second.dataset, second.accuracy) == (None, 1, "B", 1.0)
+    assert (second.image_files, second.index, second.dataset, second.accuracy) == ((), 1, "B", 1.0)
     assert second.id is None
+
+
+def test_images_are_one_a_list_or_none(folder):
+    for name in "ab":
+        Image.new("RGB", (2, 3)).save(f"{name}.png")
+    a, b = (folder.resolve() / name for name in ("a.png", "b.png"))
+    for given, files in [
+        ("a.png", (a,)), (["b.png"], (b,)), (["b.png", "a.png", "b.png"], (b, a, b)), (["a.png", None, ""], (a,)),
+        ([], ()), ([None], ()), ("", ()), (None, ()),
+    ]:  # fmt: skip
+        rows = [training(image_path=given), training(image_path=given, dataset="B")]
+        assert [row.image_files for row in load_training_rows(write(rows))] == [files] * 2, given
+    rows = [
+        meta(image_path=["a.png", "b.png"], input="<image> or <image>?\nStep 1: the <image>"),
+        meta(true_false=False),
+    ]
+    assert load_meta_rows(write(rows))[0].image_files == (a, b)
+    (row,) = load_candidate_rows(write([candidate(image_path=["b.png", "a.png"])]))
+    assert row.image_files == (b, a)
+    wrong = training(image_path=["a.png", 7])
+    assert row_problem("training", wrong).startswith("image_path: found 7, allowed: a path, a data URI, base64")
+    missing = training(image_path=["a.png", "c.png"])
+    assert row_problem("training", missing).startswith("image_path: found 'c.png', which is no file in")
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_placeholders_that_do_not_fit_the_images(folder, kind):
+    Image.new("RGB", (2, 3)).save("a.png")
+    step = "\nStep 1: two" * (kind == "meta")
+    for images, text in ((None, "for 0 images"), (["a.png"] * 3, "for 3 images"), ("a.png", "for 1 image")):
+        row = VALID[kind][0] | {"input": f"Is <image> in <image>?{step}", "image_path": images}
+        assert row_problem(kind, row).startswith(f"input: found 2 `<image>` {text}, allowed: one `<image>` for each")
+    row = VALID[kind][0] | {"input": f"Is <image> in <image>?{step}", "image_path": ["a.png", "a.png"]}
+    assert LOADERS[kind](write([*VALID[kind], row]))[-1].image_files == (folder.resolve() / "a.png",) * 2
 
 
 def test_accuracy_agrees_with_its_counts_or_comes_from_them(folder):
@@ -81,8 +115,8 @@ def test_json_lines_and_byte_order_mark(folder):
 
 
 def test_keys_named_like_the_loaders_own_fields_are_left_out(folder):
-    (row,) = load_candidate_rows(write([candidate(index="x", image=5)]))
-    assert (row.index, row.image) == (0, None)
+    (row,) = load_candidate_rows(write([candidate(index="x", image_files=5)]))
+    assert (row.index, row.image_files) == (0, ())
 
 
 def test_import_needs_no_torch():
@@ -163,7 +197,7 @@ def test_unreadable_paths(folder):
         (
             "training",
             training(image_path=3),
-            "image_path: found 3, allowed: the path of an image file, null",
+            "image_path: found 3, allowed: the path of an image file, a list of paths, null",
         ),
         ("meta", meta(true_false=1), "true_false: found 1, allowed: true or false"),
         ("meta", meta(true_false="true"), "true_false: found 'true', allowed: true or false"),

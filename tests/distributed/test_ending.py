@@ -33,11 +33,11 @@ def impatient(monkeypatch):
 def test_an_image_that_one_process_cannot_read_ends_all_and_saves(tiny, tmp_path, monkeypatch):
     encode, steps = ChainTokenizer.encode, []
 
-    def encode_or_not(self, chain, pixels=None):
+    def encode_or_not(self, chain, images=None):
         steps.append(chain)
         if rank() == 1 and len(steps) > 20:
             raise UnreadableImage("train.json: row 3: this disk has gone")
-        return encode(self, chain, pixels)
+        return encode(self, chain, images)
 
     monkeypatch.setattr(ChainTokenizer, "encode", encode_or_not)
     monkeypatch.setattr(engine, "FIRST_PAUSE", 0.0)

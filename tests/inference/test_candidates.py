@@ -44,7 +44,7 @@ def test_each_image_is_encoded_once_and_equal_candidates_are_scored_once(model, 
     both = score_candidates(model, same, batch_size=3)
     visits.remove()
     count.remove()
-    images = [model.chain_tokenizer.read_image(row.image) for row in rows if row.image]
+    images = [image for row in rows for image in model.chain_tokenizer.read_images(row.image_files)]
     assert sum(encoded) == sum(len(image.inputs["pixel_values"]) for image in images)
     assert sum(scored) == sum(len(set(row.candidates)) for row in rows)
     for z, _ in both:

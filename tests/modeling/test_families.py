@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 
 from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
+from reweighting.data.placeholders import without_placeholders
 from reweighting.errors import UserError
 from reweighting.main import build_engine
 from reweighting.modeling.collate import collate
@@ -32,7 +33,15 @@ from tests.tiny_families import TEXT_FAMILIES, TINY_FAMILIES, real_processor, ti
 
 TRAIN_MODES = {"full": ["--no_freeze_vision"], "lora": ["--lora_rank", "2"], "frozen": []}
 TEXT_MODES = {"full": [], "lora": ["--lora_rank", "2"]}
+BETWEEN = "Compare <image>\nwith <image>."
 QUESTION, STEPS = "How many red cells?", ("Step 1: a\n\n- two", "Step 2: the second", "### Step 3: so 3")
+PLACED = [
+    BETWEEN,
+    "<image> and <image> or\n<image>\n",
+    "<image>\n<image> Which?",
+    "Look: <image>",
+    "a<image>b<image><image>",
+]
 SIZES = [
     (60, 40),
     (40, 60),
@@ -51,13 +60,14 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Two domains of four chains and two questions with two answers, some of them without an image."""
+    """Two domains of four chains and two questions with two answers, with no image, one, two or three."""
     folder = tmp_path_factory.mktemp("world")
     for name, (width, height) in enumerate(SIZES[:4]):
         picture(width, height, name).save(folder / f"{name}.png")
-    images = ["0.png", None, "1.png", "2.png"]
+    images = ["0.png", None, ["1.png", "0.png"], ["2.png", "3.png", "1.png"]]
+    questions = ["Question 0?", "Question 1?", "Is <image> in <image>?", "Question 3?"]
     train = [
-        {"input": f"Question {n}?", "add": "\n".join(STEPS[: steps + 1]), "image_path": images[n], "dataset": domain,
+        {"input": questions[n], "add": "\n".join(STEPS[: steps + 1]), "image_path": images[n], "dataset": domain,
          "accuracy": (n + steps) / 6}
         for domain in ("good", "bad") for n in range(4) for steps in (0, 2)
     ]  # fmt: skip
@@ -171,23 +181,26 @@ def save_and_load(cell: Cell) -> None:
 
 
 def parity(cell: Cell) -> None:
-    """One pass over a chain equals one pass for each prefix, alone and in a batch, with and without an image; a tower
-    whose features are remembered says what it says when it looks anew; and the image matters."""
+    """One pass over a chain equals one pass for each prefix, alone and in a batch, with no image, one, two and three; a
+    tower whose features are remembered says what it says when it looks anew; and the images and their order matter."""
     model = cell.model
     folder = Path(cell.config.data.train_json_file[0]).parent
-    images = [
-        folder / name if model.chain_tokenizer.family.reads_images else None for name in ("0.png", "1.png", "3.png")
-    ]
-    chains = [Chain(QUESTION, STEPS, images[0]), Chain(QUESTION, STEPS[:2]),
-              Chain("Why? " * 20, STEPS, images[1]), Chain(QUESTION, STEPS, images[2])]  # fmt: skip
+    a, b, c, d = (folder / f"{name}.png" for name in range(4))
+    asked = [(QUESTION, (a,)), ("Why? " * 20, (b,)), (QUESTION, (d,)), (BETWEEN, (a, b)), (BETWEEN, (b, a)),
+             (QUESTION, (c, a, b))]  # fmt: skip
+    if not model.chain_tokenizer.family.reads_images:
+        asked = [(without_placeholders(question), ()) for question, _ in asked]
+    chains = [Chain(question, STEPS[: 2 + n % 2], images) for n, (question, images) in enumerate(asked, 1)]
+    chains.append(Chain(QUESTION, STEPS[:2]))
     together = scores(model, chains)
     for chain, z in zip(chains, together, strict=True):
-        prefixes = [Chain(chain.question, chain.steps[: n + 1], chain.image) for n in range(len(chain.steps))]
+        prefixes = [Chain(chain.question, chain.steps[: n + 1], chain.images) for n in range(len(chain.steps))]
         for n, alone in enumerate(scores(model, prefixes, together=False)):
             assert (alone[-1] - z[n]).abs() <= 1e-5 * max(1, z[n].abs())
     if not model.chain_tokenizer.family.reads_images:
         return
-    assert (together[0] - together[3]).abs().max() > 1e-3  # another image
+    assert (together[0] - together[2]).abs().max() > 1e-3  # another image
+    assert (together[3] - together[4])[:2].abs().max() > 1e-3  # the other way round
     with_image, without = scores(model, [chains[0], Chain(QUESTION, STEPS)])
     assert (with_image - without).abs().max() > 1e-3
     logits, _ = model.chain_logits(chains)
@@ -247,20 +260,27 @@ def model_of():
 @pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_prompt_and_inputs_are_those_of_the_real_processor(family, model_of):
     processor, tokenizer = real_processor(family), model_of(family).chain_tokenizer
-    for size in SIZES[:4]:
-        image = picture(*size)
-        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    asked = [(QUESTION, sizes) for sizes in (*SIZES[:4], SIZES[:2], SIZES[1:4])]
+    asked += [(question, SIZES[: question.count("<image>")]) for question in PLACED]
+    for question, sizes in asked:
+        images = [picture(*size, n) for n, size in enumerate([sizes] if isinstance(sizes, tuple) else sizes)]
+        texts = question.split("<image>")
+        content = [{"type": "image"} for _ in images if len(texts) == 1] + [{"type": "text", "text": texts[0]}]
+        for text in texts[1:]:
+            content += [{"type": "image"}, {"type": "text", "text": text}]
+        content = [part for part in content if part.get("text") != ""]
         # SmolVLM's own method asks the video processor.
         prompt = ProcessorMixin.apply_chat_template(
             processor, [{"role": "user", "content": content}], add_generation_prompt=True
         )
-        expected = processor(text=[prompt], images=[image], return_tensors="pt")
-        encoded = tokenizer.encode(Chain(QUESTION, ("x",)), tokenizer.read_image(image))
-        assert encoded.input_ids[:-1].tolist() == expected["input_ids"][0].tolist()
+        expected = processor(text=[prompt], images=[images], return_tensors="pt")
+        encoded = tokenizer.encode(Chain(question, ("x",)), tokenizer.read_images(images))
         inputs = tokenizer.family.model_inputs(collate([encoded]).tokens)
-        assert set(inputs) == set(expected) - {"batch_num_images"}
-        for name in tokenizer.family.image_inputs:
-            assert torch.equal(inputs[name].flatten(), expected[name].flatten())
+        assert set(inputs) == set(expected)
+        of_tokens = inputs["input_ids"].shape
+        for name, values in inputs.items():
+            own = values[:, :-1] if values.shape == of_tokens else values  # without the step
+            assert torch.equal(own.flatten(), expected[name].flatten()), (question, name)
 
 
 @pytest.mark.parametrize("family", VISION_LANGUAGE)
@@ -269,11 +289,13 @@ def test_an_image_takes_as_many_tokens_as_its_size_says(family, model_of):
     tokenizer, counts = model.chain_tokenizer, set()
     for size in SIZES:
         try:
-            pixels = tokenizer.read_image(picture(*size))
+            images = [tokenizer.read_images([picture(*size)] * count) for count in (1, 2)]
         except UserError:  # Qwen-VL reads no threads
             continue
-        encoded = tokenizer.encode(Chain(QUESTION, ("x",)), pixels)
-        assert len(model.encode_image(pixels)) == encoded.is_image.sum(), size
+        for some in images:
+            encoded = tokenizer.encode(Chain(QUESTION, ("x",)), some)
+            assert sum(len(model.encode_image(image)) for image in some) == encoded.is_image.sum(), size
+        encoded = tokenizer.encode(Chain(QUESTION, ("x",)), images[0])
         counts.add(len(encoded.input_ids))
     assert len(counts) > 2 or family == "gemma3"
 
@@ -286,7 +308,7 @@ def test_tiles_are_counted_right_where_sizes_do_not_fit(model_of):
         for longest in (50, 70, 84):
             processor.size = {"longest_edge": longest}
             for size in SIZES:
-                pixels = tokenizer.read_image(picture(*size))
+                (pixels,) = tokenizer.read_images([picture(*size)])
                 text, each = pixels.placeholder
                 assert len(model.encode_image(pixels)) == text.count("<image>") * each, (longest, size)
     finally:
@@ -297,10 +319,13 @@ def test_tiles_are_counted_right_where_sizes_do_not_fit(model_of):
 def test_position_ids_are_the_backbones_own(family, model_of):
     model = model_of(family)
     tokenizer, kind = model.chain_tokenizer, model.chain_tokenizer.family
-    sizes = [(60, 40), None, (40, 60)] if kind.reads_images else [None] * 3
-    images = [size and tokenizer.read_image(picture(*size)) for size in sizes]
+    sizes = [SIZES[:1], [], SIZES[1:2], SIZES[:2], SIZES[:3]]
+    if not kind.reads_images:
+        sizes = [[] for _ in sizes]
+    images = [tokenizer.read_images([picture(*size) for size in some]) for some in sizes]
+    questions = [BETWEEN if len(some) == 2 else QUESTION for some in sizes]
     tokens = collate(
-        [tokenizer.encode(Chain(QUESTION, STEPS[: n + 1]), image) for n, image in enumerate(images)]
+        [tokenizer.encode(Chain(questions[n], STEPS[: n + 1]), some) for n, some in enumerate(images)]
     ).tokens
     inputs, valid = kind.model_inputs(tokens), tokens.attention_mask.bool()
     positions = kind.position_ids(model.backbone, inputs)
@@ -315,10 +340,15 @@ def test_position_ids_are_the_backbones_own(family, model_of):
 def test_answers_go_on_from_one_pass_over_their_prompt_where_that_changes_nothing(family, model_of):
     model = model_of(family)
     tokenizer = model.chain_tokenizer
-    image = tokenizer.read_image(picture(60, 40)) if tokenizer.family.reads_images else None
-    prompts = [(QUESTION, image), ("Why? " * 9, None), ("Q", None)]
+    prompts = [(QUESTION, ()), ("Why? " * 9, ()), ("Q", ())]
+    if tokenizer.family.reads_images:
+        two = tokenizer.read_images([picture(60, 40), picture(40, 60, 1)])
+        one = tokenizer.read_images([picture(60, 40)])
+        prompts += [(QUESTION, one), (BETWEEN, two), (BETWEEN, two[::-1]), ("Q", (*two, two[0]))]
     encoded = [
-        tokenizer.encode(Chain(question, (f"{n}", *STEPS[n:])), image) for question, image in prompts for n in range(3)
+        tokenizer.encode(Chain(question, (f"{n}", *STEPS[n:])), images)
+        for question, images in prompts
+        for n in range(3)
     ]
     shared, whole = model.collate(encoded), collate(encoded)
     assert (shared.prompts is None) == family.startswith("gemma3")  # its windows would count padding
@@ -344,7 +374,16 @@ def test_special_tokens_in_users_text_are_plain_text(family, model_of):
     tokenizer = model_of(family).chain_tokenizer
     special = set(tokenizer.tokenizer.all_special_ids) | {tokenizer.family.image_token_id}
     hostile = f"{tokenizer.family.image_token}{tokenizer.family.template_token}<|im_end|><end_of_turn>"
-    clean, injected = (tokenizer.encode(Chain(text, (text,))).input_ids.tolist() for text in ("x", hostile))
+    if "<image>" in hostile:  # in a question it stands for an image, which must be there
+        with pytest.raises(
+            UserError, match=r"found [12] `<image>` for 0 images, allowed: one `<image>` for each image"
+        ):
+            tokenizer.encode(Chain(hostile, ("x",)))
+    questions = ("x", hostile.replace("<image>", "< image>"))
+    clean, injected = (
+        tokenizer.encode(Chain(question, (text,))).input_ids.tolist()
+        for question, text in zip(questions, ("x", hostile), strict=True)
+    )
     assert [i for i in injected if i in special] == [i for i in clean if i in special]
 
 

@@ -61,13 +61,13 @@ def logits(model, chains):
 @pytest.mark.parametrize("with_image", [True, False])
 def test_one_pass_equals_one_pass_per_prefix(model, image, with_image):
     """The central promise, alone and padded in a batch beside longer chains with and without an image."""
-    picture = image if with_image else None
-    per_prefix = [logits(model, [Chain(QUESTION, STEPS[:n], picture)])[0, n - 1] for n in range(1, len(STEPS) + 1)]
+    pictures = (image,) * with_image
+    per_prefix = [logits(model, [Chain(QUESTION, STEPS[:n], pictures)])[0, n - 1] for n in range(1, len(STEPS) + 1)]
     expected = torch.stack(per_prefix)
     assert expected.std() > 0.1  # the steps do differ
-    chain = Chain(QUESTION, STEPS, picture)
+    chain = Chain(QUESTION, STEPS, pictures)
     alone = logits(model, [chain])[0]
-    others = [Chain("Longer: " + QUESTION, LONG, image), Chain(QUESTION, LONG), Chain("Q", ("x",), image)]
+    others = [Chain("Longer: " + QUESTION, LONG, (image,)), Chain(QUESTION, LONG), Chain("Q", ("x",), (image,))]
     batched = logits(model, [others[0], chain, *others[1:]])[1]
     assert (alone - expected).abs().max() <= 1e-5
     assert (batched[: len(STEPS)] - expected).abs().max() <= 1e-5
@@ -78,7 +78,7 @@ def test_one_pass_equals_one_pass_per_prefix(model, image, with_image):
 def test_a_shared_prompt_changes_no_score_and_no_gradient(image, options):
     """Prompts read once, of different lengths and with other images, against chains read whole."""
     model = build_model(**options)
-    prompts = [(QUESTION, image), ("Much longer: " + QUESTION, None), ("Q", image)]
+    prompts = [(QUESTION, (image,)), ("Much longer: " + QUESTION, ()), ("Q", (image,))]
     chains = [
         Chain(*prompts[k][:1], LONG[: 6 - n] if n % 2 else STEPS, prompts[k][1])
         for n, k in enumerate([0, 1, 0, 2, 1, 2])
@@ -99,7 +99,7 @@ def test_a_shared_prompt_changes_no_score_and_no_gradient(image, options):
 
 def test_prompts_are_not_shared_where_checkpointing_would_lose_them(image):
     model = build_model(gradient_checkpointing=True)
-    encoded = [model.chain_tokenizer.encode(Chain(QUESTION, STEPS[:n], image)) for n in (1, 2)]
+    encoded = [model.chain_tokenizer.encode(Chain(QUESTION, STEPS[:n], (image,))) for n in (1, 2)]
     assert model.collate(encoded).prompts is None
     model.eval()
     shared = model.collate(encoded)
@@ -115,7 +115,7 @@ def test_the_image_reaches_the_scores(model, image, tmp_path):
 
 
 def test_the_batch_size_changes_no_score(model, image):
-    chains = [Chain(QUESTION, LONG[:n], image if n % 2 else None) for n in (1, 5, 2, 4, 3)]
+    chains = [Chain(QUESTION, LONG[:n], (image,) * (n % 2)) for n in (1, 5, 2, 4, 3)]
     reference, mask = model.chain_logits(chains, batch_size=1)
     assert mask.sum(1).tolist() == [1, 5, 2, 4, 3]
     for batch_size in (2, 5):
@@ -126,7 +126,7 @@ def test_the_batch_size_changes_no_score(model, image):
 def test_score_takes_steps_or_a_response_and_any_image(model, image):
     scores = model.score(image, QUESTION, STEPS)
     assert len(scores) == 3 and all(0 < score < 1 for score in scores)
-    assert scores == pytest.approx(logits(model, [Chain(QUESTION, STEPS, image)])[0].sigmoid().tolist())
+    assert scores == pytest.approx(logits(model, [Chain(QUESTION, STEPS, (image,))])[0].sigmoid().tolist())
     assert model.score(str(image), QUESTION, "\n".join(STEPS)) == scores
     assert model.score(Image.open(image), QUESTION, STEPS) == scores
     with pytest.raises(UserError, match="no step"):
@@ -139,7 +139,7 @@ def test_scoring_leaves_the_model_in_training_and_fit_for_it(image):
     model.score(image, QUESTION, STEPS)
     assert model.training and model.backbone.training
     # Tokens and pixels are remembered from inference mode; autograd must still accept them.
-    logits = model(collate([model.chain_tokenizer.encode(Chain(QUESTION, STEPS, image))]))
+    logits = model(collate([model.chain_tokenizer.encode(Chain(QUESTION, STEPS, (image,)))]))
     logits.sum().backward()
     assert model.backbone.visual.patch_embed.proj.weight.grad.abs().sum() > 0
 
@@ -179,13 +179,13 @@ def test_special_tokens_in_the_question_do_not_become_image_tokens(model, image)
 
 def test_the_head_stays_float32_under_autocast(model, image):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = logits(model, [Chain(QUESTION, STEPS, image)])
+        low = logits(model, [Chain(QUESTION, STEPS, (image,))])
     assert low.dtype == torch.float32
-    assert (low - logits(model, [Chain(QUESTION, STEPS, image)])).abs().max() < 0.3
+    assert (low - logits(model, [Chain(QUESTION, STEPS, (image,))])).abs().max() < 0.3
 
 
 def test_a_double_model_scores_in_double(image):
-    assert logits(build_model().double(), [Chain(QUESTION, STEPS, image)]).dtype == torch.float64
+    assert logits(build_model().double(), [Chain(QUESTION, STEPS, (image,))]).dtype == torch.float64
 
 
 # ---------------------------------------------------------------- what is trained
@@ -214,7 +214,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(image, options):
     gradients = []
     for checkpointing in (False, True):
         model = build_model(gradient_checkpointing=checkpointing, **options)
-        chains = [Chain(QUESTION, STEPS, image), Chain(QUESTION, LONG)]
+        chains = [Chain(QUESTION, STEPS, (image,)), Chain(QUESTION, LONG)]
         model(collate([model.chain_tokenizer.encode(chain) for chain in chains])).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert any(module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing"))
@@ -344,7 +344,7 @@ def test_missing_tensors_are_not_replaced_by_random_ones(tmp_path):
 
 def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_else_changes(image):
     """Remembered features against the tower itself: logits and gradients, also after they were made in inference."""
-    chains = [Chain(QUESTION, STEPS, image), Chain(QUESTION, LONG), Chain(QUESTION, STEPS[:1], image)]
+    chains = [Chain(QUESTION, STEPS, (image,)), Chain(QUESTION, LONG), Chain(QUESTION, STEPS[:1], (image,))]
     remembers, looks = build_model(freeze_vision=True), build_model(freeze_vision=True)
     looks.chain_tokenizer.encode_image = None
     seen = []
@@ -361,9 +361,44 @@ def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_else_changes(image
         assert (mine - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
 
 
+def test_an_image_is_encoded_once_in_whatever_questions_it_is(image, tmp_path):
+    """Its features are remembered for it alone: not for a question, an order or a number of images."""
+    other = tmp_path / "flipped.png"
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other)
+    model = build_model(freeze_vision=True, freeze_projector=True)
+    looks: list[int] = []
+    model.backbone.visual.register_forward_pre_hook(lambda *_: looks.append(1))
+    prompts = [(QUESTION, (image, other)), ("<image> or <image>?", (other, image)), (QUESTION, (image,))]
+    chains = [Chain(question, STEPS, images) for question, images in prompts]
+    together = model.chain_logits(chains)[0]
+    assert len(looks) == 2
+    for chain, expected in zip(chains, together, strict=True):
+        scores = model.score(list(chain.images), chain.question, STEPS)
+        assert scores == pytest.approx(expected.sigmoid().tolist(), abs=1e-6)
+        assert scores == model.score([Image.open(path) for path in chain.images], chain.question, STEPS)
+        swapped = model.score(chain.images[::-1], chain.question, STEPS)
+        assert (max(abs(a - b) for a, b in zip(scores, swapped, strict=True)) > 1e-3) == (len(chain.images) > 1)
+    with pytest.raises(UserError, match="question: found 2 `<image>` for 1 image, allowed: one `<image>` for each"):
+        model.rank(image, "<image> or <image>?", ["a"])
+    assert model.score([image], f"<image>\n{QUESTION}", STEPS) == model.score(image, QUESTION, STEPS)
+
+
+def test_the_last_questions_images_are_kept_where_there_is_no_room_for_more(image, tmp_path):
+    other = tmp_path / "flipped.png"
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(other)
+    model = build_model(freeze_vision=True, freeze_projector=True)
+    tokenizer, looks = model.chain_tokenizer.with_image_encoder(model.encode_image), []
+    model.backbone.visual.register_forward_pre_hook(lambda *_: looks.append(1))
+    for images in [(image, other)] * 3 + [(other,)] * 2:
+        tokenizer.encode(Chain(QUESTION, STEPS, images))
+    assert len(looks) == 2
+    tokenizer.encode(Chain(QUESTION, STEPS, (image, other, image)))
+    assert len(looks) == 2
+
+
 def test_a_trained_vision_tower_is_looked_at_anew(image):
     model = build_model()
-    chains = [Chain(QUESTION, STEPS, image)]
+    chains = [Chain(QUESTION, STEPS, (image,))]
     before = model.chain_logits(chains)[0]
     with torch.no_grad():
         for parameter in model.backbone.visual.parameters():

@@ -119,7 +119,7 @@ def test_threads_that_score_at_once_leave_the_model_as_it_was(tmp_path):
     """In training mode before and after, and with the scores of a single thread."""
     model = ProcessRewardModel.from_backbone(tiny_backbone(), lora_rank=2)
     image = draw_cells(tmp_path / "cells.png")
-    chains = [Chain(f"{QUESTION} {n}", STEPS, image if n % 2 else None) for n in range(6)]
+    chains = [Chain(f"{QUESTION} {n}", STEPS, (image,) * (n % 2)) for n in range(6)]
     expected = model.chain_logits(chains)[0]
     results: list[object] = []
 
@@ -155,7 +155,7 @@ def test_chains_that_are_too_long_are_one_line_and_can_be_dropped(model, tmp_pat
     assert "train.json: row 0: " in line and "tokens, but the model takes 300" in line and "and 9 more" in line
     assert model.check([fine[0], *long, *fine[1:]], drop_too_long=True) == list(range(1, 15))
     Image.new("RGB", (4000, 1)).save(tmp_path / "thread.png")
-    narrow = Chain("Q", STEPS, tmp_path / "thread.png", rows=(99,), source="train.json")
+    narrow = Chain("Q", STEPS, (tmp_path / "thread.png",), rows=(99,), source="train.json")
     with pytest.raises(UserError, match="1 of 15 chains cannot be used\ntrain.json: row 99: cannot use the image"):
         model.check([*long, narrow], drop_too_long=True)
 
@@ -165,9 +165,9 @@ def test_the_length_is_that_of_the_upright_image(model, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (28 * 20, 28)).save(tmp_path / "turned.jpg", exif=exif)
-    chain = Chain("Q", STEPS, tmp_path / "turned.jpg")
+    chain = Chain("Q", STEPS, (tmp_path / "turned.jpg",))
     encoded = model.chain_tokenizer.encode(chain)
-    placeholder = model.chain_tokenizer._placeholder(tmp_path / "turned.jpg")
+    placeholder = model.chain_tokenizer._placeholder(tmp_path / "turned.jpg", model.chain_tokenizer.family)
     assert placeholder[1] == encoded.is_image.sum()
 
 
@@ -189,7 +189,7 @@ def test_joining_many_steps_takes_linear_time():
         steps = tuple("a" for _ in range(count))
         model.chain_tokenizer._tokenize = lambda texts: [[1, 2] for _ in texts]  # time of the tokenizer itself
         start = time.process_time()
-        tokens = model.chain_tokenizer._chain_tokens("Q", steps, None)
+        tokens = model.chain_tokenizer._chain_tokens("Q", steps, ())
         seconds.append(time.process_time() - start)
         assert len(tokens[2]) == count and tokens[2][-1] == len(tokens[0]) - 1
     assert seconds[1] < 300 * max(seconds[0], 1e-3)

@@ -80,7 +80,7 @@ def tied(tmp_path_factory):
 def chains(tmp_path_factory):
     """Two labeled chains, of which one has an image."""
     path = draw_cells(tmp_path_factory.mktemp("images") / "cells.png")
-    return [Chain(QUESTION, STEPS, path, targets=(0.9, 0.1)), Chain(QUESTION, STEPS[:1], targets=(0.7,))]
+    return [Chain(QUESTION, STEPS, (path,), targets=(0.9, 0.1)), Chain(QUESTION, STEPS[:1], targets=(0.7,))]
 
 
 def loss_of(model, chains) -> torch.Tensor:

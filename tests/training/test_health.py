@@ -107,7 +107,7 @@ def forget_images(monkeypatch, vanish) -> None:
     def build_engine(*args):
         engine = original(*args)
         tokenizer = engine.lower.module.chain_tokenizer
-        tokenizer._images, tokenizer._tokens, tokenizer._last_image, tokenizer._cache_bytes_left = {}, {}, {}, 0
+        tokenizer._images, tokenizer._tokens, tokenizer._last_images, tokenizer._cache_bytes_left = {}, {}, {}, 0
         vanish(tokenizer)
         return engine
 
@@ -152,14 +152,14 @@ def test_an_image_that_comes_back_in_time_costs_nothing(tiny, tmp_path, monkeypa
     with monkeypatch.context() as patch:
 
         def stumble(tokenizer):
-            original, failures = tokenizer.read_image, [True, False, True, True]
+            original, failures = tokenizer.read_images, [True, False, True, True]
 
-            def read_image(image):
-                if failures and failures.pop():
-                    raise UnreadableImage(f"cannot read the image {image}")
-                return original(image)
+            def read_images(images):
+                if images and failures and failures.pop():
+                    raise UnreadableImage(f"cannot read the images {images}")
+                return original(images)
 
-            tokenizer.read_image = read_image
+            tokenizer.read_images = read_images
 
         forget_images(patch, stumble)
         main(tiny(tmp_path / "cut"))

@@ -77,9 +77,9 @@ TRAIN_MODES = {
 @pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_a_pass_on_shapes_takes_what_the_real_one_takes(family, mode, tmp_path):
     """To the byte, in every family: every tensor of a real forward and backward pass counted, and those on shapes."""
-    image = None if family in TEXT_FAMILIES else draw_cells(tmp_path / "cells.png")
+    images = () if family in TEXT_FAMILIES else (draw_cells(tmp_path / "cells.png"),)
     steps = ("Step 1: two in the first row", "Step 2: so 3 in all")
-    chains = [Chain("How many red cells?", steps[:n], image, targets=(0.9, 0.1)[:n]) for n in (2, 2, 1)]
+    chains = [Chain("How many red cells?", steps[:n], images * n, targets=(0.9, 0.1)[:n]) for n in (2, 2, 1)]
 
     def parts(device: str):
         model = ProcessRewardModel.from_backbone(tiny_family(family), device=device, **TRAIN_MODES[mode]).train()
@@ -189,7 +189,11 @@ def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
     data = read_run_data(config)
     text = Chain("How many words are there? " * 20, ("Step 1: one hundred",), targets=(0.5,))
     with_text = estimate_memory(config, replace(data, train=[*data.train, text]), CPU, "fp32")
-    assert with_text.image_features > estimate_memory(config, data, CPU, "fp32").image_features
+    without = estimate_memory(config, data, CPU, "fp32")
+    assert with_text.image_features > without.image_features
+    first = data.train[0]
+    several = [replace(first, images=first.images * 9), *data.train]  # little text, many tokens
+    assert estimate_memory(config, replace(data, train=several), CPU, "fp32").activations > 2 * without.activations
 
 
 def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypatch):

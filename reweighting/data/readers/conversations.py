@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from reweighting.data.placeholders import PLACEHOLDER
 from reweighting.data.readers.base import LeftOut
 from reweighting.data.steps import split_answer
 
 Turn = tuple[str, Any]  # role and content
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "chatgpt": "assistant", "bot": "assistant", "system": "system"}  # fmt: skip
+IMAGE_PARTS = ("image", "image_url")
 
 QUESTION_HEADING = re.compile(r"^\s*(?:#+\s*)?Question:\s*", re.I)
 STEPS_HEADING = re.compile(r"^\s*#*\s*(?:Solution Process|Process|Solution):[ \t]*\n?", re.I | re.M)
@@ -37,9 +39,10 @@ def turns_of(raw: Any) -> list[Turn]:
 
 
 def text_of(content: Any) -> Any:
-    """Return the text of a message's content, which may be a list of parts."""
+    """Return the text of a message's content, which may be a list of parts, with a placeholder for each image."""
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        return "\n".join(str(part.get("text", "")) for part in content).strip()
+        texts = (PLACEHOLDER if part.get("type") in IMAGE_PARTS else str(part.get("text", "")) for part in content)
+        return "\n".join(texts).strip()
     return content
 
 

@@ -71,6 +71,14 @@ class Family:
         layers = getattr(text, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
         self.shares_prompts = set(layers) == {"full_attention"}
 
+    def among(self, images: int) -> "Family":
+        """Return the family as it reads each image of a question: the same one, unless their number matters.
+
+        Args:
+            images: how many the question has.
+        """
+        return self
+
     def placeholder(self, height: int, width: int) -> tuple[str, int]:
         """Describe what replaces the template token for one image.
 

@@ -142,6 +142,10 @@ def test_options(folder):
     assert {answer.domain for answer in read("processbench", domain_field="generator")} == {"m"}
     assert read("prm800k", domain_field="question.ground_truth_answer")[0].domain == "7"
     assert read("visualprm", ignore_images=True)[0].images == ()
+    row = {"question": "Is <image> in <image>?", "steps": ["a"], "images": ["a.png", "none.png"]}
+    (folder / "rows.json").write_text(json.dumps([row]))
+    (answer,) = read("rows.json", ignore_images=True)
+    assert (answer.question, answer.images) == ("Is  in ?", ())
     (answer,) = iterate_answers(Source("mm-prm.jsonl", domain="mine"), None, ReadingOptions(), LoadReport())
     assert answer.domain == "mine"
 
@@ -198,6 +202,35 @@ def test_what_is_wrong_is_named_with_row_and_field(folder, name, change, said):
         caught.value
     )
     assert said in str(caught.value)
+
+
+def test_several_images_in_order(folder):
+    """In a field or as parts of a message, at their placeholders; a count that does not fit names its row."""
+    for name in "bc":
+        Image.new("RGB", (4, 4), "blue").save(f"{name}.png")
+    images = ["c.png", "a.png", "b.png"]
+    asked = "First <image>\nthen <image>\nand <image>"
+    parts = [{"type": "text", "text": "First"}, {"type": "image"}, {"type": "text", "text": "then"}]
+    for name, row in {
+        "canonical": {"question": asked, "steps": ["a"], "images": images},
+        "visualprocessbench": {"question": asked, "image": images, "response": {"steps": ["a"],
+                                                                                "process_correctness": [1]}},
+        "llava": {"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": "a"}],
+                  "images": images},
+        "stepwise": {"prompt": asked, "completions": ["a"], "labels": [True], "images": images},
+        "dreamprm-1.5-test": {"question": asked, "candidate": ["a"], "true_false": [True], "image_path": images},
+    }.items():  # fmt: skip
+        (folder / "rows.json").write_text(json.dumps([row]))
+        assert format_of(Source("rows.json")) == name
+        (answer,) = read("rows.json")
+        assert (answer.question, answer.steps) == (asked, ("a",)), name
+        assert [image.name for image in answer.images] == images == list(answer.image_names)
+        (folder / "rows.json").write_text(json.dumps([row | {key: images[:2] for key in row if row[key] == images}]))
+        with pytest.raises(UserError, match="rows.json: row 0: question: found 3 `<image>` for 2 images, allowed: one"):
+            read("rows.json")
+    row = {"prompt": [{"role": "user", "content": parts}], "completions": ["a"], "labels": [1], "image": "b.png"}
+    (folder / "rows.json").write_text(json.dumps([row]))
+    assert read("rows.json")[0].question == "First\n<image>\nthen"
 
 
 def test_a_format_that_nobody_knows(folder):
