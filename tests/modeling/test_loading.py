@@ -243,7 +243,7 @@ def test_an_embedding_that_was_resized_alone_is_named(folder):
         ("{{ 'x' + messages[0]['content'] }}", "chat template fails"),
         ("{{ messages[0].content | nofilter }}", "chat template fails"),
         ("{{ 1 / 0 }}", "chat template fails"),
-        ("x" * 10**6, "must place the image, then the question"),
+        ("x" * 10**6, "must place each image and text of a question once"),
         ([{"name": "rag", "template": "x"}], "chat template fails|cannot be loaded"),
         (7, "chat template"),
     ],

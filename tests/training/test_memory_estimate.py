@@ -191,9 +191,11 @@ def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
     with_text = estimate_memory(config, replace(data, train=[*data.train, text]), CPU, "fp32")
     without = estimate_memory(config, data, CPU, "fp32")
     assert with_text.image_features > without.image_features
-    first = data.train[0]
-    several = [replace(first, images=first.images * 9), *data.train]  # little text, many tokens
-    assert estimate_memory(config, replace(data, train=several), CPU, "fp32").activations > 2 * without.activations
+    many = data.train * 20  # of which a sample is looked at
+    many[1] = replace(many[1], steps=("Step 1: a",), targets=(0.5,), images=many[1].images * 99)  # many tokens, no text
+    assert many[1].images and estimate_memory(config, replace(data, train=many), CPU, "fp32").activations > (
+        1.5 * without.activations
+    )
 
 
 def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypatch):
