@@ -416,7 +416,7 @@ def test_adapters_sit_on_every_linear_layer_of_a_text_model(family):
 def test_an_image_for_a_text_model_is_an_error_that_names_rows_and_remedy(tmp_path):
     picture(60, 40).save(tmp_path / "a.png")
     model = ProcessRewardModel.from_backbone(tiny_family("qwen2"), device="meta")
-    chains = [Chain("Q", ("a",), tmp_path / "a.png", rows=(n,), source="train.json") for n in (3, 5)]
+    chains = [Chain("Q", ("a",), (tmp_path / "a.png",), rows=(n,), source="train.json") for n in (3, 5)]
     with pytest.raises(UserError) as caught:
         model.check([*chains, Chain("Q", ("a",))])
     first, line = str(caught.value).splitlines()
