@@ -61,8 +61,8 @@ class ModelConfig:
 
     reward_model: str = flag(
         default=str(EMBEDDED_BACKBONE),
-        help="backbone: a folder, or a name on the Hugging Face hub; or the folder of a trained reward model, which is "
-        "continued: its head, its adapters, and its settings where no flag is given",
+        help="backbone: a folder, a name on the Hugging Face hub, or a GGUF file; or the folder of a trained reward "
+        "model, which is continued: its head, its adapters, and its settings where no flag is given",
     )
     train: TrainMode | None = flag(
         default=None,

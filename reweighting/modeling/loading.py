@@ -2,8 +2,12 @@
 
 No code of a checkpoint is ever run: weights are read from safetensors files only, and `auto_map` entries are refused.
 The config is checked before weights are downloaded or read, so that a model that cannot be used fails within seconds.
+
+A text-only backbone may also be a GGUF file, which holds config, tokenizer and quantized weights: transformers unpacks
+them.
 """
 
+import functools
 import json
 import math
 import os
@@ -22,9 +26,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_gguf_available
 
 from reweighting.errors import UserError
 from reweighting.files import digest
@@ -36,14 +41,27 @@ from reweighting.terminal import first_line
 
 COUNTS = re.compile(r"(num_.*layers|depth|num_labels)$")  # config entries of which transformers makes as many objects
 MAX_COUNT = 1000
+GGUF = ".gguf"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Tell whether a backbone is named as a GGUF file.
+
+    Args:
+        name: of a folder or file, or on the Hugging Face hub.
+
+    Returns:
+        Whether the name ends in .gguf.
+    """
+    return str(name).endswith(GGUF)
 
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Load a backbone's config and check that the model can be used here. Reads no weights.
 
     Args:
-        name: folder, or name on the Hugging Face hub.
+        name: folder, GGUF file, or name on the Hugging Face hub.
         revision: commit on the hub; None: the newest.
 
     Returns:
@@ -52,6 +70,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     Raises:
         UserError: there is none, or the kind of model is not supported.
     """
+    if is_gguf(name):
+        return _load_gguf_config(name)
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"there is no folder {name[:200]}, and that is no name on the Hugging Face hub.")
     raw, _ = _load(PreTrainedConfig, name, method="get_config_dict", revision=revision)
@@ -69,6 +89,26 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     if large := [key for key, value in _entries(raw) if COUNTS.search(key) and _exceeds(value, MAX_COUNT)]:
         raise UserError(f"{name}: config.json: {large[0]} is more than {MAX_COUNT}; the file is damaged.")
     return _load(AutoConfig, name, revision=revision, trust_remote_code=False)
+
+
+def _load_gguf_config(name: str) -> PreTrainedConfig:
+    """Do the same for a GGUF file."""
+    if not is_gguf_available():
+        raise UserError(f"{name}: to read a GGUF file, install the package gguf: pip install gguf")
+    try:
+        modified = os.stat(name).st_mtime_ns
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no file {name[:200]}.") from error
+    raw = _read_gguf_config(name, modified)
+    if raw.get("model_type") not in FAMILIES:
+        raise UserError(_unsupported(raw.get("model_type"), raw))
+    return AutoConfig.for_model(**raw)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_gguf_config(name: str, modified: int) -> dict[str, Any]:
+    """Read the config in a GGUF file, last modified then: several seconds, most of them for its vocabulary."""
+    return _load(PreTrainedConfig, name, method="get_config_dict")[0]
 
 
 def load_backbone(
@@ -105,7 +145,8 @@ def load_backbone(
     dtype = getattr(torch, config.dtype)
     if device.type == "meta":
         return AutoModel.from_config(found, dtype=dtype, attn_implementation=attn_implementation)
-    _check_weights(name, found, revision)
+    if not is_gguf(name):  # whose config comes from the same file as its weights
+        _check_weights(name, found, revision)
     options: dict[str, Any] = {}
     if config.load_in_4bit:
         options = {"quantization_config": quantization_config(found, dtype, device), "device_map": {"": device}}
@@ -143,6 +184,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if os.path.isdir(name) and not any(os.path.isfile(os.path.join(name, file)) for file in TOKENIZER_FILES):
         raise UserError(f"the folder {name} holds no tokenizer: copy tokenizer.json and the like from the model's.")
+    if is_gguf(name):  # AutoTokenizer would read the file once more to choose the same class
+        return _load(PreTrainedTokenizerFast, name)
     tokenizer = _load(AutoTokenizer, name, trust_remote_code=False)
     processor, _ = _load(ProcessorMixin, name, method="get_processor_dict")
     tokenizer.chat_template = processor.get("chat_template") or tokenizer.chat_template
@@ -172,11 +215,13 @@ def weight_files(name: str, revision: str | None = None) -> list[Path]:
         revision: commit on the hub; None: the newest.
 
     Returns:
-        One file, or the shards that the index names.
+        One file, or the shards that the index names; nothing for a GGUF file.
 
     Raises:
         UserError: there are none, or the index names other files.
     """
+    if is_gguf(name):
+        return []
     if single := _find(name, SAFE_WEIGHTS_NAME, revision):
         return [single]
     index = _find(name, SAFE_WEIGHTS_INDEX_NAME, revision)
@@ -200,7 +245,7 @@ def identify(name: str, revision: str | None = None) -> BaseIdentity:
     """Identify a checkpoint by the digest of its config and weights.
 
     Args:
-        name: folder, or name on the Hugging Face hub.
+        name: folder, GGUF file, or name on the Hugging Face hub.
         revision: commit on the hub; None: the newest.
 
     Returns:
@@ -209,6 +254,10 @@ def identify(name: str, revision: str | None = None) -> BaseIdentity:
     Raises:
         UserError: the files cannot be found.
     """
+    if is_gguf(name):
+        if not os.path.isfile(name):
+            raise UserError(f"there is no file {name[:200]}.")
+        return BaseIdentity(digest(Path(name)))
     config = _find(name, "config.json", revision)
     if config is None:
         raise UserError(f"{name} holds no config.json.")
@@ -294,8 +343,11 @@ def _exceeds(value: object, limit: int) -> bool:
 
 def _load(auto_class: Any, name: str, method: str = "from_pretrained", **options: Any) -> Any:
     """Call a transformers class; its many kinds of errors become one line that names the remedy."""
+    place = name
+    if is_gguf(name):  # transformers takes the file's folder and name
+        place, options["gguf_file"] = os.path.split(os.path.abspath(name))
     try:
-        return getattr(auto_class, method)(name, **options)
+        return getattr(auto_class, method)(place, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files end in nearly every kind
@@ -307,6 +359,6 @@ def _failure(name: str, loader: str, error: Exception) -> str:
         reason = "it needs code of its own (auto_map), which is never run here: use a checkpoint that needs none"
     else:
         reason = first_line(error)
-    if os.path.isdir(name):
-        return f"the folder {name} cannot be loaded by {loader} ({reason})."
+    if os.path.isdir(name) or is_gguf(name):
+        return f"the {'file' if is_gguf(name) else 'folder'} {name} cannot be loaded by {loader} ({reason})."
     return f"there is no folder {name}, and no model of that name came from the Hugging Face hub ({reason})."

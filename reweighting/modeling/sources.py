@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from reweighting.errors import UserError
 from reweighting.modeling.adapters import required_files
 from reweighting.modeling.config import ADAPTERS, CONFIG_FILE, PRMConfig, check_settings, with_defaults
-from reweighting.modeling.loading import identify
+from reweighting.modeling.loading import identify, is_gguf
 from reweighting.modeling.saved_model import BaseIdentity, SavedModel
 
 HEAD_FILE = "score_head.safetensors"
@@ -67,7 +67,7 @@ def new_source(
     """Prepare the training of a backbone, or of a saved reward model, which is then continued.
 
     Args:
-        name: folder or hub name of a backbone, or folder of a saved reward model.
+        name: folder, GGUF file or hub name of a backbone, or folder of a saved reward model.
         settings: attributes of `PRMConfig`; None counts as not given.
         dtype: of a frozen base.
         read_weights: False: only the memory that the model would take is wanted.
@@ -89,7 +89,7 @@ def new_source(
         trained = TrainedParts(folder, saved.config)
         settings = _continued(trained, settings)
     else:
-        settings = {**settings, "backbone": str(folder.resolve() if is_folder else name)}
+        settings = {**settings, "backbone": str(folder.resolve() if is_folder or is_gguf(name) else name)}
     settings["dtype"] = str(dtype).removeprefix("torch.")
     config = PRMConfig(**with_defaults(settings))
     check_settings(config)
@@ -102,6 +102,11 @@ def new_source(
         raise UserError(
             f"a backbone that is trained as a whole must be float32, not {config.dtype}: at small "
             "learning rates half-precision parameters stop moving. Use autocast, or train adapters."
+        )
+    if config.train == "full" and is_gguf(config.backbone):
+        raise UserError(
+            f"{config.backbone}: a GGUF file holds quantized weights, which cannot be trained as a whole: use --train "
+            "lora, dora or head"
         )
     base, revision = None, None
     if saved is not None and saved.config.train != "full":
@@ -138,7 +143,7 @@ def saved_source(folder: str | Path, backbone: str | Path | None, allow_changed_
         base = identify(base_name) if saved.base is None or allow_changed_base else saved.base
     except UserError as error:
         moved = " If the model's base has moved, name it with --backbone (from Python `backbone`)."
-        hint = "" if Path(base_name).is_dir() else moved
+        hint = "" if Path(base_name).exists() else moved
         raise UserError(f"{folder}: {error}{hint}") from error
     return ModelSource(config, base_name, revision, base, str(folder), trained)
 

@@ -70,6 +70,8 @@ def run_settings(config: TrainingConfig) -> dict[str, Any]:
         if os.path.isdir(backbone):
             parts = (path for path in Path(backbone).iterdir() if path.suffix in (".json", ".jinja", ".safetensors"))
             backbone = digest(*sorted(parts))
+        elif os.path.isfile(backbone):  # GGUF
+            backbone = digest(Path(backbone))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
     flags = {name: value for name, value in config.flags().items() if name not in STARTING}
