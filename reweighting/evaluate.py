@@ -21,7 +21,7 @@ from typing import Any
 
 from reweighting.config.inference import EvaluateConfig, parse_inference_config
 from reweighting.data.load_chains import LabelledChain, load_evaluation, shared_questions
-from reweighting.errors import UserError
+from reweighting.errors import ChainTooLong, UserError
 from reweighting.files import atomic_write_text
 from reweighting.inference.metrics import reliability
 from reweighting.inference.scorer import Scorer
@@ -33,6 +33,7 @@ from reweighting.inference.step_metrics import (
     score_chains,
     split_dev,
 )
+from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.plots import draw_reliability
 from reweighting.tables import print_table
 from reweighting.terminal import printable
@@ -64,8 +65,11 @@ def main(argv: list[str]) -> None:
         if not dev_labelled or not labelled:
             raise UserError(f"{config.evaluation.eval_json_file[0]}: too few questions to split; name others with "
                             "--dev_json_file.")  # fmt: skip
-    check_labels(dev_labelled, (config.evaluation.dev_json_file or config.evaluation.eval_json_file)[0])
     scorer = Scorer(config.scoring)
+    dev_labelled, labelled = (
+        fitting(scorer.model, part, config.evaluation.drop_too_long) for part in (dev_labelled, labelled)
+    )
+    check_labels(dev_labelled, (config.evaluation.dev_json_file or config.evaluation.eval_json_file)[0])
     with scorer.autocast():
         dev = score_chains(scorer.model, dev_labelled, batch_size)
         chains = score_chains(scorer.model, labelled, batch_size)
@@ -96,6 +100,27 @@ def load(config: EvaluateConfig, files: list[str]) -> list[LabelledChain]:
     for note in notes:
         print(f"warning: {printable(note)}", file=sys.stderr)
     return chains
+
+
+def fitting(model: ProcessRewardModel, chains: list[LabelledChain], drop_too_long: bool) -> list[LabelledChain]:
+    """Check all answers before the first is scored, and return those that the model can take.
+
+    Args:
+        model: the reward model.
+        chains: the answers.
+        drop_too_long: leave out the answers that are too long, and print how many.
+
+    Raises:
+        UserError: if an answer cannot be scored; without `drop_too_long`, also if one is too long.
+    """
+    try:
+        too_long = set(model.check([one.chain for one in chains], drop_too_long))
+    except ChainTooLong as error:
+        raise UserError(f"{error}\nTo evaluate without the answers that are too long: --drop_too_long") from error
+    if too_long:
+        print(f"--drop_too_long: {len(too_long)} of {len(chains)} answers are left out, which are longer than "
+              f"{model.chain_tokenizer.max_length} tokens")  # fmt: skip
+    return [one for place, one in enumerate(chains) if place not in too_long]
 
 
 def warn_of_shared(dev: list[LabelledChain], labelled: list[LabelledChain]) -> None:

@@ -237,3 +237,17 @@ def test_process_bench_is_the_authors_measure_however_the_steps_are_given(weight
         expected = {"error": error, "correct": correct, "f1": 2 * error * correct / (error + correct)}
         assert found[-1] == pytest.approx(expected) and error > 0
     assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_answers_that_are_too_long_are_an_error_or_left_out(weights_path, tmp_path, capsys):
+    rows = [{"question": f"Q{n}", "steps": ["two", "red"], "labels": [1, n % 2]} for n in range(8)]
+    rows.append({"question": "Q", "steps": ["red " * 9000], "labels": [1]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    file = str(tmp_path / "rows.json")
+    command = ["--weights_path", str(weights_path), "--eval_json_file", file, "--dev_json_file", file,
+               "--output", str(tmp_path / "out")]  # fmt: skip
+    with pytest.raises(UserError, match="(?s)1 of 9 chains cannot be used.*row 8: .*To evaluate .*--drop_too_long"):
+        main(command)
+    main([*command, "--drop_too_long"])
+    assert "--drop_too_long: 1 of 9 answers are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["all"]["chains"] == 8

@@ -82,6 +82,10 @@ class EvaluationConfig:
     threshold: float = flag(
         default=0.0, help="a step without `correct` counts as correct if its accuracy is above this"
     )
+    drop_too_long: bool = flag(
+        default=False,
+        help="leave out answers that are longer than the model takes, and print how many; else they are an error",
+    )
     output: str = flag(default="evaluation", help="folder for evaluation.json and reliability.png")
 
     def __post_init__(self) -> None:

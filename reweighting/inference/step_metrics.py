@@ -76,7 +76,6 @@ def score_chains(model: ProcessRewardModel, chains: Sequence[LabelledChain], bat
     Raises:
         UserError: as `ProcessRewardModel.chain_logits` does.
     """
-    model.check([labelled.chain for labelled in chains])
     logits, _ = model.chain_logits([labelled.chain for labelled in chains], batch_size)  # [chains, S]
     return [
         ScoredChain(
