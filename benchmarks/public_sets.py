@@ -19,8 +19,8 @@ from pathlib import Path
 
 from common import ROOT, write_results
 
-# Set: its files; those with step labels to evaluate on, of which it is then trained on too; those with several answers to
-# a question; and flags that its files need.
+# Set: its files; of a set with step labels, which is trained on, those to evaluate on; those with several answers to a
+# question; and flags that its files need.
 SETS: dict[str, dict] = {
     "processbench": {"files": "processbench/*.json", "evaluate": "processbench/gsm8k.json"},
     "bigbench-mistake": {
