@@ -15,10 +15,11 @@ if __name__ == "__main__":
 from reweighting.cli import COMMANDS  # noqa: E402
 from reweighting.config.conversion import ConvertConfig  # noqa: E402
 from reweighting.config.inference import BestOfNConfig, EvaluateConfig, ShowConfig  # noqa: E402
+from reweighting.config.labeling import LabelConfig  # noqa: E402
 from reweighting.config.training import EMBEDDED_BACKBONE, TrainingConfig  # noqa: E402
 
 CONFIGS = {"train": TrainingConfig, "best-of-n": BestOfNConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig,
-           "show": ShowConfig}  # fmt: skip
+           "label": LabelConfig, "show": ShowConfig}  # fmt: skip
 GROUPS_OF = {name: [field.type for field in dataclasses.fields(config)] for name, config in CONFIGS.items()}
 PAGE = ROOT / "docs" / "cli.md"
 INTRODUCTION = """\

@@ -16,6 +16,7 @@ COMMANDS = {
     "best-of-n": ("best_of_n", "choose the best of N candidate answers to each question"),
     "evaluate": ("evaluate", "measure step scores against step labels"),
     "convert": ("convert", "convert answers of any known format to canonical rows, and report what is in them"),
+    "label": ("label", "make training rows, meta answers and candidates with a policy model"),
     "show": ("show", "write one question's answers, coloured by score, as an HTML page"),
 }
 

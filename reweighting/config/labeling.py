@@ -1,0 +1,135 @@
+"""The flags of label.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.reading import FILES, ReadingConfig
+from reweighting.errors import UserError
+from reweighting.labeling.rollouts import RolloutSettings, Search
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy."""
+
+    policy: list[str] = flag(help="addresses of OpenAI-compatible servers up to /v1; several share the work")
+    policy_model: str = flag(help="the model's name on the servers")
+    prompt_file: str | None = flag(
+        default=None, help="text that asks for an answer, with {question} in it (default: the paper's five steps)"
+    )
+    temperature: float = flag(default=1.0, help="of the sampling")
+    max_tokens: int = flag(default=1024, help="tokens of one answer or continuation")
+    concurrency: int = flag(default=16, help="calls in flight at a time")
+    timeout: float = flag(default=600.0, help="seconds for one call")
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "concurrency", "timeout"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name}: found {getattr(self, name)}, allowed: a number of more than 0")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature: found {self.temperature}, allowed: a number from 0")
+        for url in self.policy:
+            if not url.startswith(("http://", "https://")):
+                raise UserError(
+                    f"--policy: found {url!r:.60}, allowed: an address that starts with http:// or https://"
+                )
+
+
+@dataclass(frozen=True)
+class LabelingConfig:
+    """Answers and labels."""
+
+    questions: list[str] = flag(help=f"questions with their correct answers; the flag's name may be left out: {FILES}")
+    image_root: str | None = flag(
+        default=None,
+        help="folder that image paths start from and may not leave (default: the input's, then the working one)",
+    )
+    answers: int = flag(default=8, help="answers to each question")
+    rollouts: int = flag(default=16, help="continuations from each step")
+    max_steps: int = flag(default=16, help="steps of an answer; further ones join the last")
+    search: Search = flag(
+        default="full",
+        help="label every step, or find the first step from which no continuation is correct by halving",
+    )
+    stop_early: int = flag(default=0, help="stop at a step when so many continuations all agree (0: never)")
+
+    def __post_init__(self) -> None:
+        for name, least in (("answers", 1), ("rollouts", 1), ("max_steps", 1), ("stop_early", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}: found {getattr(self, name)}, allowed: a number of at least {least}")
+        if self.stop_early > self.rollouts:
+            raise UserError(f"--stop_early {self.stop_early} does nothing with --rollouts {self.rollouts}")
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """What is written."""
+
+    store: str = flag(
+        default="labels.sqlite", help="what the policy has answered; an interrupted run is resumed from it"
+    )
+    output_train: str | None = flag(default=None, help="training rows, a .jsonl file")
+    output_meta: str | None = flag(default=None, help="meta answers, as many correct as incorrect ones to a question")
+    output_candidates: str | None = flag(default=None, help="all answers to a question, for best-of-N")
+    meta_share: float = flag(default=0.2, help="of the questions, for the meta answers, beside other outputs")
+    candidates_share: float = flag(default=0.2, help="of the questions, for the candidates, beside other outputs")
+    max_rows_per_domain: int = flag(
+        default=1000, help="training rows of a domain, those first whose labels lie between 0 and 1; 0: all"
+    )
+    dry_run: bool = flag(default=False, help="ask one question, and print how many calls all of them take")
+
+    def __post_init__(self) -> None:
+        outputs = [name for name in (self.output_train, self.output_meta, self.output_candidates) if name is not None]
+        if not outputs:
+            raise UserError("nothing would be written: name --output_train, --output_meta or --output_candidates")
+        for name in outputs:
+            if Path(name).suffix != ".jsonl":
+                raise UserError(f"found the output {name!r:.60}, allowed: a name that ends in .jsonl")
+        if len({Path(name).resolve() for name in outputs}) < len(outputs):
+            raise UserError("two outputs have one name: name a file for each")
+        shares = (self.meta_share, self.candidates_share)
+        if not all(0 < share < 1 for share in shares) or sum(shares) >= 1:
+            raise UserError("--meta_share and --candidates_share: allowed: numbers above 0 whose sum is below 1")
+        if self.max_rows_per_domain < 0:
+            raise UserError(f"--max_rows_per_domain: found {self.max_rows_per_domain}, allowed: a number of at least 0")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """All flags of label.py."""
+
+    policy: PolicyConfig
+    labeling: LabelingConfig
+    reading: ReadingConfig
+    rows: RowsConfig
+
+    def rollout_settings(self) -> RolloutSettings:
+        """Return how answers are labelled; without training rows, no step is."""
+        flags = self.labeling
+        rollouts = flags.rollouts if self.rows.output_train is not None else 0
+        separator = self.reading.options().step_separator
+        return RolloutSettings(
+            flags.answers, rollouts, flags.max_steps, separator, flags.search, flags.stop_early if rollouts else 0
+        )
+
+
+def parse_label_config(argv: Sequence[str], *, description: str) -> LabelConfig:
+    """Parse the command's flags; what stands before the first of them are the questions.
+
+    Args:
+        argv: the command line without the program's name.
+        description: for `--help`.
+
+    Raises:
+        UserError: if a value is out of range.
+        SystemExit: with code 2, from argparse, for unknown flags and choices.
+    """
+    if argv and not argv[0].startswith("-"):
+        argv = ["--questions", *argv]
+    groups = get_type_hints(LabelConfig)
+    flags, _ = parse_groups(tuple(groups.values()), argv, description=description)
+    made = {name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()}
+    return LabelConfig(**made)

@@ -1,0 +1,92 @@
+"""What the policy has answered, on disk as it comes: an interrupted run asks for nothing twice.
+
+    with Store(Path("labels.sqlite"), settings) as store:
+        store.put(question.key, 2, 0, {"score": 3, "times": 16})
+        store.get(question.key, 2, 0)
+
+An SQLite file: each entry is written whole or not at all, whatever ends the process.
+"""
+
+import json
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from reweighting.errors import UserError
+from reweighting.files import cannot_write
+
+WHOLE = -1  # in the place of an answer's number: the answers themselves; in the place of a step's: the whole answer
+
+
+class Store:
+    """Answers and counts by question, answer and step.
+
+    Args:
+        path: the file; made if it is missing.
+        settings: what the content depends on.
+
+    Raises:
+        UserError: the file was made with other settings, is in use, or is no such file.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self._lock = FileLock(f"{path}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{path}: another process writes it. Wait for it, or name another --output.") from None
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        try:
+            self._file = sqlite3.connect(path, isolation_level=None)
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = NORMAL")
+            self._file.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS entries (question TEXT, answer INTEGER, step INTEGER, value TEXT, "
+                "PRIMARY KEY (question, answer, step)) WITHOUT ROWID"
+            )
+            self._check(settings)
+        except sqlite3.Error as error:
+            self._lock.release()
+            raise UserError(f"{path}: is no store of answers ({error}). Move it away.") from error
+        except UserError:
+            self._lock.release()
+            raise
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        """Raise UserError if the file was made with other settings."""
+        made_with = dict(self._file.execute("SELECT name, value FROM settings"))
+        texts = {name: json.dumps(value) for name, value in settings.items()}
+        if not made_with:
+            self._file.executemany("INSERT INTO settings VALUES (?, ?)", texts.items())
+        elif made_with != texts:
+            changed = sorted(name for name in {*made_with, *texts} if made_with.get(name) != texts.get(name))
+            found = "; ".join(f"{name}: {made_with.get(name)}, now {texts.get(name)}" for name in changed)
+            raise UserError(f"{self.path}: was made with other settings ({found:.300}). Name another --output, or use "
+                            "the same settings.")  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def get(self, question: str, answer: int, step: int) -> Any:
+        """Return an entry, None if it is not there."""
+        row = self._file.execute(
+            "SELECT value FROM entries WHERE question = ? AND answer = ? AND step = ?", (question, answer, step)
+        ).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, question: str, answer: int, step: int, value: Any) -> None:
+        """Write an entry."""
+        self._file.execute(
+            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (question, answer, step, json.dumps(value))
+        )
