@@ -13,6 +13,7 @@ from reweighting.devices import check_attention
 from reweighting.distributed import collectives
 from reweighting.errors import LISTED_PLACES, ChainTooLong, UserError
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.saved_model import flags_of_saved
 from reweighting.terminal import printable
 from reweighting.training.build import load_backbone, micro_batches_per_step, windows_per_meta_pass
 from reweighting.training.hypergradient_choice import check_method
@@ -65,6 +66,11 @@ def check_chains(config: TrainingConfig, data: RunData) -> RunData:
         UserError: naming the rows; or if nothing is left of a domain, of a kind of meta answers or of the validation.
     """
     model = load_backbone(config, torch.device("meta"), "fp32")
+    inherited = flags_of_saved(config.model.reward_model, config.model.train).get("freeze_vision", True)
+    if not model.chain_tokenizer.family.reads_images and inherited and not config.model.freeze_vision:
+        raise UserError(
+            f"--no_freeze_vision does nothing with {model.base.config.model_type} models: they read text only"
+        )
     chains = [*data.train, *data.meta]
     questions: list[int] = []  # of each validation chain behind these: its place in data.validation
     for place, row in enumerate(data.validation):

@@ -12,6 +12,7 @@ from reweighting.training import hypergradient_choice, signals
 from reweighting.training.checkpoints import checkpoints, read_manifest
 from tests.processes import Launched, command, left, parameters_of, run_processes
 from tests.runs import StopAtStep, history
+from tests.tiny_families import TEXT_FAMILIES, tiny_family
 
 SGD = ("--optimizer", "sgd", "--lr", "0.01")
 
@@ -83,14 +84,15 @@ def stopped_here(run: list[str]) -> int:
         ((3,), 2e-6, ("--lora_rank", "2", *SGD)),
         ((2, 3), 5e-3, ("--train", "head")),  # all of it on the first process
         ((2,), 2e-6, ("--lora_rank", "2", *SGD, "--no_freeze_projector", "--gradient_checkpointing")),
+        ((2,), 2e-6, ("--lora_rank", "2", *SGD, "--ignore_images", "--reward_model", "phi3")),
     ],
-    ids=["whole-backbone", "lora", "head", "projector"],
+    ids=["whole-backbone", "lora", "head", "projector", "text"],
 )
 def test_a_sharded_model_makes_the_run_of_a_whole_one(
     tiny, one, some_images, tmp_path, monkeypatch, worlds, of_weights, more
 ):
     """Four or eight steps on parts of the parameters, cut inside windows, then on whole ones in one process."""
-    more = ("--iteration_num", "15", *some_images, *more)
+    more = ("--iteration_num", "15", *some_images, *(str(tiny_family(m)) if m in TEXT_FAMILIES else m for m in more))
     run = tiny(tmp_path / "run", *more, "--resume")
     sharded = parameters_of([*run, "--shard"], tmp_path / "parts")
     with monkeypatch.context() as patch:

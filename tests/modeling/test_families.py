@@ -25,6 +25,7 @@ from reweighting.modeling.families import FAMILIES, VISION_LANGUAGE, family_of, 
 from reweighting.modeling.families.causal_lm import CausalLM
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.dry_run import same
+from reweighting.training.preflight import check_chains
 from reweighting.training.resume import find_checkpoint, run_settings
 from reweighting.training.run_data import read_run_data
 from reweighting.training.signals import Stopped
@@ -430,6 +431,12 @@ def test_an_image_for_a_text_model_is_an_error_that_names_rows_and_remedy(tmp_pa
 def test_settings_about_images_are_refused_for_a_text_model(flag):
     with pytest.raises(UserError, match=f"--{next(iter(flag))} does nothing with llama models, which read text only"):
         ProcessRewardModel.from_backbone(tiny_family("llama"), **flag)
+
+
+def test_a_vision_tower_that_is_not_there_cannot_be_trained(world):
+    config = arguments("qwen2", "full", world).with_changes(freeze_vision=False)
+    with pytest.raises(UserError, match="--no_freeze_vision does nothing with qwen2 models"):
+        check_chains(config, read_run_data(config))
 
 
 @pytest.mark.parametrize(
