@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from reweighting.data.chains import Chain
 from reweighting.data.images import image_size, open_image
+from reweighting.data.placeholders import PLACEHOLDER
 from reweighting.errors import ChainTooLong, UserError
 from reweighting.modeling.families import Family, family_of
 from reweighting.modeling.prompts import Placeholder, Prompts
@@ -112,6 +113,7 @@ class ChainTokenizer:
             raise UserError(f"this tokenizer cannot read {family.image_token!r} in a question as plain text.")
         self.prompts = Prompts(tokenizer, family)
         self._pieces: dict[str, list[int]] = {}  # a piece of a prompt -> its tokens
+        self._counts: dict[tuple[Placeholder, ...], tuple[int, int]] = {}  # see `_around`
         self._images: dict[ImageKey, Pixels] = {}
         self._tokens: dict[tuple[str, tuple[str, ...], tuple[Placeholder, ...]], ChainTokens] = {}
         self._cache_bytes_left = cache_bytes
@@ -203,14 +205,11 @@ class ChainTokenizer:
         """
         family = self.family.among(len(chain.images))
         placeholders = tuple(self._placeholder(image, family) for image in chain.images)
-        pieces, texts = self.prompts.write(chain.question, placeholders)
-        expansions = self._expansions(placeholders)
-        image = sum(expansions)
-        around = sum(len(self._piece_tokens(piece)) for piece in pieces) - len(expansions) + image
+        around, image = self._around(chain.question, placeholders)
         if around + len(chain.steps) - 1 > self.max_length:  # each further step begins with a newline
             raise self._too_long(around + len(chain.steps) - 1, image, "at least ")
         # A token stands for at least one byte of text; a tokenizer may add one token before each piece.
-        text = sum(len(piece.encode()) + 2 for piece in (*texts, *chain.steps))
+        text = sum(len(piece.encode()) + 2 for piece in (chain.question, *chain.steps)) + 2 * len(placeholders)
         if around + text > self.max_length:
             self._cached_tokens(chain, placeholders)
 
@@ -290,6 +289,19 @@ class ChainTokenizer:
         except Exception as error:  # any kind, where its files are damaged
             raise UserError(f"the tokenizer fails: {first_line(error)}") from error
         return encoding["input_ids"]
+
+    def _around(self, question: str, images: tuple[Placeholder, ...]) -> tuple[int, int]:
+        """Count the tokens around the texts of a question, and those of them that are the images'."""
+        is_plain = PLACEHOLDER not in question  # then the count depends on the images alone
+        counts = self._counts.get(images) if is_plain else None
+        if counts is None:
+            pieces, _ = self.prompts.write(question, images)
+            expansions = self._expansions(images)
+            tokens = sum(len(self._piece_tokens(piece)) for piece in pieces)
+            counts = tokens - len(expansions) + sum(expansions), sum(expansions)
+            if is_plain and len(self._counts) < CACHED_SIZES:
+                self._counts[images] = counts
+        return counts
 
     def _expansions(self, images: tuple[Placeholder, ...]) -> list[int]:
         """How many tokens each image token of a prompt stands for, in order."""
