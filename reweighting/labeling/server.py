@@ -5,7 +5,8 @@
         rest = await policy.complete(question, "Step 1: ...")
 
 Continuing an answer is not part of the protocol, and servers differ. `prepare` tries the known ways with a greedy
-answer cut in half: only a server that gives the second half, as it gave it before, continues.
+answer cut in half: only a server that gives the second half, as it gave it before, continues. Some give back the whole
+message, with what they were given in front.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 PROBE_SHARE = 0.5  # of the greedy answer that is given as the prefix
 PROBE_LENGTH = 12  # characters of its rest that must come again: later ones may differ by rounding
+FOREIGN = "(7041) "  # no answer begins so by itself
 LONGEST_WAIT = 60.0  # seconds between two tries
 FAILURES = 50  # calls in a row that may fail after all tries, before the server counts as gone
 
@@ -101,7 +103,7 @@ class ServerPolicy:
         key = os.environ.get(KEY_VARIABLE)
         self._client = httpx2.AsyncClient(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
         self._attempts, self._in_a_row = attempts, 0
-        self._way = next(iter(WAYS))
+        self._way, self._repeats = next(iter(WAYS)), False  # whether the server's text repeats what it was given
 
     async def __aenter__(self) -> Self:
         """See `Policy`."""
@@ -114,20 +116,23 @@ class ServerPolicy:
     async def prepare(self, question: Question) -> str:
         """See `Policy`; each server is asked."""
         greedy = Sampling(0.0, min(64, self.sampling.max_tokens))
-        ways = set()
+        ways: set[tuple[str, bool]] = set()
         for url in dict.fromkeys(self.urls):
             try:
                 ways.add(await self._find_way(url.rstrip("/"), question, greedy))
             except (PolicyFailure, _TryAgain) as error:
                 raise UserError(f"--policy {url}: {error}") from error
         if len(ways) > 1:
-            raise UserError(f"--policy: the servers continue answers in different ways ({', '.join(ways)}). Use "
-                            "servers of one kind.")  # fmt: skip
-        (self._way,) = ways
+            raise UserError(f"--policy: the servers continue answers in different ways "
+                            f"({', '.join(sorted(way for way, _ in ways))}). Use servers of one kind.")  # fmt: skip
+        ((self._way, self._repeats),) = ways
         return f"{self.name} continues answers ({self._way})"
 
-    async def _find_way(self, url: str, question: Question, greedy: Sampling) -> str:
-        """How this server continues an answer. Raises UserError if it does not, PolicyFailure and _TryAgain."""
+    async def _find_way(self, url: str, question: Question, greedy: Sampling) -> tuple[str, bool]:
+        """How this server continues an answer, and whether it repeats what it was given.
+
+        Raises UserError if it does not continue, PolicyFailure and _TryAgain.
+        """
         whole = await self._post(url, self._body(question, "", greedy, {})) or ""
         cut = int(len(whole) * PROBE_SHARE)
         cut = whole.rfind(" ", 0, cut) if " " in whole[:cut] else cut  # not inside a word
@@ -140,9 +145,13 @@ class ServerPolicy:
                 found = await self._post(url, self._body(question, start, greedy, extra)) or ""
             except PolicyFailure:  # a server that refuses the way's fields
                 continue
-            expected = rest[:PROBE_LENGTH]
-            if found.strip().startswith(expected) and not found.strip().startswith(whole.strip()[: len(expected) + 8]):
-                return way
+            if found.lstrip().startswith(start):  # a new answer, or what was given and its rest
+                given = f"{FOREIGN}{start}"
+                again = await self._post(url, self._body(question, given, greedy, extra)) or ""
+                if again.lstrip().startswith(given):
+                    return way, True
+            elif found.strip().startswith(rest[:PROBE_LENGTH]):
+                return way, False
         raise UserError(
             f"--policy {url}: the server begins a new answer instead of continuing the one that is given. Serve the "
             "model with vLLM, SGLang, llama.cpp or lmdeploy, whose servers continue a last message of the assistant."
@@ -166,6 +175,8 @@ class ServerPolicy:
                     raise PolicyFailure(f"{FAILURES} calls in a row failed, the last one: {error}") from error
                 return None
         self._in_a_row = 0
+        if text is not None and prefix and self._repeats:
+            text = text.lstrip()[len(prefix) :] if text.lstrip().startswith(prefix) else None
         self.failures += text is None
         return text
 

@@ -39,7 +39,7 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{path}: another process writes it. Wait for it, or name another --output.") from None
+            raise UserError(f"{path}: another process writes it. Wait for it, or name another --store.") from None
         except OSError as error:
             raise cannot_write(path, error) from error
         try:
@@ -63,12 +63,13 @@ class Store:
         """Raise UserError if the file was made with other settings."""
         made_with = dict(self._file.execute("SELECT name, value FROM settings"))
         texts = {name: json.dumps(value) for name, value in settings.items()}
-        if not made_with:
+        if not made_with or self._file.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None:
+            self._file.execute("DELETE FROM settings")
             self._file.executemany("INSERT INTO settings VALUES (?, ?)", texts.items())
         elif made_with != texts:
             changed = sorted(name for name in {*made_with, *texts} if made_with.get(name) != texts.get(name))
             found = "; ".join(f"{name}: {made_with.get(name)}, now {texts.get(name)}" for name in changed)
-            raise UserError(f"{self.path}: was made with other settings ({found:.300}). Name another --output, or use "
+            raise UserError(f"{self.path}: was made with other settings ({found:.300}). Name another --store, or use "
                             "the same settings.")  # fmt: skip
 
     def __enter__(self) -> Self:

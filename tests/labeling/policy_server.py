@@ -34,7 +34,8 @@ class PolicyServer:
     """Serves the policy while a `with` block runs.
 
     Attributes:
-        continues: "continue_final_message", "trailing", or "never": then it begins anew.
+        continues: "continue_final_message", "trailing", "repeating": with what it was given in front, or "never": it
+            begins anew.
         replies: statuses to answer the next calls with, before it works again.
         bodies: the requests.
         headers: of the last request.
@@ -84,7 +85,7 @@ class PolicyServer:
         content = asked["content"]
         question = content if isinstance(content, str) else content[-1]["text"]
         prefix = begun[0]["content"] if begun else ""
-        goes_on = self.continues == "trailing" or (
+        goes_on = self.continues in ("trailing", "repeating") or (
             self.continues == "continue_final_message"
             and body.get("continue_final_message") is True
             and body.get("add_generation_prompt") is False
@@ -92,7 +93,10 @@ class PolicyServer:
         if body["temperature"]:
             text = steps_of(question, prefix if goes_on else "", self.rng)
         else:
-            text = steps_of(question, "", None)[len(prefix) if goes_on else 0 :]
+            whole, foreign = steps_of(question, "", None), prefix.startswith("(7041) ")
+            text = whole[len(prefix) - 7 * foreign if goes_on else 0 :]
+        if self.continues == "repeating":
+            text = prefix + text
         return 200, {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
                      "usage": {"completion_tokens": len(text.split())}}  # fmt: skip
 

@@ -44,7 +44,7 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("way", ["continue_final_message", "trailing"])
+@pytest.mark.parametrize("way", ["continue_final_message", "trailing", "repeating"])
 def test_from_questions_to_rows_of_all_three_kinds(folder, way, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a secret")
     with PolicyServer(way) as server:
