@@ -31,6 +31,7 @@ from reweighting.inference.candidates import score_candidates
 from reweighting.inference.scorer import Scorer
 from reweighting.inference.selections_file import Selections, sidecar
 from reweighting.modeling.aggregation import AggregationName, aggregate
+from reweighting.modeling.chain_checks import check_chains
 from reweighting.progress import Progress
 from reweighting.tables import print_table
 from reweighting.terminal import printable
@@ -72,7 +73,8 @@ def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, bat
     Rows are scored in the same batches wherever an earlier run was interrupted: scores are equal to the bit.
     """
     todo = islice(candidates.rows(), selections.done, None)
-    scorer.model.check(chain for row in todo for chain in candidate_chains(row, candidates.path))
+    tokenizer = scorer.model.chain_tokenizer
+    check_chains(tokenizer, (chain for row in todo for chain in candidate_chains(row, candidates.path)))
     with Progress(candidates.questions, selections.done, unit="question") as progress:
         end = 0
         for block in blocks(candidates.rows(), BATCHES_IN_A_BLOCK * batch_size):

@@ -33,6 +33,7 @@ from reweighting.inference.step_metrics import (
     score_chains,
     split_dev,
 )
+from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.plots import draw_reliability
 from reweighting.tables import print_table
@@ -114,7 +115,7 @@ def fitting(model: ProcessRewardModel, chains: list[LabelledChain], drop_too_lon
         UserError: if an answer cannot be scored; without `drop_too_long`, also if one is too long.
     """
     try:
-        too_long = set(model.check([one.chain for one in chains], drop_too_long))
+        too_long = set(check_chains(model.chain_tokenizer, [one.chain for one in chains], drop_too_long))
     except ChainTooLong as error:
         raise UserError(f"{error}\nTo evaluate without the answers that are too long: --drop_too_long") from error
     if too_long:

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     """Run the command: flags, rows, the two levels, training, results. Raises UserError for what the user can fix."""
     config = parse_training_config(argv)
     with process_group(choose_device(config.run.device), config.run.distributed_timeout):
-        data = preflight.check_chains(config, read_run_data(config))  # all of them, before a weight is read
+        data = preflight.check_data(config, read_run_data(config))  # all of them, before a weight is read
         with lock_output_dir(config.data.weights_path, run_inputs(config)) as folder:
             settings = run_settings(config)
             check_same_on_all_ranks(settings)

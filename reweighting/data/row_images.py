@@ -10,7 +10,7 @@ from reweighting.data.images import FORMATS, check_images
 from reweighting.data.row_files import short_repr
 from reweighting.errors import UserError
 
-IMAGES_DECODED = 10_000  # of a file; of the others only the headers are read (`ProcessRewardModel.check`)
+IMAGES_DECODED = 10_000  # of a file; of the others only the headers are read (`chain_checks.py`)
 ALLOWED = f"allowed: an image ({', '.join(FORMATS)}), or null"
 
 

@@ -154,6 +154,8 @@ def _from_mapping(entry: Mapping[str, Any]) -> Source:
 
 def _paths(path: str) -> list[str]:
     """The files that a path stands for."""
+    if not path.strip():
+        raise UserError(f"found {path!r:.60}, allowed: the name of a file, a folder or a data set")
     shown = printable(f"{path:.200}", one_line=True)
     if path.startswith(URLS):
         raise UserError(f"{shown}: URLs are not read. Download the file and name it, or name a Hugging Face data set "

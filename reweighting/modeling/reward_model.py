@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from reweighting.data.chains import Chain
 from reweighting.data.steps import split_response
-from reweighting.errors import ChainTooLong, Problems, UserError
+from reweighting.errors import UserError
 from reweighting.modeling.adapters import save_trained, set_trainable, strip_prefix, without_adapters
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
 from reweighting.modeling.backbone_pass import hidden_states
@@ -271,36 +271,6 @@ class ProcessRewardModel(nn.Module):
             The batch.
         """
         return collate(encoded, self.shares_prompts).to(self.score_head.weight.device)
-
-    def check(self, chains: Iterable[Chain], drop_too_long: bool = False) -> list[int]:
-        """Check every chain once, so that one that is too long is found before hours of computing.
-
-        Args:
-            chains: all chains of a run.
-            drop_too_long: the caller leaves out the chains that are too long.
-
-        Returns:
-            Positions of the chains that are too long; empty without `drop_too_long`.
-
-        Raises:
-            ChainTooLong: names the rows of the chains that `ChainTokenizer.check` refuses, some of them too long.
-            UserError: the same, none of them too long.
-        """
-        problems, too_long, count = Problems(), [], 0
-        for position, chain in enumerate(chains):
-            count += 1
-            try:
-                self.chain_tokenizer.check(chain)
-            except ChainTooLong as error:
-                too_long.append(position)
-                if not drop_too_long:
-                    problems.add(chain.source_location, str(error), kind=ChainTooLong)
-            except UserError as error:
-                problems.add(chain.source_location, str(error))
-        if problems.count:
-            kind = ChainTooLong if too_long and not drop_too_long else UserError
-            raise kind("\n".join([f"{problems.count} of {count} chains cannot be used", *problems.lines()]))
-        return too_long
 
     def chain_logits(
         self, chains: Sequence[Chain], batch_size: int = 8, images: Sequence[Pixels] | None = None

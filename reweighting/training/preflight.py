@@ -12,6 +12,7 @@ from reweighting.data.row_files import short_repr
 from reweighting.devices import check_attention
 from reweighting.distributed import collectives
 from reweighting.errors import LISTED_PLACES, ChainTooLong, UserError
+from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.modeling.saved_model import flags_of_saved
 from reweighting.terminal import printable
@@ -51,7 +52,7 @@ def _check_shard(config: TrainingConfig) -> None:
         )
 
 
-def check_chains(config: TrainingConfig, data: RunData) -> RunData:
+def check_data(config: TrainingConfig, data: RunData) -> RunData:
     """Check, without reading the model's weights, that it can read every chain.
 
     Args:
@@ -78,7 +79,7 @@ def check_chains(config: TrainingConfig, data: RunData) -> RunData:
         chains += candidates
         questions += [place] * len(candidates)
     try:
-        too_long = model.check(chains, config.data.drop_too_long)
+        too_long = check_chains(model.chain_tokenizer, chains, config.data.drop_too_long)
     except ChainTooLong as error:
         raise UserError(f"{error}\nTo train without the chains that are too long: --drop_too_long") from error
     return _without(config, data, set(too_long), questions, model) if too_long else data

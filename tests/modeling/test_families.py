@@ -20,12 +20,13 @@ from reweighting.data.chains import Chain
 from reweighting.data.placeholders import without_placeholders
 from reweighting.errors import UserError
 from reweighting.main import build_engine
+from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.collate import collate
 from reweighting.modeling.families import FAMILIES, VISION_LANGUAGE, family_of, parameters_of
 from reweighting.modeling.families.causal_lm import CausalLM
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.dry_run import same
-from reweighting.training.preflight import check_chains
+from reweighting.training.preflight import check_data
 from reweighting.training.resume import find_checkpoint, run_settings
 from reweighting.training.run_data import read_run_data
 from reweighting.training.signals import Stopped
@@ -419,7 +420,7 @@ def test_an_image_for_a_text_model_is_an_error_that_names_rows_and_remedy(tmp_pa
     model = ProcessRewardModel.from_backbone(tiny_family("qwen2"), device="meta")
     chains = [Chain("Q", ("a",), (tmp_path / "a.png",), rows=(n,), source="train.json") for n in (3, 5)]
     with pytest.raises(UserError) as caught:
-        model.check([*chains, Chain("Q", ("a",))])
+        check_chains(model.chain_tokenizer, [*chains, Chain("Q", ("a",))])
     first, line = str(caught.value).splitlines()
     assert first == "2 of 3 chains cannot be used"
     assert re.fullmatch(r"train.json: row 3: .*qwen2 models read text only.*--ignore_images.*train.json: row 5\)", line)
@@ -436,7 +437,7 @@ def test_settings_about_images_are_refused_for_a_text_model(flag):
 def test_a_vision_tower_that_is_not_there_cannot_be_trained(world):
     config = arguments("qwen2", "full", world).with_changes(freeze_vision=False)
     with pytest.raises(UserError, match="--no_freeze_vision does nothing with qwen2 models"):
-        check_chains(config, read_run_data(config))
+        check_data(config, read_run_data(config))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from reweighting.data.chains import Chain
 from reweighting.errors import ChainTooLong, UserError
+from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.reward_model import ProcessRewardModel
 from tests.tiny import draw_cells, tiny_backbone
 
@@ -147,17 +148,19 @@ def test_threads_that_score_at_once_leave_the_model_as_it_was(tmp_path):
 def test_chains_that_are_too_long_are_one_line_and_can_be_dropped(model, tmp_path):
     long = [Chain("Q", ("word " * 400,), rows=(n,), source="train.json") for n in range(14)]
     fine = [Chain("Q", STEPS, rows=(n + 14,), source="train.json") for n in range(3)]
-    assert model.check(fine) == model.check(fine, drop_too_long=True) == []
+    assert (
+        check_chains(model.chain_tokenizer, fine) == check_chains(model.chain_tokenizer, fine, drop_too_long=True) == []
+    )
     with pytest.raises(UserError) as caught:
-        model.check([*fine, *long])
+        check_chains(model.chain_tokenizer, [*fine, *long])
     head, line = str(caught.value).split("\n")
     assert head == "14 of 17 chains cannot be used"
     assert "train.json: row 0: " in line and "tokens, but the model takes 300" in line and "and 9 more" in line
-    assert model.check([fine[0], *long, *fine[1:]], drop_too_long=True) == list(range(1, 15))
+    assert check_chains(model.chain_tokenizer, [fine[0], *long, *fine[1:]], drop_too_long=True) == list(range(1, 15))
     Image.new("RGB", (4000, 1)).save(tmp_path / "thread.png")
     narrow = Chain("Q", STEPS, (tmp_path / "thread.png",), rows=(99,), source="train.json")
     with pytest.raises(UserError, match="1 of 15 chains cannot be used\ntrain.json: row 99: cannot use the image"):
-        model.check([*long, narrow], drop_too_long=True)
+        check_chains(model.chain_tokenizer, [*long, narrow], drop_too_long=True)
 
 
 def test_the_length_is_that_of_the_upright_image(model, tmp_path):

@@ -1,10 +1,10 @@
-"""run_data.py and preflight.check_chains: what is odd about the files is said, and what cannot be used is left out."""
+"""run_data.py and preflight.check_data: what is odd about the files is said, and what cannot be used is left out."""
 
 import pytest
 
 from reweighting.config.training import parse_training_config
 from reweighting.errors import UserError
-from reweighting.training.preflight import check_chains
+from reweighting.training.preflight import check_data
 from reweighting.training.run_data import read_run_data
 from tests.rows import candidate, meta, training, write
 from tests.runs import flags
@@ -95,7 +95,7 @@ def test_chains_that_are_too_long_are_one_message_or_are_dropped(config, capsys)
     made = {"train": rows, "meta_rows": answers, "validation": questions}
     one = config(**made)
     with pytest.raises(UserError) as caught:
-        check_chains(one, read_run_data(one))
+        check_data(one, read_run_data(one))
     head, line, remedy = str(caught.value).split("\n")
     assert head == "11 of 22 chains cannot be used" and line.startswith("train.json: row 6: ")
     assert "tokens, but the model takes 1024" in line and line.endswith("train.json: row 10 and 6 more)")
@@ -103,7 +103,7 @@ def test_chains_that_are_too_long_are_one_message_or_are_dropped(config, capsys)
 
     dropping = config("--drop_too_long", **made)
     capsys.readouterr()
-    data = check_chains(dropping, read_run_data(dropping))
+    data = check_data(dropping, read_run_data(dropping))
     assert [len(data.train), len(data.meta), len(data.validation), len(data.correct)] == [6, 2, 1, 1]
     assert capsys.readouterr().out.splitlines() == [
         f"--drop_too_long: {name}: {count} are left out, which are longer than 1024 tokens"
@@ -126,7 +126,7 @@ def test_chains_that_are_too_long_are_one_message_or_are_dropped(config, capsys)
 def test_dropping_leaves_enough_to_train_on(config, rows, message):
     one = config("--drop_too_long", **rows)
     with pytest.raises(UserError, match=message):
-        check_chains(one, read_run_data(one))
+        check_data(one, read_run_data(one))
 
 
 def test_the_check_reads_no_weights(config, tmp_path):
@@ -137,4 +137,4 @@ def test_the_check_reads_no_weights(config, tmp_path):
         if path.suffix != ".safetensors":
             (broken / path.name).write_bytes(path.read_bytes())
     one = config("--reward_model", str(broken))
-    assert len(check_chains(one, read_run_data(one)).train) == 2
+    assert len(check_data(one, read_run_data(one)).train) == 2
