@@ -4,7 +4,7 @@
 
 FOLDER holds a folder for each set, with the files as their authors publish them: `processbench`, `bigbench-mistake`,
 `prmbench`, `mr-ben`, `gsm8k`, `dreamprm-1.5`, `math-vision` (see docs/data-formats.md for where they come from). Each
-command is the real one on the embedded backbone, 20 steps of 2 chains a domain: it shows that the files are read, not
+command is the real one on the embedded backbone, 4 steps of a chain a domain: it shows that the files are read, not
 how good the model gets. A set without step labels is the meta set of a run that trains on ProcessBench.
 """
 
@@ -41,7 +41,7 @@ SETS: dict[str, dict] = {
         "flags": ("--ignore_images",),
     },
 }
-TRAIN = ("--iteration_num", "20", "--unroll_steps", "10", "--batch_size", "2", "--meta_batch_size", "8",
+TRAIN = ("--iteration_num", "4", "--unroll_steps", "2", "--batch_size", "1", "--meta_batch_size", "4",
          "--drop_too_long")  # fmt: skip
 
 
