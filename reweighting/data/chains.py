@@ -267,9 +267,11 @@ def step_warnings(chains: Iterable[Chain], source: str) -> list[str]:
     answers = single = misnumbered = continued = 0
     for chain in chains:
         answers += 1
-        numbers = [number for number in map(first_step_number, chain.steps) if number is not None]
-        single += len(chain.steps) == 1 and not (numbers and chain.targets)
-        misnumbered += bool(numbers) and numbers != list(range(1, len(chain.steps) + 1))
+        plain = all(step.startswith(f"Step {number}:") for number, step in enumerate(chain.steps, 1))
+        if not plain:  # markers of other kinds take a hundred times longer to find
+            numbers = [number for number in map(first_step_number, chain.steps) if number is not None]
+            misnumbered += bool(numbers) and numbers != list(range(1, len(chain.steps) + 1))
+        single += len(chain.steps) == 1 and not ((plain or numbers) and chain.targets)
         continued += chain.continued > 0
     lines = []
     if single:

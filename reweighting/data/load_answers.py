@@ -166,7 +166,7 @@ def iterate_answers(
     problems, count = Problems(), 0
     stream = source.rows(_columns(reader, options))
     while True:
-        first, rows = count, []  # rows: canonical rows without their images, and references to these
+        first, rows = count, []  # rows: canonical rows, and references to their images
         for raw in islice(stream, ROWS_AT_A_TIME):
             index, count = count, count + 1
             try:
@@ -176,10 +176,11 @@ def iterate_answers(
                 continue
             for row in found:
                 references = images.references([] if options.ignore_images else row.image_references)
-                question = without_placeholders(row.question) if options.ignore_images else row.question
-                rows.append(
-                    (row.model_copy(update={"question": question, "images": None, "image_path": None}), references)
-                )
+                if options.ignore_images:
+                    row = row.model_copy(update={"question": without_placeholders(row.question)})
+                if any(reference.is_stored for reference in references):  # the row need not hold them any more
+                    row = row.model_copy(update={"images": None, "image_path": None})
+                rows.append((row, references))
             for place, (kind, text) in row_problems.items():
                 problems.add(f"row {index}", f"{place}: {text}", (place.partition("[")[0], kind))
         for (row, references), found_images in zip(rows, images.find([names for _, names in rows]), strict=True):
