@@ -21,6 +21,7 @@ from reweighting.errors import UserError
 from reweighting.evaluate import main
 from reweighting.inference.step_metrics import (
     ScoredChain,
+    by_length,
     check_labels,
     choose_thresholds,
     evaluate_domains,
@@ -251,3 +252,15 @@ def test_answers_that_are_too_long_are_an_error_or_left_out(weights_path, tmp_pa
     main([*command, "--drop_too_long"])
     assert "--drop_too_long: 1 of 9 answers are left out" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["results"]["all"]["chains"] == 8
+
+
+def test_chains_are_scored_by_length_and_given_back_in_their_order(weights_path):
+    images = (Path("a.png"),), (Path("b.png"),)
+    chains = [Chain("Q", ("x" * length,), of) for length, of in ((9, ()), (3, images[0]), (1, ()), (5, images[1]),
+                                                                 (20, images[0]), (5, ()))]  # fmt: skip
+    assert by_length(chains) == [2, 5, 3, 0, 1, 4]
+    rows = [LabelledChain(Chain(f"Q {n}", ("two " * (7 * n % 5 + 1),), targets=(1.0,)), "d", [1.0], [True], "k")
+            for n in range(7)]  # fmt: skip
+    model = ProcessRewardModel.from_pretrained(weights_path / "prm")
+    alone = [score_chains(model, [row], 1)[0].scores for row in rows]
+    assert [one.scores for one in score_chains(model, rows, 2)] == [pytest.approx(own, abs=1e-6) for own in alone]
