@@ -45,6 +45,8 @@ def main(argv: list[str]) -> None:
     config = parse_convert_config(argv, description=SUMMARY)
     report, summary = LoadReport(), Summary()
     output = None if config.conversion.output is None else Path(config.conversion.output)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
     rows = canonical_rows(config, report, summary, output)
     if output is None:
         for _ in rows:
@@ -75,6 +77,7 @@ def canonical_rows(
     """
     sources = config.reading.sources(config.conversion.inputs)
     files = [one.path for one in sources if os.path.exists(one.path)]
+    files += [config.reading.questions_json_file] if config.reading.questions_json_file else []
     if output is not None and output.exists() and any(map(output.samefile, files)):
         raise UserError(f"--output {output}: is one of the inputs. Name another file.")
     for source in sources:
@@ -91,8 +94,9 @@ def canonical_row(answer: Answer, output: Path | None) -> dict[str, Any]:
     """Return the fields of a canonical row; image paths start from the output's folder where they can."""
     folder = Path.cwd() if output is None else output.parent.resolve()
     images = [os.path.relpath(image, folder) for image in answer.images]
-    if len(images) < len(answer.image_names):  # one is missing
-        images = list(answer.image_names)
+    if len(images) < len(answer.image_names):  # one is missing: it keeps the name that it has, and its place
+        places = [(name, Path(answer.source).parent / name) for name in answer.image_names]
+        images = [os.path.relpath(place, folder) if place.is_file() else name for name, place in places]
     labelled = any(label is not None for label in answer.labels)
     return {
         "id": None if answer.id is None else str(answer.id),

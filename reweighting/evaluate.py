@@ -70,7 +70,9 @@ def main(argv: list[str]) -> None:
     dev_labelled, labelled = (
         fitting(scorer.model, part, config.evaluation.drop_too_long) for part in (dev_labelled, labelled)
     )
-    check_labels(dev_labelled, (config.evaluation.dev_json_file or config.evaluation.eval_json_file)[0])
+    warning = check_labels(dev_labelled, (config.evaluation.dev_json_file or config.evaluation.eval_json_file)[0])
+    if warning is not None:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     with scorer.autocast():
         dev = score_chains(scorer.model, dev_labelled, batch_size)
         chains = score_chains(scorer.model, labelled, batch_size)
@@ -139,8 +141,8 @@ def output_files(config: EvaluateConfig) -> list[Path]:
     """
     folder = Path(config.evaluation.output)
     paths = [folder / name for name in FILES]
-    inputs = config.reading.sources([*config.evaluation.eval_json_file, *(config.evaluation.dev_json_file or ())])
-    for name in (source.path for source in inputs):
+    inputs = config.reading.sources(config.evaluation.eval_json_file)
+    for name in (source.path for source in [*inputs, *config.reading.sources(config.evaluation.dev_json_file)]):
         if any(path.exists() and Path(name).exists() and path.samefile(name) for path in paths):
             raise UserError(f"--output {folder}: would overwrite the input {name}. Name another folder.")
     try:

@@ -121,7 +121,8 @@ def test_the_report(folder, capsys):
 def test_missing_images_are_counted(folder, capsys):
     (folder / "a.png").unlink()
     main(["visualprm.jsonl", "--output", "rows.jsonl"])
-    assert "images      0 found, 1 answers with a missing one" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images      0 found, 1 answers with a missing one, the first: visualprm.jsonl: row 0: found 'a.png'" in out
     assert next(iterate_rows(Path("rows.jsonl")))["images"] == ["a.png"]
     Image.new("RGB", (4, 4), "red").save("b.png")
     (folder / "two.json").write_text(
@@ -131,6 +132,9 @@ def test_missing_images_are_counted(folder, capsys):
     assert "images      1 found, 1 answers with a missing one" in capsys.readouterr().out
     (row,) = iterate_rows(Path("rows.jsonl"))
     assert (row["question"], row["images"]) == ("<image> or <image>?", ["b.png", "a.png"])
+    main(["two.json", "--output", "other/rows.jsonl"])  # a folder that is made; what is there is found from it
+    (row,) = iterate_rows(Path("other/rows.jsonl"))
+    assert row["images"] == ["../b.png", "a.png"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,10 @@ def test_missing_images_are_counted(folder, capsys):
     [
         (["unknown.jsonl"], "unknown.jsonl: row 0 is of no known format: {'what': 1}"),
         (["canonical.jsonl", "--output", "canonical.jsonl"], "is one of the inputs"),
+        (
+            ["canonical.jsonl", "--output", "stepwise.jsonl", "--questions_json_file", "stepwise.jsonl"],
+            "is one of the inputs",
+        ),
         (["canonical.jsonl", "--output", "rows.txt"], "allowed: a name that ends in .jsonl or .parquet"),
         (["canonical.jsonl", "--sample", "-1"], "--sample: found -1"),
         (["canonical.jsonl", "--format", "nosuch"], "--format: found 'nosuch', allowed: canonical, "),

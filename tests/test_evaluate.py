@@ -110,8 +110,12 @@ def test_thresholds_need_both_kinds():
     for answers in (["++"], ["-", "--"]):
         with pytest.raises(UserError, match="dev.json: all .* both kinds are needed"):
             check_labels(rows(*answers), "dev.json")
-    with pytest.raises(UserError, match="with and without an incorrect step"):
-        check_labels(rows("+-", "-"), "dev.json")
+    assert "with and without an incorrect step" in check_labels(rows("+-", "-"), "dev.json")
+    only = [chain([0.9, 0.2], [True, False]), chain([0.8, 0.6], [True, False])]
+    thresholds = choose_thresholds(only)
+    assert thresholds["f1"] == 0.8 and math.isnan(thresholds["process_bench"])
+    found = evaluate_domains(only, thresholds)["all"]
+    assert found["f1"] == 1 and all(math.isnan(value) for value in found["process_bench"].values())
 
 
 def test_the_split_keeps_a_questions_rows_together_and_does_not_depend_on_the_order(demo):

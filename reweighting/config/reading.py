@@ -74,8 +74,10 @@ class ReadingConfig:
                 more = json.loads(mixture)
             except (ValueError, RecursionError):
                 more = None
-            if not isinstance(more, list) or not all(isinstance(entry, dict) for entry in more):
-                raise UserError("--mixture: allowed: a list of objects with path, domain, format and max_rows")
+            if not more or not isinstance(more, list) or not all(isinstance(entry, dict) for entry in more):
+                raise UserError(
+                    "--mixture: allowed: a list of objects with path, domain, format and max_rows, at least one"
+                )
             entries += more
         sources = expand(entries)
         return [Source(one.path, one.domain, one.format or self.format, one.max_rows) for one in sources]

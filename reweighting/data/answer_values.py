@@ -6,6 +6,7 @@ answers_match("2x", "apples")  # None: cannot be decided
 
 import logging
 import re
+import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +21,7 @@ CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"[−–﹣－]", "-"),
+        (r"[¼-¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")),
         (r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}", r"\1"),
         (r"\\[dt]frac", r"\\frac"),
         (r"\\(?:left|right|displaystyle)(?![a-z])|\\[()\[\]!,]|[$*`]", ""),

@@ -85,6 +85,8 @@ class LoadReport:
         rows, answers: how many.
         left_out: how many rows or answers for each reason, by file.
         missing_images: how many answers name an image that cannot be read, where that is no error.
+        first_missing: the first of them, and why.
+        without_domain: how many rows lack the field that --domain_field names, by file.
         formats: of each file.
     """
 
@@ -92,6 +94,8 @@ class LoadReport:
     answers: int = 0
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     missing_images: int = 0
+    first_missing: str | None = None
+    without_domain: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -104,6 +108,9 @@ class LoadReport:
             total = sum(count for _, count in found)
             where = found[0][0] if len(found) == 1 else f"{len(found)} files, the first of them {found[0][0]}"
             lines.append(f"{where}: {total} {'answer is' if total == 1 else 'answers are'} left out: {reason}")
+        for source, count in self.without_domain.items():
+            lines.append(f"{source}: {count} rows lack the field that --domain_field names: their domain is what the "
+                         "format has, or the file's name")  # fmt: skip
         return lines
 
 
@@ -170,7 +177,7 @@ def iterate_answers(
         for raw in islice(stream, ROWS_AT_A_TIME):
             index, count = count, count + 1
             try:
-                found, row_problems = _read(reader, _joined(raw, questions), source, options, index)
+                found, row_problems = _read(reader, _joined(raw, questions), source, options, index, report)
             except LeftOut as left_out:
                 report.left_out[source.path, str(left_out)] += 1
                 continue
@@ -188,6 +195,8 @@ def iterate_answers(
             for kind, text in broken if require_images else ():
                 problems.add(f"row {row.index}", f"images: {text}", ("images", kind))
             report.missing_images += bool(broken)
+            if broken and report.first_missing is None:
+                report.first_missing = f"{source.path}: row {row.index}: {broken[0][1]}"
             if text := placeholder_problem(row.question, len(references)):
                 problems.add(f"row {row.index}", f"question: {text}", ("question", "placeholders"))
             if not problems.count:
@@ -206,7 +215,7 @@ def iterate_answers(
 
 
 def _read(
-    reader: type[RawRow] | None, raw: Any, source: Source, options: ReadingOptions, index: int
+    reader: type[RawRow] | None, raw: Any, source: Source, options: ReadingOptions, index: int, report: LoadReport
 ) -> tuple[list[CanonicalRow], FieldProblems]:
     """The canonical rows in a row, and what is wrong with it. Raises LeftOut."""
     if reader is None:
@@ -219,6 +228,8 @@ def _read(
             return [], {"the row": ("format", f"found {short_repr(raw)}, allowed: a row of the format {reader.name}")}
         fields = row.answers(options)
     domain = source.domain_of(raw, options.domain_field)
+    if domain is None and options.domain_field is not None:
+        report.without_domain[source.path] += 1
     found = []
     for entry in fields:
         given: dict[str, Any] = {"index": index}
@@ -269,7 +280,9 @@ def _questions(path: str | None) -> dict[str, dict[str, Any]]:
                 for name in ("image", "images", "image_path"):
                     if name in raw:
                         raw[name] = _absolute(raw[name], source.folder)
-                questions[str(raw["id"])] = raw
+                if questions.setdefault(str(raw["id"]), raw).get("question") != raw.get("question"):
+                    raise UserError(f"--questions_json_file {path}: two different questions have the id "
+                                    f"{short_repr(raw['id'])}. Give each its own.")  # fmt: skip
         if not questions:
             raise UserError(f"--questions_json_file {path}: no row has an `id` to join answers with.")
     return questions

@@ -7,6 +7,7 @@ stands for the files in it.
 """
 
 import glob
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -73,6 +74,8 @@ class Source:
         value = raw
         for name in domain_field.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
         return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[Any]:
@@ -102,12 +105,18 @@ def expand(given: Iterable[str | Mapping[str, Any]]) -> list[Source]:
         One Source for each file, in the order given; those of a folder or glob are sorted.
 
     Raises:
-        UserError: one of them stands for no file, or is a URL.
+        UserError: one of them stands for no file, is a URL, or is named twice.
     """
     sources = []
     for entry in given:
         source = _from_text(entry) if isinstance(entry, str) else _from_mapping(entry)
         sources += [replace(source, path=path) for path in _paths(source.path)]
+    named: set[tuple[str, str | None]] = set()
+    for source in sources:
+        own = (source.path if source.path.startswith(HUB) else os.path.realpath(source.path), source.domain)
+        if own in named:
+            raise UserError(f"{source.path}: is named twice, so each of its rows would count twice. Name it once.")
+        named.add(own)
     return sources
 
 
@@ -145,6 +154,9 @@ def _from_mapping(entry: Mapping[str, Any]) -> Source:
         if name not in allowed or not isinstance(value, allowed[name]) or isinstance(value, bool):
             raise UserError(f"mixture: found {name!s:.40}: {value!r:.60}, allowed: path, domain, format (texts) and "
                             "max_rows (a number) in each entry")  # fmt: skip
+    for name, value in entry.items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"mixture: found {name}: {value!r:.60}, allowed: text that is not blank")
     if "path" not in entry:
         raise UserError("mixture: an entry has no path. Name a file, folder, glob or hub data set in each.")
     if entry.get("max_rows", 1) is not None and entry.get("max_rows", 1) < 1:

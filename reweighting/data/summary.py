@@ -72,7 +72,8 @@ class Summary:
             f"domains     {len(self.domains)}: {', '.join([*domains, *more])}",
             f"longest     question {self.longest['question']} characters, answer {self.longest['answer']} characters, "
             f"{self.longest['steps']} steps",
-            f"images      {self.images} found, {report.missing_images} answers with a missing one",
+            f"images      {self.images} found, {report.missing_images} answers with a missing one"
+            + (f", the first: {report.first_missing}" if report.first_missing else ""),
         ] + [
             line
             for count, line in (

@@ -81,12 +81,14 @@ def process_bench(chains: Sequence[Sequence[float]], first: Sequence[int], thres
     Args:
         chains: the step scores of each chain.
         first: the index of each chain's first incorrect step, -1 where all are correct.
-        threshold: a step that scores below it is called incorrect.
+        threshold: a step that scores below it is called incorrect; NaN: there is none, and no measure.
 
     Returns:
         `error`: the share of chains with an incorrect step in which exactly the first one is found; `correct`: the
         share of the others in which none is found; `f1`: their harmonic mean. NaN where there are no such chains.
     """
+    if np.isnan(threshold):
+        return dict.fromkeys(("error", "correct", "f1"), float("nan"))
     starts = np.asarray(first)
     found = np.array([first_incorrect(scores, threshold) for scores in chains]) == starts
     error, correct = (

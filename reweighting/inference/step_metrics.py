@@ -105,18 +105,23 @@ def by_length(chains: Sequence[Chain]) -> list[int]:
     return sorted(range(len(chains)), key=lambda i: (longest[chains[i].images or i], str(chains[i].images), lengths[i]))
 
 
-def check_labels(chains: Sequence[LabelledChain], source: str) -> None:
+def check_labels(chains: Sequence[LabelledChain], source: str) -> str | None:
     """Check that thresholds can be chosen on these chains, before anything is scored.
 
+    Returns:
+        Why there will be no measure of ProcessBench, if one kind of chain is missing.
+
     Raises:
-        UserError: if one kind of step or chain is missing; it names `source`.
+        UserError: if one kind of step is missing; it names `source`.
     """
     steps = [one for labelled in chains for one in labelled.correct]
     if all(steps) or not any(steps):
         kind = "correct" if any(steps) else "incorrect"
         raise UserError(f"{source}: all {len(steps)} steps to choose thresholds on are {kind}; both kinds are needed.")
     if len({all(labelled.correct) for labelled in chains}) == 1:
-        raise UserError(f"{source}: thresholds need answers with and without an incorrect step; one kind is missing.")
+        return (f"{source}: ProcessBench's measure needs answers with and without an incorrect step to choose its "
+                "threshold on; one kind is missing, so it is left out")  # fmt: skip
+    return None
 
 
 def labeled_steps(chain: Chain) -> list[int]:
@@ -125,11 +130,18 @@ def labeled_steps(chain: Chain) -> list[int]:
 
 
 def choose_thresholds(dev: Sequence[ScoredChain]) -> dict[str, float]:
-    """Choose the thresholds of the best `f1` and `process_bench` on chains that `check_labels` accepts."""
+    """Choose the thresholds of the best `f1` and `process_bench` on chains that `check_labels` accepts.
+
+    That of `process_bench` is NaN where `check_labels` says that there is none.
+    """
     scores, correct = _steps(dev)
     first = [chain.first_incorrect for chain in dev]
     chains = [chain.scores for chain in dev]
-    return {"f1": best_f1_threshold(scores, correct), "process_bench": best_process_bench_threshold(chains, first)}
+    both = len({place < 0 for place in first}) == 2
+    return {
+        "f1": best_f1_threshold(scores, correct),
+        "process_bench": best_process_bench_threshold(chains, first) if both else math.nan,
+    }
 
 
 def evaluate_domains(chains: Sequence[ScoredChain], thresholds: dict[str, float]) -> dict[str, dict]:

@@ -94,6 +94,8 @@ def test_stated_answers_are_found(response, answer):
         ("2 million", "2", None),
         ("2x", "2", False),
         ("1/2", "0.5", True),
+        ("½", "1/2", True),
+        ("2½", "2.5", True),
         (r"\dfrac12", "0.5", True),
         (r"1 \frac{1}{2}", "1.5", True),
         (r"3 \times 10^{6}", "3,000,000", True),

@@ -50,6 +50,7 @@ def test_files_folders_and_globs(folder):
         ({"path": "a", "max_rows": 0}, "found a max_rows of 0"),
         ({"path": "a", "rows": 3}, "mixture: found rows: 3, allowed: path, domain, format"),
         ({"path": 3}, "mixture: found path: 3"),
+        ({"path": "a", "domain": " "}, "mixture: found domain: ' ', allowed: text that is not blank"),
     ],
 )
 def test_what_stands_for_no_file(folder, given, said):
@@ -57,6 +58,14 @@ def test_what_stands_for_no_file(folder, given, said):
     with pytest.raises(UserError) as caught:
         expand([given])
     assert said in str(caught.value)
+
+
+def test_a_file_is_named_once(folder):
+    write("a.jsonl")
+    for given in (["a.jsonl", "./a.jsonl"], ["a.jsonl", "*.jsonl"], ["d=a.jsonl", "d=a.jsonl"]):
+        with pytest.raises(UserError, match="a.jsonl: is named twice"):
+            expand(given)
+    assert len(expand(["d=a.jsonl", "e=a.jsonl"])) == 2
 
 
 def test_names_and_domains():
@@ -83,7 +92,7 @@ def test_a_mixture_in_a_config_file(folder):
     assert parse_training_config(["--mixture", json.dumps(mixture), "--baseline"]).data.mixture == config.data.mixture
     with pytest.raises(UserError, match="--train_json_file is needed"):
         parse_training_config(["--baseline"])
-    for wrong in ("{", '["a"]', "{}"):
+    for wrong in ("{", '["a"]', "{}", "[]"):
         with pytest.raises(UserError, match="--mixture: allowed: a list of objects"):
             ReadingConfig().sources(None, wrong)
 

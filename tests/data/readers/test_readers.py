@@ -150,6 +150,19 @@ def test_options(folder):
     assert answer.domain == "mine"
 
 
+def test_rows_without_the_field_of_their_domain_are_counted(folder):
+    report = LoadReport()
+    assert {answer.domain for answer in read("processbench", report, domain_field="nosuch")} == {"processbench"}
+    assert report.notes() == ["processbench.jsonl: 2 rows lack the field that --domain_field names: their domain is "
+                              "what the format has, or the file's name"]  # fmt: skip
+
+
+def test_questions_of_one_id_are_one_question(folder):
+    (folder / "q.jsonl").write_text('{"id": 4, "question": "a"}\n{"id": "4", "question": "b"}')
+    with pytest.raises(UserError, match="q.jsonl: two different questions have the id '4'"):
+        read("responses", questions_json_file="q.jsonl")
+
+
 def test_questions_from_another_file(folder):
     (folder / "questions").mkdir()
     Image.new("RGB", (5, 4), "red").save("questions/b.png")
