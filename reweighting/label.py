@@ -18,7 +18,9 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
 import asyncio
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,11 +28,11 @@ from pathlib import Path
 
 from reweighting.config.labeling import LabelConfig, parse_label_config
 from reweighting.data.load_answers import LoadReport
-from reweighting.errors import UserError
-from reweighting.files import atomic_file
-from reweighting.labeling.policy import PolicyFailure, read_prompt
+from reweighting.errors import Problems, UserError
+from reweighting.files import atomic_file, cannot_write
+from reweighting.labeling.policy import PolicyFailure, QuestionRefused, read_prompt
 from reweighting.labeling.questions import Question, iterate_questions
-from reweighting.labeling.rollouts import cut_answer, label_question, labelled_answers
+from reweighting.labeling.rollouts import Tally, all_of, cut_answer, label_question, labelled_answers, task_group
 from reweighting.labeling.selection import CANDIDATES, META, TRAIN, Selection
 from reweighting.labeling.server import Sampling, ServerPolicy
 from reweighting.labeling.store import Store
@@ -40,6 +42,7 @@ from reweighting.terminal import printable
 SUMMARY = "Make training rows, meta answers and candidates from questions, with a policy model."
 AFTER_INTERRUPT = "the same command resumes there"
 LESS_MEMORY = "Give it fewer questions at a time"
+ALL_REFUSED = 20  # questions: where the server refuses the first of them, it refuses more than long ones
 
 
 def main(argv: list[str]) -> None:
@@ -53,10 +56,11 @@ def main(argv: list[str]) -> None:
     """
     config = parse_label_config(argv, description=SUMMARY)
     prompt = read_prompt(config.policy.prompt_file)
+    check_outputs(config)
     report = LoadReport()
     count = sum(1 for _ in questions(config, report))  # checks them all before the first call
     for note in report.notes():
-        print(f"warning: {printable(note)}", file=sys.stderr)
+        warn(note)
     if not count:
         raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth.")
     policy = ServerPolicy(
@@ -74,6 +78,8 @@ def main(argv: list[str]) -> None:
         with Store(Path(config.rows.store), store_settings(config, prompt)) as store:
             asyncio.run(ask(config, policy, store, count))
             write(config, store)
+    except QuestionRefused as error:  # of a dry run
+        raise UserError(f"--policy: the server refuses the first question ({error}).") from error
     except PolicyFailure as error:
         raise UserError(f"--policy: {error}. What was answered is kept; {AFTER_INTERRUPT}.") from error
 
@@ -82,6 +88,33 @@ def questions(config: LabelConfig, report: LoadReport) -> Iterator[Question]:
     """Read the questions."""
     sources = config.reading.sources(config.labeling.questions)
     return iterate_questions(sources, config.labeling.image_root, config.reading.options(), report)
+
+
+def check_outputs(config: LabelConfig) -> None:
+    """See that what is written is no input and can be written, before the first call.
+
+    Raises:
+        UserError: it is, or cannot.
+    """
+    read = [source.path for source in config.reading.sources(config.labeling.questions)]
+    read += filter(None, [config.reading.questions_json_file, config.policy.prompt_file])
+    inputs = {os.path.realpath(path): path for path in read}
+    for path in map(Path, (*config.rows.outputs(), config.rows.store)):
+        found = inputs.get(os.path.realpath(path))
+        if found is None and path.exists():  # a hard link has another name
+            found = next((name for name in read if os.path.exists(name) and path.samefile(name)), None)
+        if found is not None:
+            raise UserError(f"{path}: would be written, and is one of the inputs. Name another file.")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder. Name a file in it.")
+        if config.rows.dry_run:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def store_settings(config: LabelConfig, prompt: str) -> dict[str, object]:
@@ -97,37 +130,65 @@ async def ask(config: LabelConfig, policy: ServerPolicy, store: Store, count: in
     Raises:
         UserError, PolicyFailure: the policy does not answer, or not as it must.
     """
-    settings = config.rollout_settings()
-    running: set[asyncio.Task] = set()
+    settings, tally = config.rollout_settings(), Tally()
+    refused: list[tuple[Question, QuestionRefused]] = []
+    # As many questions as calls keep the policy busy, and memory flat over any number of questions.
+    room = asyncio.Semaphore(config.policy.concurrency)
     started = time.monotonic()
+
+    async def label(question: Question) -> None:
+        try:
+            await label_question(policy, question, settings, store, tally)
+        except QuestionRefused as error:
+            refused.append((question, error))
+        room.release()
+        progress.update()
+        if len(refused) == progress.count >= min(count, ALL_REFUSED):
+            raise UserError(
+                refusals(refused, count, "Look at the server, --prompt_file, --max_tokens and --temperature")
+            )
+        rate = policy.calls / max(time.monotonic() - started, 1e-9)
+        failed = tally.failed_answers + tally.failed_continuations
+        progress.show(calls=f"{rate:.1f} a second", tokens=str(policy.tokens), failed=str(failed))
+
     async with policy:
         with Progress(count, unit="question") as progress:
-            for number, question in enumerate(questions(config, LoadReport())):
-                if number == 0:
-                    progress.write(await policy.prepare(question))
-                # As many questions as calls keep the policy busy, and memory flat over any number of questions.
-                while len(running) >= config.policy.concurrency:
-                    running = await finished(running, policy, progress, started)
-                running.add(asyncio.create_task(label_question(policy, question, settings, store)))
-            while running:
-                running = await finished(running, policy, progress, started)
+            async with task_group() as group:
+                for number, question in enumerate(questions(config, LoadReport())):
+                    if number == 0:
+                        progress.write(await policy.prepare(question, progress.write))
+                    await room.acquire()
+                    group.create_task(label(question))
+    for line in missing(tally):
+        warn(line)
+    if refused:
+        warn(refusals(refused, count, "The others are labelled"))
 
 
-async def finished(
-    running: set[asyncio.Task], policy: ServerPolicy, progress: Progress, started: float
-) -> set[asyncio.Task]:
-    """Wait until at least one question is done, and return those that are not. Raises what ended one."""
-    done, rest = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        if task.exception() is not None:
-            for other in rest:
-                other.cancel()
-            await asyncio.gather(*rest, return_exceptions=True)
-        task.result()
-        progress.update()
-    rate = policy.calls / max(time.monotonic() - started, 1e-9)
-    progress.show(calls=f"{rate:.1f} a second", tokens=str(policy.tokens), failed=str(policy.failures))
-    return rest
+def missing(tally: Tally) -> Iterator[str]:
+    """Describe what did not come."""
+    again = "the same command asks for them again"
+    if tally.failed_answers or tally.failed_continuations:
+        yield f"{tally.failed_answers} answers and {tally.failed_continuations} continuations failed; {again}"
+    if tally.empty_answers:
+        yield f"{tally.empty_answers} answers are empty; {again}. Look at --max_tokens and the model"
+    if tally.refused_continuations:
+        yield (f"{tally.refused_continuations} continuations are refused by the server, and count as neither correct "
+               f"nor incorrect: {tally.why}")  # fmt: skip
+
+
+def refusals(refused: list[tuple[Question, QuestionRefused]], count: int, remedy: str) -> str:
+    """Describe the questions that the server refuses."""
+    problems = Problems()
+    for question, error in refused:
+        problems.add(f"{question.place}, id {question.id}", str(error))
+    head = f"{len(refused)} of {count} questions left out: the server refuses them. {remedy}."
+    return "\n".join([head, *problems.lines()])
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 async def estimate(config: LabelConfig, policy: ServerPolicy, count: int) -> None:
@@ -135,12 +196,12 @@ async def estimate(config: LabelConfig, policy: ServerPolicy, count: int) -> Non
     settings = config.rollout_settings()
     question = next(questions(config, LoadReport()))
     async with policy:
-        print(printable(await policy.prepare(question)))
+        print(printable(await policy.prepare(question, warn)))
         policy.calls = policy.tokens = 0
         started = time.monotonic()
-        texts = await asyncio.gather(*(policy.complete(question) for _ in range(config.policy.concurrency)))
+        texts = await all_of(policy.complete(question) for _ in range(config.policy.concurrency))
         seconds = time.monotonic() - started
-    answered = [text for text in texts if text and text.strip()]
+    answered = [text for text in texts if isinstance(text, str) and text.strip()]
     if not answered:
         raise UserError("--policy: no answer to the first question. Look at the server.")
     steps = sum(len(cut_answer(text, settings)[1]) for text in answered) / len(answered)
@@ -172,13 +233,12 @@ def write(config: LabelConfig, store: Store) -> None:
         selection.add(question, labelled_answers(question, settings, store))
     for use, path in paths.items():
         rows = selection.rows(use)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         print(f"{use:10}  {len(rows)} answers: {printable(path, one_line=True)}")
         if not rows:
-            print(f"warning: no answers for {use}: give more questions, or them a greater share")
+            warn(f"no answers for {use}: give more questions, or them a greater share")
     for what, number in selection.counts.items():
-        if what != "answers" and number:
-            print(f"warning: {number} of {selection.counts['answers']} {what.removeprefix('answers ')}")
+        if number:
+            warn(f"{number} of {selection.answers} {what}")

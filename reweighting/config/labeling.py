@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
+from urllib.parse import urlsplit
 
 from reweighting.config.parsing import flag, parse_groups
 from reweighting.config.reading import FILES, ReadingConfig
@@ -32,10 +33,17 @@ class PolicyConfig:
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature: found {self.temperature}, allowed: a number from 0")
         for url in self.policy:
-            if not url.startswith(("http://", "https://")):
-                raise UserError(
-                    f"--policy: found {url!r:.60}, allowed: an address that starts with http:// or https://"
-                )
+            if not _is_address(url):
+                raise UserError(f"--policy: found {url!r:.60}, allowed: an address such as http://localhost:8000/v1")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a text is the address of a server."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and url.isprintable()
+    except ValueError:  # of brackets, and of the port
+        return False
 
 
 @dataclass(frozen=True)
@@ -82,19 +90,23 @@ class RowsConfig:
     dry_run: bool = flag(default=False, help="ask one question, and print how many calls all of them take")
 
     def __post_init__(self) -> None:
-        outputs = [name for name in (self.output_train, self.output_meta, self.output_candidates) if name is not None]
+        outputs = self.outputs()
         if not outputs:
             raise UserError("nothing would be written: name --output_train, --output_meta or --output_candidates")
         for name in outputs:
             if Path(name).suffix != ".jsonl":
                 raise UserError(f"found the output {name!r:.60}, allowed: a name that ends in .jsonl")
-        if len({Path(name).resolve() for name in outputs}) < len(outputs):
-            raise UserError("two outputs have one name: name a file for each")
+        if len({Path(name).resolve() for name in (*outputs, self.store)}) <= len(outputs):
+            raise UserError("two outputs, or one and --store, have one name: name a file for each")
         shares = (self.meta_share, self.candidates_share)
         if not all(0 < share < 1 for share in shares) or sum(shares) >= 1:
             raise UserError("--meta_share and --candidates_share: allowed: numbers above 0 whose sum is below 1")
         if self.max_rows_per_domain < 0:
             raise UserError(f"--max_rows_per_domain: found {self.max_rows_per_domain}, allowed: a number of at least 0")
+
+    def outputs(self) -> list[str]:
+        """Return the files of rows that are written."""
+        return [name for name in (self.output_train, self.output_meta, self.output_candidates) if name is not None]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """What a policy model is to the labeller: something that answers a question, or continues an answer that was begun."""
 
+from collections.abc import Callable
+from enum import Enum
 from types import TracebackType
 from typing import Protocol, Self
 
+from reweighting.data.placeholders import PLACEHOLDER
 from reweighting.errors import UserError
 from reweighting.labeling.questions import Question
 
@@ -23,6 +26,17 @@ class PolicyFailure(Exception):
     """The policy cannot be used at all: a refused key, an unknown model, a server that is gone."""
 
 
+class QuestionRefused(Exception):
+    """The server refuses this request, as one that is too long for it; others may succeed. Its text is the reason."""
+
+
+class NoText(Enum):
+    """Why a call gives no text: it failed after all tries, and may succeed later; or the server withholds the text."""
+
+    FAILED = "failed"
+    WITHHELD = "withheld"
+
+
 class Policy(Protocol):
     """A model that answers questions.
 
@@ -40,8 +54,12 @@ class Policy(Protocol):
         """Close it."""
         ...
 
-    async def prepare(self, question: Question) -> str:
+    async def prepare(self, question: Question, notify: Callable[[str], None]) -> str:
         """Find out, with one question, that it answers and that it continues what was begun.
+
+        Args:
+            question: the question.
+            notify: is called with a line for the user, here and later, when the policy has to be waited for.
 
         Returns:
             What was found out, as a line for the user.
@@ -51,7 +69,7 @@ class Policy(Protocol):
         """
         ...
 
-    async def complete(self, question: Question, prefix: str = "") -> str | None:
+    async def complete(self, question: Question, prefix: str = "") -> str | NoText:
         """Sample the rest of one answer.
 
         Args:
@@ -59,9 +77,10 @@ class Policy(Protocol):
             prefix: how the answer begins, "" for all of it.
 
         Returns:
-            What follows the prefix; None if this call failed, which says nothing about the prefix.
+            What follows the prefix, or why there is none, which says nothing about the prefix.
 
         Raises:
+            QuestionRefused: this call cannot succeed, others may.
             PolicyFailure: no further call can succeed.
         """
         ...
@@ -85,4 +104,7 @@ def read_prompt(path: str | None) -> str:
         raise UserError(f"--prompt_file {path}: cannot be read as text: {error}") from error
     if PLACE not in text:
         raise UserError(f"--prompt_file {path}: has no {PLACE}. Put it where the question belongs.")
+    if PLACEHOLDER in text:
+        raise UserError(f"--prompt_file {path}: holds {PLACEHOLDER}. Take it out: images stand where the question has "
+                        "them.")  # fmt: skip
     return text

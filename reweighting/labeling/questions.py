@@ -13,10 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 
+from reweighting.data.answer_values import is_blank
 from reweighting.data.answers import final_answer
 from reweighting.data.load_answers import ROWS_AT_A_TIME, LoadReport, format_of
+from reweighting.data.placeholders import place_images, placeholder_problem, without_placeholders
 from reweighting.data.published_answers import iterate_any_answers
 from reweighting.data.readers.base import Domain, OptionalId, ReadingOptions, Text
 from reweighting.data.row_checks import check_row
@@ -24,8 +26,11 @@ from reweighting.data.row_images import RowImages, image_root_folder
 from reweighting.data.schema import AnyText, Scalar
 from reweighting.data.sources import Source
 from reweighting.errors import Problems, UserError
+from reweighting.files import digest
 
 UNJUDGED = "its question has no ground_truth to judge answers by"
+REPEATED = "its question stands there before, with the same images, ground_truth and domain"
+NOT_BLANK = "a correct answer that is not blank, or null"
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,14 @@ class Question:
     """A question to the policy.
 
     Attributes:
-        text: the question, with its options.
+        text: the question, with its options; with an `<image>` for each image, or else they stand before it.
         images: their files, in order.
         ground_truth: the correct final answer.
         domain: the name of its domain.
         id: as the row has it.
-        key: tells it from other questions, on every machine.
+        place: its file and row, for messages.
+        asked: tells its text and images from those of other questions, on every machine.
+        key: tells it from other questions, by its ground truth and domain too.
     """
 
     text: str
@@ -46,6 +53,8 @@ class Question:
     ground_truth: str
     domain: str
     id: str | None
+    place: str
+    asked: str
     key: str
 
 
@@ -62,6 +71,13 @@ class QuestionRow(BaseModel):
     images: Any = Field(None, validation_alias=AliasChoices("images", "image_path", "image"))
     dataset: Domain = Field(None, validation_alias=AliasChoices("dataset", "subject", "data_source"))
     id: OptionalId = None
+
+    @field_validator("ground_truth")
+    @classmethod
+    def _is_stated(cls, truth: Any) -> Any:
+        if isinstance(truth, str) and is_blank(truth):
+            raise ValueError(NOT_BLANK)
+        return truth
 
     @property
     def text(self) -> str:
@@ -90,22 +106,32 @@ def iterate_questions(
         known = format_of(source)
         found = _from_answers if known else _from_rows
         for question in found(source, image_root, options, report):
-            if question.key not in seen:
-                seen.add(question.key)
-                yield question
+            if question.key in seen:
+                # A file of answers has many to a question.
+                report.left_out[source.path, REPEATED] += not known
+                continue
+            seen.add(question.key)
+            yield question
 
 
 def _from_answers(
     source: Source, image_root: str | Path | None, options: ReadingOptions, report: LoadReport
 ) -> Iterator[Question]:
     """The questions of a file of answers."""
+    problems = Problems()
     for answer in iterate_any_answers(source, image_root, options, report):
         if answer.ground_truth is None:
             report.left_out[source.path, UNJUDGED] += 1
             continue
         truth = str(answer.ground_truth)
-        id = None if answer.id is None else str(answer.id)
-        yield _question(answer.question, answer.images, final_answer(truth) or truth, answer.domain, id)
+        if is_blank(truth):
+            problems.add(f"row {answer.index}", f"ground_truth: found {truth!r:.40}, allowed: {NOT_BLANK}", "truth")
+        if not problems.count:
+            id = None if answer.id is None else str(answer.id)
+            place = f"{source.path}: row {answer.index}"
+            yield _question(answer.question, answer.images, final_answer(truth) or truth, answer.domain, id, place)
+    if problems.count:
+        raise UserError(problems.message(source.path, report.rows))
 
 
 def _from_rows(
@@ -115,7 +141,7 @@ def _from_rows(
     images = RowImages(source.folder, image_root_folder(image_root))
     problems, count, stream = Problems(), 0, source.rows()
     while block := list(islice(stream, ROWS_AT_A_TIME)):
-        rows, first = [], count
+        rows = []
         for raw in block:
             index, count = count, count + 1
             row, wrong = check_row(QuestionRow, raw)
@@ -132,16 +158,24 @@ def _from_rows(
         for (index, row, domain, _), found in zip(rows, images.find([entry[3] for entry in rows]), strict=True):
             for kind, text in (image.problem for image in found if image.problem):
                 problems.add(f"row {index}", f"images: {text}", ("images", kind))
+            text = without_placeholders(row.text) if options.ignore_images else row.text
+            if problem := placeholder_problem(text, len(found)):
+                problems.add(f"row {index}", f"question: {problem}", ("question", "placeholders"))
             if not problems.count:
                 files = tuple(image.file for image in found if image.file is not None)
                 name = domain if domain is not None else row.dataset if row.dataset is not None else source.name
-                id = str(first + index) if row.id is None else str(row.id)
-                yield _question(row.text, files, str(row.ground_truth), str(name), id)
+                id = str(index) if row.id is None else str(row.id)
+                text = place_images(text, len(files))
+                yield _question(text, files, str(row.ground_truth), str(name), id, f"{source.path}: row {index}")
     report.rows += count
     if problems.count:
         raise UserError(problems.message(source.path, count))
 
 
-def _question(text: str, images: tuple[Path, ...], truth: str, domain: str, id: str | None) -> Question:
-    whole = "\0".join((domain, text, truth, *(image.name for image in images)))
-    return Question(text, images, truth, domain, id, hashlib.sha256(whole.encode()).hexdigest())
+def _question(text: str, images: tuple[Path, ...], truth: str, domain: str, id: str | None, place: str) -> Question:
+    asked = _digest(text, digest(*images))
+    return Question(text, images, truth, domain, id, place, asked, _digest(domain, truth, asked))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

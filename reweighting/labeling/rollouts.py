@@ -1,21 +1,25 @@
 """Answers to a question, and of each of their steps how many continuations end in the correct answer.
 
 A step's Monte Carlo label is the share of continuations from there whose final answer is correct (Math-Shepherd,
-arXiv 2312.08935). A continuation that failed, or whose answer cannot be judged, counts as neither.
+arXiv 2312.08935). A continuation whose answer cannot be judged counts as neither. Only what is complete is stored: an
+answer that came, and the counts of a step all of whose continuations came.
 """
 
 import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from reweighting.data.answer_values import answers_match
 from reweighting.data.answers import final_answer
 from reweighting.data.steps import split_response
-from reweighting.labeling.policy import Policy
+from reweighting.labeling.policy import NoText, Policy, QuestionRefused
 from reweighting.labeling.questions import Question
 from reweighting.labeling.store import WHOLE, Store
 
 Search = Literal["full", "binary"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,34 +69,86 @@ class LabelledAnswer:
         return [None if score is None or not times else score / times for score, times in counts]
 
 
-async def label_question(policy: Policy, question: Question, settings: RolloutSettings, store: Store) -> None:
-    """Ask for all that the store lacks of a question, and write it as it comes.
+@dataclass
+class Tally:
+    """What did not come, so that the user learns of it.
+
+    Attributes:
+        failed_answers, failed_continuations: calls that failed after all tries.
+        empty_answers: answers without any text.
+        refused_continuations: how many the server refuses, and counts with those that cannot be judged.
+        why: the reason for the last of these.
+    """
+
+    failed_answers: int = 0
+    failed_continuations: int = 0
+    empty_answers: int = 0
+    refused_continuations: int = 0
+    why: str = ""
+
+
+@asynccontextmanager
+async def task_group() -> AsyncGenerator[asyncio.TaskGroup]:
+    """Run tasks until all are done; the first error cancels the others, and is raised by itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Run some calls at once, and return their results in order; see `task_group` for errors."""
+    async with task_group() as group:
+        tasks = [group.create_task(call) for call in calls]
+    return [task.result() for task in tasks]
+
+
+async def label_question(
+    policy: Policy, question: Question, settings: RolloutSettings, store: Store, tally: Tally
+) -> None:
+    """Ask for all that the store lacks of a question, and write it as it comes. What fails is counted, not written.
 
     Raises:
         PolicyFailure: the policy cannot be used any more.
+        QuestionRefused: the server refuses the question.
     """
-    texts = store.get(question.key, WHOLE, WHOLE)
-    if texts is None:
-        texts = await asyncio.gather(*(policy.complete(question) for _ in range(settings.answers)))
-        store.put(question.key, WHOLE, WHOLE, texts)
-    if not settings.rollouts:
-        return
-    label = _label_all if settings.search == "full" else _label_by_halves
-    answers = [(place, text) for place, text in enumerate(texts) if text is not None and text.strip()]
-    await asyncio.gather(*(label(policy, question, place, text, settings, store) for place, text in answers))
+    await all_of(_label_answer(policy, question, place, settings, store, tally) for place in range(settings.answers))
+
+
+async def _label_answer(
+    policy: Policy, question: Question, place: int, settings: RolloutSettings, store: Store, tally: Tally
+) -> None:
+    """One answer to a question, and its steps."""
+    entry = store.get(question.key, place, WHOLE)
+    if entry is None:
+        text = await policy.complete(question)
+        if text is NoText.FAILED:
+            tally.failed_answers += 1
+            return
+        if isinstance(text, str) and not any(cut_answer(text, settings)[0]):
+            tally.empty_answers += 1
+            return
+        entry = {"text": text if isinstance(text, str) else None}
+        store.put(question.key, place, WHOLE, entry)
+    text = entry["text"]
+    if text is not None and settings.rollouts:
+        label = _label_all if settings.search == "full" else _label_by_halves
+        await label(policy, question, place, text, settings, store, tally)
 
 
 async def _label_all(
-    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store
+    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store, tally: Tally
 ) -> None:
     _, prefixes = cut_answer(text, settings)
-    await asyncio.gather(
-        *(_label_step(policy, question, place, step, prefix, settings, store) for step, prefix in enumerate(prefixes))
+    await all_of(
+        _label_step(policy, question, place, step, prefix, settings, store, tally)
+        for step, prefix in enumerate(prefixes)
     )
 
 
 async def _label_by_halves(
-    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store
+    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store, tally: Tally
 ) -> None:
     """Find the first step from which no continuation is correct. The end of the answer counts by its own answer."""
     _, prefixes = cut_answer(text, settings)
@@ -101,7 +157,10 @@ async def _label_by_halves(
     low, high = -1, len(prefixes)  # from low on, something is still correct; from high on, nothing is
     while high - low > 1:
         middle = (low + high) // 2
-        score, times = await _label_step(policy, question, place, middle, prefixes[middle], settings, store)
+        counts = await _label_step(policy, question, place, middle, prefixes[middle], settings, store, tally)
+        if counts is None:  # where the search goes on is known when its continuations have come
+            return
+        score, times = counts
         if times and not score:
             high = middle
         else:
@@ -109,23 +168,37 @@ async def _label_by_halves(
 
 
 async def _label_step(
-    policy: Policy, question: Question, place: int, step: int, prefix: str, settings: RolloutSettings, store: Store
-) -> list[int]:
-    """Continue an answer behind a step, and count: [correct, judged]."""
+    policy: Policy, question: Question, place: int, step: int, prefix: str, settings: RolloutSettings, store: Store,
+    tally: Tally,
+) -> list[int] | None:  # fmt: skip
+    """Continue an answer behind a step, and count: [correct, judged]; None if a continuation failed."""
     found = store.get(question.key, place, step)
     if found is not None:
         return found
     score = times = 0
     first = min(settings.enough or settings.rollouts, settings.rollouts)
     for count in (first, settings.rollouts - first):
-        rests = await asyncio.gather(*(policy.complete(question, prefix) for _ in range(count)))
-        verdicts = [judge(f"{prefix}{rest}", question) for rest in rests if rest is not None]
+        rests = await all_of(_continue(policy, question, prefix, tally) for _ in range(count))
+        if failed := rests.count(NoText.FAILED):
+            tally.failed_continuations += failed
+            return None
+        verdicts = [judge(f"{prefix}{rest}", question) for rest in rests if isinstance(rest, str)]
         score += verdicts.count(True)
         times += len(verdicts) - verdicts.count(None)
         if times == first and score in (0, times):  # all agree
             break
     store.put(question.key, place, step, [score, times])
     return [score, times]
+
+
+async def _continue(policy: Policy, question: Question, prefix: str, tally: Tally) -> str | NoText:
+    """One continuation. The server refuses one whose prefix is too long, and would do so again."""
+    try:
+        return await policy.complete(question, prefix)
+    except QuestionRefused as error:
+        tally.refused_continuations += 1
+        tally.why = str(error)
+        return NoText.WITHHELD
 
 
 def judge(answer: str, question: Question) -> bool | None:
@@ -157,8 +230,9 @@ def labelled_answers(question: Question, settings: RolloutSettings, store: Store
     The last step of an answer is labelled by the answer itself.
     """
     found = []
-    for place, text in enumerate(store.get(question.key, WHOLE, WHOLE) or ()):
-        if text is None or not text.strip():
+    for place in range(settings.answers):
+        text = (store.get(question.key, place, WHOLE) or {"text": None})["text"]
+        if text is None:
             continue
         steps, correct = cut_answer(text, settings)[0], judge(text, question)
         counts = [store.get(question.key, place, step) for step in range(len(steps) - 1)]

@@ -1,7 +1,8 @@
 """Which of the answers become training rows, meta answers and candidates, and these as canonical rows.
 
-No question is in two of the three: its key decides. Training rows are chosen as DreamPRM's were (arXiv 2505.20241): at
-most so many of a domain, those first whose labels say something, being strictly between 0 and 1 somewhere.
+No question is in two of the three: its text and images decide. Training rows are chosen as DreamPRM's were (arXiv
+2505.20241): at most so many of a domain, those first whose labels say something, being strictly between 0 and 1
+somewhere.
 """
 
 import os
@@ -24,7 +25,7 @@ def use_of(question: Question, shares: Mapping[str, float]) -> str:
         question: the question.
         shares: of the questions for each use, of those that are wanted.
     """
-    place = int(question.key[:12], 16) / 16**12 * sum(shares.values())
+    place = int(question.asked[:12], 16) / 16**12 * sum(shares.values())
     for use, share in shares.items():
         place -= share
         if place < 0:
@@ -42,7 +43,8 @@ class Selection:
         made_by: what each row says of the policy.
 
     Attributes:
-        counts: rows seen and left out, by what they are.
+        answers: how many were seen.
+        counts: how many of them have a shortcoming, by what it is.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Selection:
         made_by: Mapping[str, Any],
     ):
         self.folders, self.shares, self.max_rows, self.made_by = folders, shares, max_rows_per_domain, made_by
+        self.answers = 0
         self.counts: Counter[str] = Counter()
         self._train: dict[str, tuple[list[Row], list[Row]]] = {}  # domain -> rows that say something, other rows
         self._rows: dict[str, list[Row]] = {use: [] for use in folders if use != TRAIN}
@@ -61,8 +64,8 @@ class Selection:
         """Take what a question is used for from its answers."""
         use = use_of(question, self.shares)
         rows = [self._row(question, answer, self.folders[use]) for answer in answers]
-        self.counts["answers"] += len(rows)
-        self.counts["answers that cannot be judged"] += sum(row["final_answer_correct"] is None for row in rows)
+        self.answers += len(rows)
+        self.counts["answers cannot be judged"] += sum(row["final_answer_correct"] is None for row in rows)
         if use == TRAIN:
             self._add_training_rows(question.domain, rows)
         elif use == META:
@@ -78,7 +81,7 @@ class Selection:
         for row in rows:
             labels = [label for label in row["labels"] if label is not None]
             if not labels:
-                self.counts["training answers without any label"] += 1
+                self.counts["answers are left out of the training rows: none of their steps has a label"] += 1
                 continue
             kept = telling if any(0 < label < 1 for label in labels) else others
             if not self.max_rows or len(kept) < self.max_rows:  # more of either kind than all is never needed

@@ -13,6 +13,7 @@ import asyncio
 import base64
 import mimetypes
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
@@ -21,8 +22,9 @@ from typing import Any, Self
 import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
+from reweighting.data.placeholders import PLACEHOLDER, question_parts
 from reweighting.errors import UserError
-from reweighting.labeling.policy import PLACE, PolicyFailure
+from reweighting.labeling.policy import PLACE, NoText, PolicyFailure, QuestionRefused
 from reweighting.labeling.questions import Question
 from reweighting.terminal import printable
 
@@ -36,7 +38,10 @@ PROBE_SHARE = 0.5  # of the greedy answer that is given as the prefix
 PROBE_LENGTH = 12  # characters of its rest that must come again: later ones may differ by rounding
 FOREIGN = "(7041) "  # no answer begins so by itself
 LONGEST_WAIT = 60.0  # seconds between two tries
-FAILURES = 50  # calls in a row that may fail after all tries, before the server counts as gone
+TRIES = 9  # of a call: 3 minutes where nothing answers
+TRIES_TO_SEE = 4  # of the call that shows whether the server still works
+TOLD_AFTER = 4  # tries in vain: 7 s
+TOO_MUCH = (400, 413, 422)  # statuses of a request that the server refuses, as one that is too long
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,14 @@ class ServerPolicy:
         sampling: how it answers.
         concurrency: calls in flight at a time, over all servers.
         timeout: seconds for one call.
-        attempts: how often a call is tried.
+
+    Raises:
+        UserError: the key in the environment cannot be one.
 
     Attributes:
         name: the model's name.
         calls: how many calls were answered.
-        failures: how many failed after all tries.
+        failures: how many gave no text.
         tokens: how many tokens the servers say they made.
     """
 
@@ -94,15 +101,18 @@ class ServerPolicy:
         sampling: Sampling,
         concurrency: int = 16,
         timeout: float = 600.0,
-        attempts: int = 6,
     ):
         self.urls, self.name, self.prompt, self.sampling = urls, model, prompt, sampling
         self.calls = self.failures = self.tokens = 0
-        self._next_url = cycle([url.rstrip("/") for url in urls])
+        self._urls = [url.rstrip("/") for url in urls]
+        self._next_url = cycle(self._urls)
         self._slots = asyncio.Semaphore(concurrency)
-        key = os.environ.get(KEY_VARIABLE)
-        self._client = httpx2.AsyncClient(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
-        self._attempts, self._in_a_row = attempts, 0
+        self._key = api_key()
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._client = httpx2.AsyncClient(timeout=timeout, headers=headers)
+        self._notify: Callable[[str], None] = lambda line: None
+        self._is_told = False  # whether the user knows that nothing answers at present
+        self._known: dict[str, Any] = {}  # a request that the server has answered
         self._way, self._repeats = next(iter(WAYS)), False  # whether the server's text repeats what it was given
 
     async def __aenter__(self) -> Self:
@@ -113,13 +123,18 @@ class ServerPolicy:
         """Close the connections."""
         await self._client.aclose()
 
-    async def prepare(self, question: Question) -> str:
+    async def prepare(self, question: Question, notify: Callable[[str], None]) -> str:
         """See `Policy`; each server is asked."""
+        self._notify = notify
         greedy = Sampling(0.0, min(64, self.sampling.max_tokens))
         ways: set[tuple[str, bool]] = set()
-        for url in dict.fromkeys(self.urls):
+        for url in dict.fromkeys(self._urls):
             try:
-                ways.add(await self._find_way(url.rstrip("/"), question, greedy))
+                ways.add(await self._find_way(url, question, greedy))
+            except QuestionRefused as error:
+                raise UserError(f"--policy {url}: the server refuses the first question, {question.place} ({error}). "
+                                "Look at --max_tokens and the server's limits of length and images, or take the "
+                                "question out.") from error  # fmt: skip
             except (PolicyFailure, _TryAgain) as error:
                 raise UserError(f"--policy {url}: {error}") from error
         if len(ways) > 1:
@@ -131,9 +146,15 @@ class ServerPolicy:
     async def _find_way(self, url: str, question: Question, greedy: Sampling) -> tuple[str, bool]:
         """How this server continues an answer, and whether it repeats what it was given.
 
-        Raises UserError if it does not continue, PolicyFailure and _TryAgain.
+        Raises UserError if it does not continue, QuestionRefused, PolicyFailure and _TryAgain.
         """
-        whole = await self._post(url, self._body(question, "", greedy, {})) or ""
+
+        async def ask(prefix: str, extra: dict[str, Any]) -> str:
+            text = await self._call(cycle([url]), self._body(question, prefix, greedy, extra), TRIES, told_after=1)
+            return text if isinstance(text, str) else ""
+
+        self._known = self._body(question, "", greedy, {})
+        whole = await ask("", {})
         cut = int(len(whole) * PROBE_SHARE)
         cut = whole.rfind(" ", 0, cut) if " " in whole[:cut] else cut  # not inside a word
         start, rest = whole[:cut].rstrip(), whole[cut:].strip()
@@ -142,12 +163,12 @@ class ServerPolicy:
                             "the server continues answers. Look at the model and --prompt_file.")  # fmt: skip
         for way, extra in WAYS.items():
             try:
-                found = await self._post(url, self._body(question, start, greedy, extra)) or ""
-            except PolicyFailure:  # a server that refuses the way's fields
+                found = await ask(start, extra)
+            except (PolicyFailure, QuestionRefused):  # a server that refuses the way's fields
                 continue
             if found.lstrip().startswith(start):  # a new answer, or what was given and its rest
                 given = f"{FOREIGN}{start}"
-                again = await self._post(url, self._body(question, given, greedy, extra)) or ""
+                again = await ask(given, extra)
                 if again.lstrip().startswith(given):
                     return way, True
             elif found.strip().startswith(rest[:PROBE_LENGTH]):
@@ -157,68 +178,123 @@ class ServerPolicy:
             "model with vLLM, SGLang, llama.cpp or lmdeploy, whose servers continue a last message of the assistant."
         )
 
-    async def complete(self, question: Question, prefix: str = "") -> str | None:
+    async def complete(self, question: Question, prefix: str = "") -> str | NoText:
         """See `Policy`."""
-        body = self._body(question, prefix, self.sampling, WAYS[self._way] if prefix else {})
         async with self._slots:
+            body = self._body(question, prefix, self.sampling, WAYS[self._way] if prefix else {})
             try:
-                async for attempt in AsyncRetrying(
-                    retry=retry_if_exception_type(_TryAgain), stop=stop_after_attempt(self._attempts), wait=_wait,
-                    reraise=True,
-                ):  # fmt: skip
-                    with attempt:
-                        text = await self._post(next(self._next_url), body)
+                text = await self._call(self._next_url, body, TRIES, TOLD_AFTER)
             except _TryAgain as error:
-                self.failures += 1
-                self._in_a_row += 1
-                if self._in_a_row >= FAILURES:
-                    raise PolicyFailure(f"{FAILURES} calls in a row failed, the last one: {error}") from error
-                return None
-        self._in_a_row = 0
-        if text is not None and prefix and self._repeats:
-            text = text.lstrip()[len(prefix) :] if text.lstrip().startswith(prefix) else None
-        self.failures += text is None
+                await self._check(error)
+                text = NoText.FAILED
+        if isinstance(text, str) and prefix and self._repeats:
+            text = text.lstrip()[len(prefix) :] if text.lstrip().startswith(prefix) else NoText.WITHHELD
+        self.failures += isinstance(text, NoText)
         return text
 
+    async def _call(self, urls: Iterator[str], body: dict[str, Any], tries: int, told_after: int) -> str | NoText:
+        """Make one call, tried several times. Raises as `_post`."""
+
+        def tell(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if state.attempt_number >= told_after and not self._is_told:
+                self._is_told = True
+                self._notify(f"{error}; trying again")
+
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(_TryAgain), stop=stop_after_attempt(tries), wait=_wait, before_sleep=tell,
+            reraise=True,
+        ):  # fmt: skip
+            with attempt:
+                text = await self._post(next(urls), body)
+        self._is_told = False
+        return text
+
+    async def _check(self, error: _TryAgain) -> None:
+        """See, behind a call that failed, whether the server still answers what it has answered before.
+
+        Raises PolicyFailure if it does not.
+        """
+        try:
+            await self._call(self._next_url, self._known, TRIES_TO_SEE, TOLD_AFTER)
+        except (_TryAgain, QuestionRefused) as gone:
+            raise PolicyFailure(f"the server is gone: {gone}. Look at it") from error
+
     def _body(self, question: Question, prefix: str, sampling: Sampling, extra: dict[str, Any]) -> dict[str, Any]:
-        """The request: the question with its images, and how the answer begins."""
-        text = self.prompt.replace(PLACE, question.text)
+        """The request: the question with its images where they stand in it, and how the answer begins."""
+        parts = question_parts(question.text, len(question.images))
+        text = self.prompt.replace(PLACE, "".join(PLACEHOLDER if part is None else part for part in parts))
         content: Any = text
         if question.images:
-            pictures = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in question.images]
-            content = [*pictures, {"type": "text", "text": text}]
+            images = cycle(question.images)  # a prompt may hold the question twice
+            content = [
+                {"type": "image_url", "image_url": {"url": data_uri(next(images))}} if part is None
+                else {"type": "text", "text": part}
+                for part in question_parts(text, text.count(PLACEHOLDER)) if part is None or part.strip()
+            ]  # fmt: skip
         messages = [{"role": "user", "content": content}]
         if prefix:
             messages.append({"role": "assistant", "content": prefix})
         return {"model": self.name, "messages": messages, "temperature": sampling.temperature,
                 "max_tokens": sampling.max_tokens, **extra}  # fmt: skip
 
-    async def _post(self, url: str, body: dict[str, Any]) -> str | None:
-        """Make one call; None if the server filtered the answer. Raises PolicyFailure and _TryAgain."""
+    async def _post(self, url: str, body: dict[str, Any]) -> str | NoText:
+        """Make one call. Raises QuestionRefused, PolicyFailure and _TryAgain."""
         try:
             response = await self._client.post(f"{url}/chat/completions", json=body)
-        except httpx2.TransportError as error:
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _TryAgain(f"{url} does not answer ({type(error).__name__}: {error})") from error
+        except httpx2.InvalidURL as error:
+            raise PolicyFailure(f"{url} is no address ({error})") from error
+        reason = self._reason(response)
         if response.status_code in (408, 409, 429) or response.status_code >= 500:
             asked = response.headers.get("retry-after", "")
-            raise _TryAgain(f"{url} answers {_reason(response)}", float(asked) if asked.isdigit() else None)
+            raise _TryAgain(f"{url} answers {reason}", float(asked) if asked.isdecimal() else None)
         if response.status_code in (401, 403):
-            raise PolicyFailure(f"the server refuses the key: set the variable {KEY_VARIABLE} ({_reason(response)})")
+            raise PolicyFailure(f"the server refuses the key: set the variable {KEY_VARIABLE} ({reason})")
         if response.status_code == 404:
-            raise PolicyFailure(
-                f"the server knows no such address or model; look at {url}/models ({_reason(response)})"
-            )
+            raise PolicyFailure(f"the server knows no such address or model; look at {url}/models ({reason})")
+        if response.status_code in TOO_MUCH:
+            raise QuestionRefused(reason)
         if response.status_code >= 400:
-            raise PolicyFailure(f"the server refuses the request ({_reason(response)})")
+            raise PolicyFailure(f"the server refuses the request ({reason})")
         try:
             content = response.json()
             choice = content["choices"][0]
-            text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
+            message = choice["message"]
+            text = message["content"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise PolicyFailure(f"{url} does not speak the protocol of OpenAI's chat completions") from error
         self.calls += 1
-        self.tokens += (content.get("usage") or {}).get("completion_tokens") or 0
-        return None if choice.get("finish_reason") == "content_filter" or not isinstance(text, str) else text
+        self.tokens += _tokens(content.get("usage"))
+        if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
+            return NoText.WITHHELD
+        # Half of a surrogate pair, which JSON can carry, is in no text that can be written.
+        return text.encode(errors="replace").decode() if isinstance(text, str) else ""
+
+    def _reason(self, response: httpx2.Response) -> str:
+        """The status and the beginning of what the server says, in a line, without the key."""
+        text = response.text.replace(self._key, "***") if self._key else response.text
+        return f"{response.status_code}: {printable(text[:200], one_line=True)}"
+
+
+def api_key() -> str:
+    """Return the key of the environment, "" without one.
+
+    Raises:
+        UserError: it cannot be a key.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"{KEY_VARIABLE}: holds a character that no key has, as a line end or a letter with an accent. "
+                        "Copy the key again.")  # fmt: skip
+    return key
+
+
+def _tokens(usage: Any) -> int:
+    """How many tokens a reply says it has, 0 if it does not say."""
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return count if type(count) is int else 0
 
 
 def data_uri(image: os.PathLike[str]) -> str:
@@ -226,8 +302,3 @@ def data_uri(image: os.PathLike[str]) -> str:
     kind = mimetypes.guess_type(os.fspath(image))[0] or "image/png"
     with open(image, "rb") as file:
         return f"data:{kind};base64,{base64.b64encode(file.read()).decode()}"
-
-
-def _reason(response: httpx2.Response) -> str:
-    """The status and the beginning of what the server says, in a line."""
-    return f"{response.status_code}: {printable(response.text[:200], one_line=True)}"

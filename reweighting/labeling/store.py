@@ -1,7 +1,8 @@
 """What the policy has answered, on disk as it comes: an interrupted run asks for nothing twice.
 
     with Store(Path("labels.sqlite"), settings) as store:
-        store.put(question.key, 2, 0, {"score": 3, "times": 16})
+        store.put(question.key, 2, WHOLE, {"text": "Step 1: ..."})  # the third answer
+        store.put(question.key, 2, 0, [3, 16])  # its first step: 3 of 16 continuations are correct
         store.get(question.key, 2, 0)
 
 An SQLite file: each entry is written whole or not at all, whatever ends the process.
@@ -18,7 +19,8 @@ from filelock import FileLock, Timeout
 from reweighting.errors import UserError
 from reweighting.files import cannot_write
 
-WHOLE = -1  # in the place of an answer's number: the answers themselves; in the place of a step's: the whole answer
+WHOLE = -1  # in the place of a step's number: the answer itself, as {"text": ...}, null if the server withholds it
+VERSION = 2  # of these entries
 
 
 class Store:
@@ -62,7 +64,7 @@ class Store:
     def _check(self, settings: dict[str, Any]) -> None:
         """Raise UserError if the file was made with other settings."""
         made_with = dict(self._file.execute("SELECT name, value FROM settings"))
-        texts = {name: json.dumps(value) for name, value in settings.items()}
+        texts = {name: json.dumps(value) for name, value in (settings | {"version": VERSION}).items()}
         if not made_with or self._file.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None:
             self._file.execute("DELETE FROM settings")
             self._file.executemany("INSERT INTO settings VALUES (?, ?)", texts.items())
@@ -80,14 +82,44 @@ class Store:
         self._lock.release()
 
     def get(self, question: str, answer: int, step: int) -> Any:
-        """Return an entry, None if it is not there."""
-        row = self._file.execute(
-            "SELECT value FROM entries WHERE question = ? AND answer = ? AND step = ?", (question, answer, step)
-        ).fetchone()
-        return None if row is None else json.loads(row[0])
+        """Return an entry, None if it is not there.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        row = self._run("SELECT value FROM entries WHERE question = ? AND answer = ? AND step = ?",
+                        (question, answer, step))  # fmt: skip
+        if row is None:
+            return None
+        try:
+            value = json.loads(row[0])
+            if not _is_entry(value, step):
+                raise ValueError(f"unexpected {row[0]:.40}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.path}: is damaged ({error!s:.100}). Move it away, or name another --store."
+            ) from error
+        return value
 
     def put(self, question: str, answer: int, step: int, value: Any) -> None:
-        """Write an entry."""
-        self._file.execute(
-            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (question, answer, step, json.dumps(value))
-        )
+        """Write an entry.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._run("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (question, answer, step, json.dumps(value)))
+
+    def _run(self, command: str, values: tuple[Any, ...]) -> Any:
+        """The first row that a command gives."""
+        try:
+            return self._file.execute(command, values).fetchone()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path}: cannot be read or written ({error}). Look at the disk; if the file is "
+                            "damaged, move it away.") from error  # fmt: skip
+
+
+def _is_entry(value: Any, step: int) -> bool:
+    """Whether an entry has the form that its place asks for."""
+    if step == WHOLE:
+        return isinstance(value, dict) and isinstance(value.get("text", 0), str | None)
+    return isinstance(value, list) and len(value) == 2 and all(type(count) is int for count in value)

@@ -7,6 +7,7 @@ it adds wrongly with a chance of 1 / 4. So the true chance of a correct end is k
 import json
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 from typing import Any
@@ -37,6 +38,7 @@ class PolicyServer:
         continues: "continue_final_message", "trailing", "repeating": with what it was given in front, or "never": it
             begins anew.
         replies: statuses to answer the next calls with, before it works again.
+        hook: is given each request, and returns None, or a status, the bytes of the reply and headers.
         bodies: the requests.
         headers: of the last request.
     """
@@ -44,6 +46,7 @@ class PolicyServer:
     def __init__(self, continues: str = "continue_final_message", seed: int = 0):
         self.continues, self.rng = continues, Random(seed)
         self.replies: list[int] = []
+        self.hook: Callable[[dict[str, Any]], tuple[int, bytes, dict[str, str]] | None] = lambda body: None
         self.bodies: list[dict[str, Any]] = []
         self.headers: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -51,14 +54,18 @@ class PolicyServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet: the second would wait for the first one's receipt
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with owner._lock:
                     owner.headers = {name.lower(): value for name, value in self.headers.items()}
-                    status, content = owner.reply(body)
-                data = json.dumps(content).encode()
+                    hooked = owner.hook(body)
+                    status, content = (hooked[0], None) if hooked else owner.reply(body)
+                data = hooked[1] if hooked else json.dumps(content).encode()
                 self.send_response(status)
+                for name, value in hooked[2].items() if hooked else ():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 if status == 429:
                     self.send_header("Retry-After", "0")
@@ -83,7 +90,7 @@ class PolicyServer:
         self.bodies.append(body)
         asked, *begun = body["messages"]
         content = asked["content"]
-        question = content if isinstance(content, str) else content[-1]["text"]
+        question = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
         prefix = begun[0]["content"] if begun else ""
         goes_on = self.continues in ("trailing", "repeating") or (
             self.continues == "continue_final_message"

@@ -40,6 +40,10 @@ def flags(server: PolicyServer, *more: str) -> list[str]:
             *more]  # fmt: skip
 
 
+def few(server: PolicyServer, *more: str) -> list[str]:
+    return [*flags(server, *more), "--answers", "2", "--rollouts", "4"]
+
+
 def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
@@ -106,8 +110,8 @@ def test_what_passes_is_tried_again_and_what_does_not_ends_with_the_remedy(folde
     monkeypatch.setattr("reweighting.labeling.server._wait", lambda state: 0.0)
     with PolicyServer() as server:
         server.replies = [0, 0, 0, 503, 429, 500]
-        main(flags(server, "--output_train", "train.jsonl"))
-        assert {tuple(row["times"]) for row in rows("train.jsonl")} == {(8, 8, 8, 1)}
+        main(few(server, "--output_train", "train.jsonl"))
+        assert {tuple(row["times"]) for row in rows("train.jsonl")} == {(4, 4, 4, 1)}
         for status, message in ((401, "set the variable OPENAI_API_KEY"), (404, "no such address or model")):
             server.replies = [status]
             with pytest.raises(UserError, match=message):
@@ -120,43 +124,43 @@ def test_what_passes_is_tried_again_and_what_does_not_ends_with_the_remedy(folde
 
 def test_other_settings_are_refused_and_the_same_ask_for_nothing(folder):
     with PolicyServer() as server:
-        main(flags(server, "--output_train", "train.jsonl"))
+        main(few(server, "--output_train", "train.jsonl"))
         before, calls = Path("train.jsonl").read_bytes(), len(server.bodies)
-        main(flags(server, "--output_train", "train.jsonl"))
+        main(few(server, "--output_train", "train.jsonl"))
         assert Path("train.jsonl").read_bytes() == before
         assert len(server.bodies) - calls == 2  # the probe
         with pytest.raises(UserError, match="made with other settings .temperature: 1.0, now 0.5"):
-            main([*flags(server, "--output_train", "train.jsonl"), "--temperature", "0.5"])
+            main([*few(server, "--output_train", "train.jsonl"), "--temperature", "0.5"])
 
 
 def test_killed_at_any_moment_nothing_is_asked_twice(folder):
-    """Of each beginning exactly 8 continuations were stored, and at most the calls in flight were lost."""
+    """Of each beginning exactly 4 continuations were stored, and at most the calls in flight were lost."""
     with PolicyServer() as server:
         command = [sys.executable, str(ROOT / "reweighting" / "label.py"),
-                   *flags(server, "--output_train", "train.jsonl"), "--concurrency", "2"]  # fmt: skip
+                   *few(server, "--output_train", "train.jsonl"), "--concurrency", "2"]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         for _ in range(2):
             before = len(server.bodies)
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
             deadline = time.monotonic() + 120
-            while len(server.bodies) < before + 150 and process.poll() is None and time.monotonic() < deadline:
+            while len(server.bodies) < before + 60 and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             assert process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.wait()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
-        needed = len(rows("train.jsonl")) * (1 + 3 * 8)
+        needed = len(rows("train.jsonl")) * (1 + 3 * 4)
         # Lost by a kill: the continuations of the beginnings that two questions at a time were busy with.
-        assert needed <= len(server.bodies) - 3 * 2 <= needed + 2 * 2 * 4 * 3 * 8
-    assert {tuple(row["times"]) for row in rows("train.jsonl")} == {(8, 8, 8, 1)}
+        assert needed <= len(server.bodies) - 3 * 2 <= needed + 2 * 2 * 2 * 3 * 4
+    assert {tuple(row["times"]) for row in rows("train.jsonl")} == {(4, 4, 4, 1)}
 
 
 def test_the_first_error_by_halving_takes_fewer_calls(folder):
     with PolicyServer(seed=1) as server:
-        main(flags(server, "--output_train", "full.jsonl", "--store", "full.sqlite"))
+        main([*flags(server, "--output_train", "full.jsonl", "--store", "full.sqlite"), "--answers", "2"])
         full = len(server.bodies)
-        main(flags(server, "--output_train", "train.jsonl", "--search", "binary"))
+        main([*flags(server, "--output_train", "train.jsonl", "--search", "binary"), "--answers", "2"])
         assert len(server.bodies) - full < full / 2
     for row in rows("train.jsonl"):
         a, b = map(int, row["question"].rstrip("?").split(" + "))
