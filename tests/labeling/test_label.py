@@ -139,15 +139,18 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
         command = [sys.executable, str(ROOT / "reweighting" / "label.py"),
                    *few(server, "--output_train", "train.jsonl"), "--concurrency", "2"]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        for _ in range(2):
+        for number in (signal.SIGINT, signal.SIGKILL):
             before = len(server.bodies)
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
             deadline = time.monotonic() + 120
             while len(server.bodies) < before + 60 and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             assert process.poll() is None
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.send_signal(number)
+            _, errors = process.communicate()
+            if number == signal.SIGINT:
+                assert process.returncode == 130 and "interrupted; the same command resumes there" in errors
+                assert "Traceback" not in errors and "closed" not in errors
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
         assert done.returncode == 0, done.stderr
         needed = len(rows("train.jsonl")) * (1 + 3 * 4)
@@ -158,10 +161,16 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
 
 def test_the_first_error_by_halving_takes_fewer_calls(folder):
     with PolicyServer(seed=1) as server:
-        main([*flags(server, "--output_train", "full.jsonl", "--store", "full.sqlite"), "--answers", "2"])
-        full = len(server.bodies)
-        main([*flags(server, "--output_train", "train.jsonl", "--search", "binary"), "--answers", "2"])
-        assert len(server.bodies) - full < full / 2
+        main(
+            [
+                *flags(server, "--output_train", "train.jsonl", "--search", "binary"),
+                "--answers",
+                "2",
+                "--concurrency",
+                "1",
+            ]
+        )
+        assert len(server.bodies) < 12 * 2 * (1 + 3 * 8) / 2
     for row in rows("train.jsonl"):
         a, b = map(int, row["question"].rstrip("?").split(" + "))
         if not row["final_answer_correct"]:

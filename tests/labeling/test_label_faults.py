@@ -271,13 +271,20 @@ def test_rows_without_a_truth_or_with_too_many_placeholders_are_errors(folder):
     assert "row 1: question: found 1 `<image>` for 0 images" in str(caught.value)
 
 
-@pytest.mark.parametrize("value", ["[1", "5", '{"text": 3}', "null", "[" * 100_000])
-def test_a_damaged_store_is_one_error(value):
+def test_a_damaged_store_is_one_error():
     with PolicyServer() as server:
         label(server)
-        shutil.copy("labels.sqlite", "damaged.sqlite")
-        with closing(sqlite3.connect("damaged.sqlite")) as file:
-            file.execute("UPDATE entries SET value = ?", (value,))
-            file.commit()
-        with pytest.raises(UserError, match="damaged.sqlite: is damaged"):
-            label(server, "--store", "damaged.sqlite")
+        for value in ("[1", "5", '{"text": 3}', "null", "[" * 100_000):
+            shutil.copy("labels.sqlite", "damaged.sqlite")
+            with closing(sqlite3.connect("damaged.sqlite")) as file:
+                file.execute("UPDATE entries SET value = ?", (value,))
+                file.commit()
+            with pytest.raises(UserError, match="damaged.sqlite: is damaged"):
+                label(server, "--store", "damaged.sqlite")
+
+
+def test_answers_that_cannot_be_judged_are_counted(capsys):
+    write([{"question": f"{n} + 4?", "ground_truth": truth} for n, truth in ((1, 5), (2, "apples"))])
+    with PolicyServer() as server:
+        label(server)
+    assert "warning: 2 of 4 answers cannot be judged\n" in capsys.readouterr().err
