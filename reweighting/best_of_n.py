@@ -19,7 +19,8 @@ from dataclasses import asdict
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from reweighting.config.inference import BestOfNConfig, parse_inference_config
+from reweighting.config.inference import BestOfNConfig
+from reweighting.config.parsing import parse_config
 from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
 from reweighting.data.schema import CandidateRow
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(BestOfNConfig, argv, description=SUMMARY)
+    config = parse_config(BestOfNConfig, argv, description=SUMMARY)
     output = Path(config.selections.output)
     sources = config.reading.sources(config.candidates.candidates_json_file)
     candidates = CandidateFile.read(sources, config.reading.options(), config.scoring.image_root)

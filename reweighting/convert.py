@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from reweighting.config.conversion import ConvertConfig, parse_convert_config
+from reweighting.config.conversion import ConvertConfig
+from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import Answer, LoadReport
 from reweighting.data.published_answers import iterate_any_answers
 from reweighting.data.summary import Summary
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_convert_config(argv, description=SUMMARY)
+    config = parse_config(ConvertConfig, argv, description=SUMMARY, first="inputs")
     report, summary = LoadReport(), Summary()
     output = None if config.conversion.output is None else Path(config.conversion.output)
     if output is not None:

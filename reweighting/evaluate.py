@@ -19,7 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from reweighting.config.inference import EvaluateConfig, parse_inference_config
+from reweighting.config.inference import EvaluateConfig
+from reweighting.config.parsing import parse_config
 from reweighting.data.load_chains import LabelledChain, load_evaluation, shared_questions
 from reweighting.errors import ChainTooLong, UserError
 from reweighting.files import atomic_write_text
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(EvaluateConfig, argv, description=SUMMARY)
+    config = parse_config(EvaluateConfig, argv, description=SUMMARY)
     batch_size = config.scoring.batch_size
     json_path, figure_path = output_files(config)
     labelled = load(config, config.evaluation.eval_json_file)

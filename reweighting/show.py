@@ -14,7 +14,8 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
 from pathlib import Path
 
-from reweighting.config.inference import ShowConfig, parse_inference_config
+from reweighting.config.inference import ShowConfig
+from reweighting.config.parsing import parse_config
 from reweighting.data.answers import candidate_correctness
 from reweighting.data.chains import candidate_chains
 from reweighting.data.load_answers import LoadReport
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_inference_config(ShowConfig, argv, description=SUMMARY)
+    config = parse_config(ShowConfig, argv, description=SUMMARY)
     output, source = Path(config.page.output), config.candidates.candidates_json_file[0]
     row = find_row(config)
     try:

@@ -1,14 +1,12 @@
 """The flags of convert.py.
 
-config = parse_convert_config(["a.json", "b.json", "--output", "rows.jsonl"], description="Convert answers …")
+config = parse_config(ConvertConfig, ["a.json", "--output", "rows.jsonl"], description="…", first="inputs")
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 
-from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.parsing import flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 
@@ -40,22 +38,3 @@ class ConvertConfig:
 
     conversion: ConversionConfig
     reading: ReadingConfig
-
-
-def parse_convert_config(argv: Sequence[str], *, description: str) -> ConvertConfig:
-    """Parse the command's flags; what stands before the first of them are the inputs.
-
-    Args:
-        argv: the command line without the program's name.
-        description: for `--help`.
-
-    Raises:
-        UserError: if a value is out of range.
-        SystemExit: with code 2, from argparse, for unknown flags and choices.
-    """
-    if argv and not argv[0].startswith("-"):
-        argv = ["--inputs", *argv]
-    groups = get_type_hints(ConvertConfig)
-    flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=False)
-    made = {name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()}
-    return ConvertConfig(**made)

@@ -1,17 +1,16 @@
 """The flags of the commands that use a trained reward model: best_of_n.py, evaluate.py and show.py.
 
-    config = parse_inference_config(BestOfNConfig, sys.argv[1:], description="Choose the best …")
+    config = parse_config(BestOfNConfig, sys.argv[1:], description="Choose the best …")
     config.scoring.batch_size, config.candidates.aggregation_function
 
 To add a flag, add a field to a group: the parser, `--help` and the command-line reference follow from it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_type_hints
+from typing import Literal
 
-from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.parsing import flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 from reweighting.modeling.aggregation import AggregationName
@@ -135,29 +134,6 @@ class ShowConfig:
     page: PageConfig
     reading: ReadingConfig
     scoring: ScoringConfig
-
-
-AnyConfig = TypeVar("AnyConfig", BestOfNConfig, EvaluateConfig, ShowConfig)
-
-
-def parse_inference_config(kind: type[AnyConfig], argv: Sequence[str], *, description: str) -> AnyConfig:
-    """Parse a command's flags.
-
-    Args:
-        kind: the command's config.
-        argv: the command line without the program's name.
-        description: for `--help`.
-
-    Returns:
-        The config.
-
-    Raises:
-        UserError: if a value is out of range.
-        SystemExit: with code 2, from argparse, for unknown flags and choices.
-    """
-    groups = get_type_hints(kind)
-    flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=False)
-    return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
 
 
 def _check_output(value: str) -> None:

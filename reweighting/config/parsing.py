@@ -4,7 +4,7 @@ from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -12,6 +12,7 @@ from transformers.hf_argparser import HfArg
 from reweighting.config.recipe import read_recipe
 from reweighting.errors import UserError
 
+AnyConfig = TypeVar("AnyConfig")
 MAY_BE_BLANK = ("step_separator",)  # a blank line, for example
 
 
@@ -84,6 +85,32 @@ def parse_groups(
     _check_texts(flags)
     words = {word.split("=")[0] for word in argv}
     return flags, {action.dest for action in parser._actions if words & set(action.option_strings)}
+
+
+def parse_config(
+    kind: type[AnyConfig], argv: Sequence[str], *, description: str, first: str | None = None, recipes: bool = False
+) -> AnyConfig:
+    """Parse a command's flags into its config, a dataclass whose fields are groups of flags.
+
+    Args:
+        kind: the config.
+        argv: the command line without the program's name.
+        description: for `--help`.
+        first: the flag that takes what stands before the first flag.
+        recipes: whether `--config` exists.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: if a value is out of range.
+        SystemExit: with code 2, from argparse, for unknown flags and choices.
+    """
+    if first is not None and argv and not argv[0].startswith("-"):
+        argv = [f"--{first}", *argv]
+    groups = get_type_hints(kind)
+    flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=recipes)
+    return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
 
 
 def _check_texts(flags: Mapping[str, Any]) -> None:
