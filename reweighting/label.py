@@ -170,8 +170,9 @@ def missing(tally: Tally) -> Iterator[str]:
     again = "the same command asks for them again"
     if tally.failed_answers or tally.failed_continuations:
         yield f"{tally.failed_answers} answers and {tally.failed_continuations} continuations failed; {again}"
-    if tally.empty_answers:
-        yield f"{tally.empty_answers} answers are empty; {again}. Look at --max_tokens and the model"
+    if tally.empty_answers or tally.empty_continuations:
+        yield (f"{tally.empty_answers} answers and {tally.empty_continuations} continuations are empty; {again}. "
+               "Look at --max_tokens and the model")  # fmt: skip
     if tally.refused_continuations:
         yield (f"{tally.refused_continuations} continuations are refused by the server, and count as neither correct "
                f"nor incorrect: {tally.why}")  # fmt: skip

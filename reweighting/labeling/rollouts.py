@@ -76,6 +76,7 @@ class Tally:
     Attributes:
         failed_answers, failed_continuations: calls that failed after all tries.
         empty_answers: answers without any text.
+        empty_continuations: those of steps that have no others.
         refused_continuations: how many the server refuses, and counts with those that cannot be judged.
         why: the reason for the last of these.
     """
@@ -83,6 +84,7 @@ class Tally:
     failed_answers: int = 0
     failed_continuations: int = 0
     empty_answers: int = 0
+    empty_continuations: int = 0
     refused_continuations: int = 0
     why: str = ""
 
@@ -171,7 +173,7 @@ async def _label_step(
     policy: Policy, question: Question, place: int, step: int, prefix: str, settings: RolloutSettings, store: Store,
     tally: Tally,
 ) -> list[int] | None:  # fmt: skip
-    """Continue an answer behind a step, and count: [correct, judged]; None if a continuation failed."""
+    """Continue an answer behind a step, and count: [correct, judged]; None if one failed, or all are empty."""
     found = store.get(question.key, place, step)
     if found is not None:
         return found
@@ -181,6 +183,9 @@ async def _label_step(
         rests = await all_of(_continue(policy, question, prefix, tally) for _ in range(count))
         if failed := rests.count(NoText.FAILED):
             tally.failed_continuations += failed
+            return None
+        if rests and all(isinstance(rest, str) and not rest.strip() for rest in rests):
+            tally.empty_continuations += len(rests)
             return None
         verdicts = [judge(f"{prefix}{rest}", question) for rest in rests if isinstance(rest, str)]
         score += verdicts.count(True)

@@ -85,13 +85,15 @@ def test_what_failed_or_is_empty_is_counted_and_asked_for_again(capsys):
                 return 500, b"a bug", {}
             if asks(body, "12 + 15") and not begun:
                 return reply("")
+            if asks(body, "10 + 13") and begun and "Step 3" in body["messages"][1]["content"]:
+                return reply("")
             return (500, b"a bug", {}) if asks(body, "13 + 16") and begun else None
 
         server.hook = hook
         label(server)
         errors = capsys.readouterr().err
         assert "warning: 2 answers and 12 continuations failed; the same command asks for them again" in errors
-        assert "warning: 2 answers are empty; the same command asks for them again" in errors
+        assert "warning: 2 answers and 4 continuations are empty; the same command asks for them again" in errors
         assert sorted({row["question"] for row in rows()}) == ["10 + 13?", "13 + 16?"]
         server.hook = lambda body: None
         label(server)
