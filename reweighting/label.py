@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from reweighting.config.labeling import LabelConfig, parse_label_config
+from reweighting.config.labeling import LabelConfig
+from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import LoadReport
 from reweighting.errors import Problems, UserError
 from reweighting.files import atomic_file, cannot_write
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_label_config(argv, description=SUMMARY)
+    config = parse_config(LabelConfig, argv, description=SUMMARY, first="questions", recipes=True)
     prompt = read_prompt(config.policy.prompt_file)
     check_outputs(config)
     report = LoadReport()

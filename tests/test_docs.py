@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from reweighting.cli import COMMANDS
-from reweighting.config.labeling import parse_label_config
+from reweighting.config.labeling import LabelConfig
+from reweighting.config.parsing import parse_config
 from reweighting.config.training import parse_training_config
 from reweighting.data.load_answers import LoadReport, iterate_answers
 from reweighting.data.load_rows import iterate_candidate_rows, load_meta_rows, load_training_rows
@@ -82,7 +83,7 @@ def follow(command: list[str]) -> str:
         assert words[0] == "python", command
         module, flags = SCRIPTS[words[1]], words[2:]
     if module == "label":  # needs a server: tests/labeling has one
-        parse_label_config(flags, description="")
+        parse_config(LabelConfig, flags, description="", first="questions", recipes=True)
         return "parsed"
     if module == "main":
         config = parse_training_config(flags)

@@ -1,12 +1,10 @@
 """The flags of label.py."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_type_hints
 from urllib.parse import urlsplit
 
-from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.parsing import flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 from reweighting.labeling.rollouts import RolloutSettings, Search
@@ -126,22 +124,3 @@ class LabelConfig:
         return RolloutSettings(
             flags.answers, rollouts, flags.max_steps, separator, flags.search, flags.stop_early if rollouts else 0
         )
-
-
-def parse_label_config(argv: Sequence[str], *, description: str) -> LabelConfig:
-    """Parse the command's flags; what stands before the first of them are the questions.
-
-    Args:
-        argv: the command line without the program's name.
-        description: for `--help`.
-
-    Raises:
-        UserError: if a value is out of range.
-        SystemExit: with code 2, from argparse, for unknown flags and choices.
-    """
-    if argv and not argv[0].startswith("-"):
-        argv = ["--questions", *argv]
-    groups = get_type_hints(LabelConfig)
-    flags, _ = parse_groups(tuple(groups.values()), argv, description=description)
-    made = {name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()}
-    return LabelConfig(**made)
