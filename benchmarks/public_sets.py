@@ -92,8 +92,8 @@ def one_set(name: str, data: Path, work: Path) -> dict:
         result["evaluate"] = {"files": case["evaluate"], "seconds": seconds, **{key: found[key] for key in kept}}
     if "best_of_n" in case:
         output = work / name / "selections.json"
-        out, seconds = run("best_of_n.py", "--weights_path", weights, "--candidates_json_file",
-                           *files(data, case["best_of_n"]), "--output", str(output), *more)  # fmt: skip
+        out, seconds = run("best_of_n.py", "--weights_path", weights, "--output", str(output), "--drop_too_long",
+                           "--candidates_json_file", *files(data, case["best_of_n"]), *more)  # fmt: skip
         questions = int(re.search(r"^(\d+) questions", out, re.M)[1])
         result["best_of_n"] = {"files": case["best_of_n"], "seconds": seconds, "questions": questions}
     return result

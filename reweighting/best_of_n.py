@@ -24,7 +24,7 @@ from reweighting.config.parsing import parse_config
 from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
 from reweighting.data.schema import CandidateRow
-from reweighting.errors import UserError
+from reweighting.errors import ChainTooLong, UserError
 from reweighting.files import atomic_write_text
 from reweighting.inference.best_of_n_metrics import BestOfNResults, measure, results_table, warnings
 from reweighting.inference.candidate_file import CandidateFile
@@ -60,12 +60,33 @@ def main(argv: list[str]) -> None:
     for warning in candidates.warnings:
         print(f"warning: {printable(warning)}", file=sys.stderr)
     scorer = Scorer(config.scoring, config.candidates.aggregation_function)
+    if config.selections.drop_too_long:
+        candidates = candidates.without_too_long(scorer.model.chain_tokenizer)
+        if candidates.left_out:
+            print(f"--drop_too_long: {len(candidates.left_out)} of "
+                  f"{len(candidates.left_out) + candidates.questions} questions are left out, of which an answer is "
+                  f"longer than {scorer.model.chain_tokenizer.max_length} tokens")  # fmt: skip
     settings = {**scorer.identity(), **candidates.identity(), "batch_size": config.scoring.batch_size}
+    begun = output.exists()
+    if not begun:
+        check(scorer, candidates)  # before anything is written
     selections = Selections(output, settings)
     if not selections.finished:
+        if begun:
+            check(scorer, candidates, selections.done)
         score(scorer, candidates, selections, config.scoring.batch_size)
     choices = pairs(candidates.rows(), iterate_rows(output), output)
     report(measure(choices, scorer.aggregation, candidates.largest), candidates.questions, scorer.aggregation, output)
+
+
+def check(scorer: Scorer, candidates: CandidateFile, done: int = 0) -> None:
+    """Check that the model can take every answer of the rows behind the first `done`."""
+    todo = islice(candidates.rows(), done, None)
+    tokenizer = scorer.model.chain_tokenizer
+    try:
+        check_chains(tokenizer, (chain for row in todo for chain in candidate_chains(row, candidates.path)))
+    except ChainTooLong as error:
+        raise UserError(f"{error}\nTo choose without these questions: --drop_too_long") from error
 
 
 def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, batch_size: int) -> None:
@@ -73,9 +94,6 @@ def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, bat
 
     Rows are scored in the same batches wherever an earlier run was interrupted: scores are equal to the bit.
     """
-    todo = islice(candidates.rows(), selections.done, None)
-    tokenizer = scorer.model.chain_tokenizer
-    check_chains(tokenizer, (chain for row in todo for chain in candidate_chains(row, candidates.path)))
     with Progress(candidates.questions, selections.done, unit="question") as progress:
         end = 0
         for block in blocks(candidates.rows(), BATCHES_IN_A_BLOCK * batch_size):

@@ -381,3 +381,18 @@ def test_control_characters_are_shown_and_not_sent(demo, weights_path, tmp_path)
         done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stdout + done.stderr
     )
     assert rb"a\x1b[31m\x07b" in done.stdout and rb"o\x1b]0;x\x07.json" in done.stdout
+
+
+def test_questions_with_an_answer_that_is_too_long_are_an_error_or_left_out(weights_path, tmp_path, capsys):
+    rows = [{"id": n, "input": f"Q{n}", "image_path": None, "candidates": ["Step 1: two", "red " * long],
+             "true_false": [True, False]} for n, long in enumerate((1, 9000, 2))]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    output = tmp_path / "out.json"
+    command = ["--weights_path", str(weights_path), "--candidates_json_file", str(tmp_path / "rows.json"),
+               "--output", str(output)]  # fmt: skip
+    with pytest.raises(UserError, match="(?s)1 of 6 chains cannot be used.*row 1: .*To choose .*--drop_too_long"):
+        main(command)
+    for _ in range(2):  # the second time the finished file is read
+        main([*command, "--drop_too_long"])
+        assert "--drop_too_long: 1 of 3 questions are left out" in capsys.readouterr().out
+        assert [row["id"] for row in json.loads(output.read_text())] == [0, 2]

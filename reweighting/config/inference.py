@@ -63,6 +63,11 @@ class SelectionsConfig:
     output: str = flag(
         default="selections.json", help="the choices; an interrupted file is resumed (.jsonl: a row a line)"
     )
+    drop_too_long: bool = flag(
+        default=False,
+        help="leave out questions of which an answer is longer than the model takes, and print how many; else they are "
+        "an error",
+    )
 
     def __post_init__(self) -> None:
         _check_output(self.output)
