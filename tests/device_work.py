@@ -19,7 +19,7 @@ from reweighting.modeling.reward_model import ProcessRewardModel
 from tests.runs import flags, history
 from tests.second_device import NAME, Apart, SecondDevice, install
 from tests.tiny import draw_cells, tiny_backbone
-from tests.tiny_families import TEXT_FAMILIES, TINY_FAMILIES, tiny_family
+from tests.tiny_families import DEVICE_FAMILIES, TEXT_FAMILIES, tiny_family
 
 RUNS = {
     "unrolled": ("--max_grad_norm", "0.1"),
@@ -76,7 +76,7 @@ def meet(device: str) -> list:
 def all_work(device: str, folder: Path) -> dict:
     """What everything came to, an error's text in the place of what it kept from being found."""
     work = {name: partial(run, name, device, folder) for name in RUNS}
-    work |= {family: partial(scores_and_gradient, family, device, folder) for family in TINY_FAMILIES}
+    work |= {family: partial(scores_and_gradient, family, device, folder) for family in DEVICE_FAMILIES}
     work |= {"meet": partial(meet, device)}
     found = {}
     for name, do in work.items():

@@ -43,6 +43,7 @@ TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atten
             pad_token_id=None)  # fmt: skip
 TEXT_FAMILIES = ("qwen2", "llama", "smollm3", "phi3", "gemma3_text")
 TINY_FAMILIES = (*VISION_LANGUAGE, *TEXT_FAMILIES)
+DEVICE_FAMILIES = (*VISION_LANGUAGE, "phi3")  # of a second device: text families differ in nothing that matters there
 VISION = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5)
 QWEN_VISION = dict(hidden_size=16, out_hidden_size=32, num_heads=2, intermediate_size=32, initializer_range=0.5)
 HEAD = "{% for message in messages %}"

@@ -9,10 +9,9 @@ import sys
 import pytest
 import torch
 
-from tests.device_work import RUNS
 from tests.runs import ROOT
 from tests.second_device import NAME
-from tests.tiny_families import TINY_FAMILIES
+from tests.tiny_families import DEVICE_FAMILIES, RUNS
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def test_a_run_on_another_device_is_the_cpus(found, name):
         assert ours["weights"] == pytest.approx(theirs["weights"], abs=2e-3)
 
 
-@pytest.mark.parametrize("family", TINY_FAMILIES)
+@pytest.mark.parametrize("family", DEVICE_FAMILIES)
 def test_each_family_scores_and_learns_on_another_device(found, family):
     for ours, theirs in zip(*both(found, family), strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-6)
