@@ -85,7 +85,7 @@ def test_from_questions_to_rows_of_all_three_kinds(folder, way, capsys, monkeypa
 def test_labels_scatter_about_the_true_chance(folder):
     """Labels from 8 continuations each, against the policy's chances. One call at a time: the same on every run."""
     with PolicyServer(seed=3) as server:
-        main([*flags(server, "--output_train", "train.jsonl"), "--answers", "4", "--concurrency", "1"])
+        main([*flags(server, "--output_train", "train.jsonl"), "--answers", "5", "--concurrency", "1"])
     by_step: dict[int, list[float]] = {1: [], 2: [], 3: []}
     for row in rows("train.jsonl"):
         a, b = map(int, row["question"].rstrip("?").split(" + "))
