@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
+from tests.device_work import RUNS
 from tests.runs import ROOT
 from tests.second_device import NAME
-from tests.tiny_families import DEVICE_FAMILIES, RUNS
+from tests.tiny_families import DEVICE_FAMILIES
 
 
 @pytest.fixture(scope="module")
