@@ -67,12 +67,12 @@ def main(argv: list[str]) -> None:
                   f"{len(candidates.left_out) + candidates.questions} questions are left out, of which an answer is "
                   f"longer than {scorer.model.chain_tokenizer.max_length} tokens")  # fmt: skip
     settings = {**scorer.identity(), **candidates.identity(), "batch_size": config.scoring.batch_size}
-    begun = output.exists()
-    if not begun:
+    begun, checked = output.exists(), config.selections.drop_too_long
+    if not begun and not checked:
         check(scorer, candidates)  # before anything is written
     selections = Selections(output, settings)
     if not selections.finished:
-        if begun:
+        if begun and not checked:
             check(scorer, candidates, selections.done)
         score(scorer, candidates, selections, config.scoring.batch_size)
     choices = pairs(candidates.rows(), iterate_rows(output), output)

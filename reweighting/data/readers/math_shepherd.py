@@ -26,6 +26,11 @@ from reweighting.data.readers.conversations import question_and_step
 TOKENS = ("ки", "<prm>", "<extra_0>")  # as published; others by --step_separator
 
 
+def step_token(text: str, options: ReadingOptions) -> str | None:
+    """Return the token that ends the steps in a text, --step_separator first, None if there is none."""
+    return next((token for token in (options.step_separator, *TOKENS) if token and token in text), None)
+
+
 class StepTokens(RawRow):
     """A row whose `input` has a token behind each step."""
 
@@ -36,7 +41,7 @@ class StepTokens(RawRow):
 
     def _pieces(self, options: ReadingOptions) -> list[str]:
         """What stands before each token, and behind the last one."""
-        token = next((token for token in (options.step_separator, *TOKENS) if token and token in self.input), None)
+        token = step_token(self.input, options)
         if token is None:
             raise LeftOut(f"it has none of the tokens {', '.join(TOKENS)}: name its own with --step_separator")
         return self.input.split(token)

@@ -22,7 +22,7 @@ from reweighting.data.readers.base import (
     Text,
 )
 from reweighting.data.readers.conversations import are_judged, judged_steps, turns_of
-from reweighting.data.readers.math_shepherd import TOKENS
+from reweighting.data.readers.math_shepherd import step_token
 from reweighting.data.steps import split_response
 
 
@@ -70,8 +70,8 @@ class RLHFlowTest(RawRow):
             raise LeftOut("it has not one label for each answer")
         rows = []
         for text, label in zip(self.answers_, self.labels, strict=True):
-            token = next((token for token in (options.step_separator, *TOKENS) if token and token in text), None)
-            rows.append({"question": self.prompt, "steps": split_response(text, token), "id": self.id,
+            steps = split_response(text, step_token(text, options))
+            rows.append({"question": self.prompt, "steps": steps, "id": self.id,
                          "dataset": self.dataset, "ground_truth": self.ground_truth,
                          "final_answer_correct": None if label is None else label >= CORRECT})  # fmt: skip
         return rows
