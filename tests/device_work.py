@@ -1,4 +1,4 @@
-"""Work to do on the CPU and on a second device: python -m tests.device_work folder
+"""Work to do on the CPU and on another device, `second` or `cuda`: python -m tests.device_work folder device
 
 The folder holds a demo world, and in the end what was found as work.json. A process of its own, since torch must know
 its devices from the start.
@@ -17,7 +17,7 @@ from reweighting.distributed.sharding import Replicated
 from reweighting.main import main
 from reweighting.modeling.reward_model import ProcessRewardModel
 from tests.runs import flags, history
-from tests.second_device import NAME, Apart, SecondDevice, install
+from tests.second_device import NAME, SecondDevice, install
 from tests.tiny import draw_cells, tiny_backbone
 from tests.tiny_families import DEVICE_FAMILIES, TEXT_FAMILIES, tiny_family
 
@@ -39,7 +39,7 @@ def run(name: str, device: str, folder: Path) -> list[dict]:
     more = ("--validation_json_file", str(folder / "test.json")) if first else ()
     for steps in ("5", "10") if first else ("5",):
         main(flags(folder, folder / name / device, "--reward_model", str(tiny_backbone()), *RUNS[name], *more,
-                   "--device", device, "--iteration_num", steps, "--resume"))  # fmt: skip
+                   "--device", device, "--precision", "fp32", "--iteration_num", steps, "--resume"))  # fmt: skip
     return history(folder / name / device)
 
 
@@ -68,7 +68,7 @@ def meet(device: str) -> list:
     there, here = torch.ones(3, device=device), torch.ones(3)
     try:
         mixed = (there + here).tolist()
-    except Apart as error:
+    except RuntimeError as error:
         mixed = str(error)
     return [(there.to("cpu") + here).tolist(), (there * 2).device.type, mixed]
 
@@ -87,10 +87,13 @@ def all_work(device: str, folder: Path) -> dict:
     return found
 
 
-def on_both_devices(folder: Path) -> dict:
+def on_both_devices(folder: Path, other: str) -> dict:
     """All work, on the CPU first: what is imported while the second device is there may be torn."""
-    install()
+    if other == NAME:
+        install()
     found = {"cpu": all_work("cpu", folder)}
+    if other != NAME:
+        return found | {other: all_work(other, folder)}
     # transformers looks at the memory's addresses when it saves, of which these tensors have none.
     Replicated.full_state_dict = lambda self: {name: tensor.cpu() for name, tensor in self.module.state_dict().items()}
     with SecondDevice():
@@ -99,4 +102,4 @@ def on_both_devices(folder: Path) -> dict:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    (place / "work.json").write_text(json.dumps(on_both_devices(place)))
+    (place / "work.json").write_text(json.dumps(on_both_devices(place, sys.argv[2])))

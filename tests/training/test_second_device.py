@@ -1,5 +1,6 @@
 """Every tensor is where it belongs: runs on a device beside the CPU are the CPU's, and no tensor of the one meets one
-of the other. No GPU is needed; see `second_device.py` for what that can and cannot tell."""
+of the other. No GPU is needed; see `second_device.py` for what that can and cannot tell. Where there is one, the same
+runs are made on it too."""
 
 import json
 import shutil
@@ -14,28 +15,38 @@ from tests.runs import ROOT
 from tests.second_device import NAME
 from tests.tiny_families import DEVICE_FAMILIES
 
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
 
-@pytest.fixture(scope="module")
-def found(demo, tmp_path_factory):
-    """What all work came to, by device."""
+
+@pytest.fixture(scope="module", params=[NAME, CUDA])
+def found(request, demo, tmp_path_factory):
+    """What all work came to on the CPU and on the other device, by name."""
     folder = shutil.copytree(demo, tmp_path_factory.mktemp("second"), dirs_exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.device_work", str(folder)], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-m", "tests.device_work", str(folder), request.param],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "work.json").read_text())
 
 
 def both(found: dict, name: str) -> tuple[list, list]:
-    for device in ("cpu", NAME):
-        assert isinstance(found[device][name], list), found[device][name]
-    return found[NAME][name], found["cpu"][name]
+    """What the other device found, and the CPU."""
+    for work in found.values():
+        assert isinstance(work[name], list), work[name]
+    cpu, other = found.values()
+    return other[name], cpu[name]
 
 
 def test_tensors_of_both_devices_do_not_meet(found):
-    second, cpu = both(found, "meet")
+    (summed, device, mixed), cpu = both(found, "meet")
     assert cpu == [[2, 2, 2], "cpu", [2, 2, 2]]
-    assert second == [[2, 2, 2], NAME, "aten.add.Tensor: [(3,)] on the CPU, others on second"]
+    assert (summed, device) == ([2, 2, 2], [*found][1])
+    errors = {NAME: "aten.add.Tensor: [(3,)] on the CPU, others on second", "cuda": "Expected all tensors to be on"}
+    assert mixed.startswith(errors[device])
 
 
 @pytest.mark.parametrize("name", RUNS)
