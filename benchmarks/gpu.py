@@ -22,19 +22,18 @@ from common import ROOT, make_data, write_results
 from memory_table import IMAGE, MODELS
 
 WARM_UP, TIMED = 2, 4  # windows
-SHARED = ("--unroll_steps", "5", "--meta_batch_size", "8", "--batch_size", "2")
-LORA = (*SHARED, "--lora_rank", "16", "--lr", "1e-4")
-FOUR_BITS = (*LORA, "--load_in_4bit", "--gradient_checkpointing", "--hypergradient", "unrolled")
-FULL = (*SHARED, "--train", "full", "--no_freeze_vision", "--gradient_checkpointing", "--lr", "5e-7")
+WINDOW = ("--unroll_steps", "5", "--batch_size", "2")
+META = (*WINDOW, "--meta_batch_size", "8")
+LORA, CHECKPOINTED = ("--lora_rank", "16", "--lr", "1e-4"), ("--gradient_checkpointing",)
+FULL = ("--train", "full", "--no_freeze_vision", "--lr", "5e-7", *CHECKPOINTED)
 CASES = {  # name, which begins with the model's -> flags
-    "Qwen2-VL-2B, LoRA": LORA,
-    "Qwen2-VL-2B, LoRA, no upper level": (*LORA, "--baseline"),
-    "Qwen2-VL-2B, LoRA, jvp": (*LORA, "--hypergradient", "jvp"),
-    "Qwen2-VL-2B, LoRA, checkpointed": (*LORA, "--gradient_checkpointing"),
-    "Qwen2-VL-2B, full, darts": (*FULL, "--hypergradient", "darts"),
-    "Qwen2-VL-2B, full, no upper level": (*FULL, "--baseline"),
-    "Qwen2.5-VL-7B, LoRA, checkpointed": (*LORA, "--gradient_checkpointing"),
-    "Qwen2.5-VL-7B, 4-bit LoRA, checkpointed": FOUR_BITS,
+    "Qwen2-VL-2B, LoRA": (*META, *LORA),
+    "Qwen2-VL-2B, LoRA, no upper level": (*WINDOW, *LORA, "--baseline"),
+    "Qwen2-VL-2B, full, darts": (*META, *FULL, "--hypergradient", "darts"),
+    "Qwen2.5-VL-7B, 4-bit LoRA": (*META, *LORA, *CHECKPOINTED, "--load_in_4bit"),
+    "Qwen2-VL-2B, full, no upper level": (*WINDOW, *FULL, "--baseline"),
+    "Qwen2-VL-2B, LoRA, jvp": (*META, *LORA, "--hypergradient", "jvp"),
+    "Qwen2.5-VL-7B, LoRA": (*META, *LORA, *CHECKPOINTED),
 }
 
 
@@ -141,9 +140,10 @@ def main() -> None:
             print(f"{name:<40} {found['seconds_a_step']:.3f} s/step, {found['rows_per_second']:.1f} rows/s, estimated "
                   f"{found['estimate']['total'] / 1e9:.1f} GB, measured {found['allocated'] / 1e9:.1f} GB "
                   f"({found['ratio']:.2f}), reserved {found['reserved'] / 1e9:.1f} GB", flush=True)  # fmt: skip
-    if not args.only:
-        content = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cases": results}
-        print(write_results("gpu", content))
+            if not args.only:
+                write_results(
+                    "gpu", {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cases": results}
+                )
 
 
 if __name__ == "__main__":

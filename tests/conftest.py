@@ -2,6 +2,8 @@
 
 import os
 
+# Kernels of a GPU round otherwise and add in no fixed order. The tests of CUDA: CUDA_VISIBLE_DEVICES=0 pytest …
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 import pytest
