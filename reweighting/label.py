@@ -26,23 +26,24 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from reweighting.config.labeling import LabelConfig
+from reweighting.config.labeling import LabelConfig, PolicyConfig
 from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import LoadReport
 from reweighting.errors import Problems, UserError
 from reweighting.files import atomic_file, cannot_write
-from reweighting.labeling.policy import PolicyFailure, QuestionRefused, read_prompt
+from reweighting.labeling.policy import Policy, PolicyFailure, QuestionRefused, Sampling, read_prompt
 from reweighting.labeling.questions import Question, iterate_questions
 from reweighting.labeling.rollouts import Tally, all_of, cut_answer, label_question, labelled_answers, task_group
 from reweighting.labeling.selection import CANDIDATES, META, TRAIN, Selection
-from reweighting.labeling.server import Sampling, ServerPolicy
+from reweighting.labeling.server import ServerPolicy
 from reweighting.labeling.store import Store
 from reweighting.progress import Progress
 from reweighting.terminal import printable
 
 SUMMARY = "Make training rows, meta answers and candidates from questions, with a policy model."
 AFTER_INTERRUPT = "the same command resumes there"
-LESS_MEMORY = "Give it fewer questions at a time"
+LESS_MEMORY = "Give it fewer questions at a time, or a smaller --concurrency"
+SERVER_TIMEOUT = 600.0  # seconds
 ALL_REFUSED = 20  # questions: where the server refuses the first of them, it refuses more than long ones
 
 
@@ -64,25 +65,34 @@ def main(argv: list[str]) -> None:
         warn(note)
     if not count:
         raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth.")
-    policy = ServerPolicy(
-        config.policy.policy,
-        config.policy.policy_model,
-        prompt,
-        Sampling(config.policy.temperature, config.policy.max_tokens),
-        config.policy.concurrency,
-        config.policy.timeout,
-    )
+    policy = make_policy(config.policy, prompt)
     try:
         if config.rows.dry_run:
             asyncio.run(estimate(config, policy, count))
             return
         with Store(Path(config.rows.store), store_settings(config, prompt)) as store:
             asyncio.run(ask(config, policy, store, count))
-            write(config, store)
+            write(config, store, policy.name)
     except QuestionRefused as error:  # of a dry run
-        raise UserError(f"--policy: the server refuses the first question ({error}).") from error
+        raise UserError(f"--policy: the policy refuses the first question ({error}).") from error
     except PolicyFailure as error:
         raise UserError(f"--policy: {error}. What was answered is kept; {AFTER_INTERRUPT}.") from error
+
+
+def make_policy(flags: PolicyConfig, prompt: str) -> Policy:
+    """Connect to the servers, or load the model.
+
+    Raises:
+        UserError: it cannot be loaded, or the key in the environment cannot be one.
+    """
+    sampling = Sampling(flags.temperature, flags.max_tokens)
+    if flags.policy_model is not None:
+        timeout = flags.timeout or SERVER_TIMEOUT
+        return ServerPolicy(flags.policy, flags.policy_model, prompt, sampling, flags.concurrency, timeout)
+    from reweighting.labeling.local_policy import LocalPolicy  # loads torch, which a server does without
+
+    name, seed = flags.policy[0], flags.seed or 0
+    return LocalPolicy(name, prompt, sampling, flags.concurrency, seed, flags.device, flags.precision)
 
 
 def questions(config: LabelConfig, report: LoadReport) -> Iterator[Question]:
@@ -121,11 +131,16 @@ def check_outputs(config: LabelConfig) -> None:
 def store_settings(config: LabelConfig, prompt: str) -> dict[str, object]:
     """Return what the policy's answers depend on, beside the questions."""
     policy = config.policy
-    asked = {"policy_model": policy.policy_model, "temperature": policy.temperature, "max_tokens": policy.max_tokens}
-    return asked | {"prompt": prompt} | asdict(config.rollout_settings())
+    made_by: dict[str, object] = {"policy_model": policy.policy_model}
+    if not policy.on_server:
+        from reweighting.modeling.loading import identify  # loads torch
+
+        made_by = {"policy_digest": identify(policy.policy[0]).digest, "seed": policy.seed or 0}
+    asked = {"temperature": policy.temperature, "max_tokens": policy.max_tokens, "prompt": prompt}
+    return made_by | asked | asdict(config.rollout_settings())
 
 
-async def ask(config: LabelConfig, policy: ServerPolicy, store: Store, count: int) -> None:
+async def ask(config: LabelConfig, policy: Policy, store: Store, count: int) -> None:
     """Ask for everything that the store lacks; a question's calls overlap with those of others.
 
     Raises:
@@ -146,7 +161,7 @@ async def ask(config: LabelConfig, policy: ServerPolicy, store: Store, count: in
         progress.update()
         if len(refused) == progress.count >= min(count, ALL_REFUSED):
             raise UserError(
-                refusals(refused, count, "Look at the server, --prompt_file, --max_tokens and --temperature")
+                refusals(refused, count, "Look at the policy, --prompt_file, --max_tokens and --temperature")
             )
         rate = policy.calls / max(time.monotonic() - started, 1e-9)
         failed = tally.failed_answers + tally.failed_continuations
@@ -160,31 +175,31 @@ async def ask(config: LabelConfig, policy: ServerPolicy, store: Store, count: in
                         progress.write(await policy.prepare(question, progress.write))
                     await room.acquire()
                     group.create_task(label(question))
-    for line in missing(tally):
+    for line in missing(tally, config.policy.on_server):
         warn(line)
     if refused:
         warn(refusals(refused, count, "The others are labelled"))
 
 
-def missing(tally: Tally) -> Iterator[str]:
+def missing(tally: Tally, on_server: bool) -> Iterator[str]:
     """Describe what did not come."""
-    again = "the same command asks for them again"
+    again = "the same command asks for them again" if on_server else "another --seed with another --store gives others"
     if tally.failed_answers or tally.failed_continuations:
         yield f"{tally.failed_answers} answers and {tally.failed_continuations} continuations failed; {again}"
     if tally.empty_answers or tally.empty_continuations:
         yield (f"{tally.empty_answers} answers and {tally.empty_continuations} continuations are empty; {again}. "
                "Look at --max_tokens and the model")  # fmt: skip
     if tally.refused_continuations:
-        yield (f"{tally.refused_continuations} continuations are refused by the server, and count as neither correct "
+        yield (f"{tally.refused_continuations} continuations are refused by the policy, and count as neither correct "
                f"nor incorrect: {tally.why}")  # fmt: skip
 
 
 def refusals(refused: list[tuple[Question, QuestionRefused]], count: int, remedy: str) -> str:
-    """Describe the questions that the server refuses."""
+    """Describe the questions that the policy refuses."""
     problems = Problems()
     for question, error in refused:
         problems.add(f"{question.place}, id {question.id}", str(error))
-    head = f"{len(refused)} of {count} questions left out: the server refuses them. {remedy}."
+    head = f"{len(refused)} of {count} questions left out: the policy refuses them. {remedy}."
     return "\n".join([head, *problems.lines()])
 
 
@@ -193,7 +208,7 @@ def warn(text: str) -> None:
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
-async def estimate(config: LabelConfig, policy: ServerPolicy, count: int) -> None:
+async def estimate(config: LabelConfig, policy: Policy, count: int) -> None:
     """Answer the first question, and print how many calls, tokens and hours all of them take."""
     settings = config.rollout_settings()
     question = next(questions(config, LoadReport()))
@@ -201,11 +216,13 @@ async def estimate(config: LabelConfig, policy: ServerPolicy, count: int) -> Non
         print(printable(await policy.prepare(question, warn)))
         policy.calls = policy.tokens = 0
         started = time.monotonic()
-        texts = await all_of(policy.complete(question) for _ in range(config.policy.concurrency))
+        texts = await all_of(policy.complete(question, number=n) for n in range(config.policy.concurrency))
         seconds = time.monotonic() - started
     answered = [text for text in texts if isinstance(text, str) and text.strip()]
     if not answered:
-        raise UserError("--policy: no answer to the first question. Look at the server.")
+        raise UserError(
+            "--policy: no answer to the first question. Look at the policy, --prompt_file and --max_tokens."
+        )
     steps = sum(len(cut_answer(text, settings)[1]) for text in answered) / len(answered)
     calls = count * settings.answers * (1 + steps * settings.rollouts)
     # A continuation is on average half of an answer.
@@ -215,7 +232,7 @@ async def estimate(config: LabelConfig, policy: ServerPolicy, count: int) -> Non
           f"of {len(texts)} answers ({seconds:.1f} s, {steps + 1:.1f} steps each)")  # fmt: skip
 
 
-def write(config: LabelConfig, store: Store) -> None:
+def write(config: LabelConfig, store: Store, policy: str) -> None:
     """Write the rows of each output, and print how many there are."""
     outputs = {
         TRAIN: config.rows.output_train, META: config.rows.output_meta, CANDIDATES: config.rows.output_candidates
@@ -223,7 +240,7 @@ def write(config: LabelConfig, store: Store) -> None:
     paths = {use: Path(name) for use, name in outputs.items() if name is not None}
     meta, candidates = config.rows.meta_share, config.rows.candidates_share
     shares = {TRAIN: 1 - meta - candidates, META: meta, CANDIDATES: candidates}
-    made_by = {"policy": config.policy.policy_model, "temperature": config.policy.temperature}
+    made_by = {"policy": policy, "temperature": config.policy.temperature}
     selection = Selection(
         {use: path.parent for use, path in paths.items()},
         {use: shares[use] for use in paths},

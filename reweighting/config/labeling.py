@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from reweighting.config.parsing import flag
@@ -9,30 +10,56 @@ from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 from reweighting.labeling.rollouts import RolloutSettings, Search
 
+OF_SERVERS = ("policy_model", "timeout")
+OF_LOCAL = ("seed", "device", "precision")
+
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """The policy."""
 
-    policy: list[str] = flag(help="addresses of OpenAI-compatible servers up to /v1; several share the work")
-    policy_model: str = flag(help="the model's name on the servers")
+    policy: list[str] = flag(
+        help="addresses of OpenAI-compatible servers up to /v1, several share the work; or one model that runs in this "
+        "process: a folder, a GGUF file, or a name on the Hugging Face hub"
+    )
+    policy_model: str | None = flag(default=None, help="the model's name on the servers")
     prompt_file: str | None = flag(
         default=None, help="text that asks for an answer, with {question} in it (default: the paper's five steps)"
     )
     temperature: float = flag(default=1.0, help="of the sampling")
     max_tokens: int = flag(default=1024, help="tokens of one answer or continuation")
-    concurrency: int = flag(default=16, help="calls in flight at a time")
-    timeout: float = flag(default=600.0, help="seconds for one call")
+    concurrency: int = flag(default=16, help="calls in flight at a time; in this process, texts in a batch")
+    timeout: float | None = flag(default=None, help="seconds for one call to a server (default: 600)")
+    seed: int | None = flag(default=None, help="of the sampling in this process (default: 0)")
+    device: str | None = flag(
+        default=None, help="of a model in this process: cuda, cuda:1, mps, cpu, … (default: the best that is there)"
+    )
+    precision: Literal["fp32", "bf16"] | None = flag(
+        default=None, help="of a model in this process (default: bf16 on cuda, else fp32)"
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "concurrency", "timeout"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"--{name}: found {getattr(self, name)}, allowed: a number of more than 0")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature: found {self.temperature}, allowed: a number from 0")
+        if len(self.policy) > 1 and not self.on_server:
+            raise UserError("--policy: only servers share the work. Name one model, or several servers.")
         for url in self.policy:
-            if not _is_address(url):
+            if self.on_server and not _is_address(url):
                 raise UserError(f"--policy: found {url!r:.60}, allowed: an address such as http://localhost:8000/v1")
+        if self.on_server and self.policy_model is None:
+            raise UserError("--policy_model: name the model on the server.")
+        idle = OF_LOCAL if self.on_server else OF_SERVERS
+        if given := [name for name in idle if getattr(self, name) is not None]:
+            where = "on a server" if self.on_server else "in this process"
+            raise UserError(f"--{given[0]} does nothing with a policy {where}: leave it out.")
+
+    @property
+    def on_server(self) -> bool:
+        """Whether the policy is behind a server."""
+        return all("://" in name for name in self.policy)
 
 
 def _is_address(url: str) -> bool:

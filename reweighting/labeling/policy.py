@@ -1,11 +1,12 @@
 """What a policy model is to the labeller: something that answers a question, or continues an answer that was begun."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
 from typing import Protocol, Self
 
-from reweighting.data.placeholders import PLACEHOLDER
+from reweighting.data.placeholders import PLACEHOLDER, question_parts
 from reweighting.errors import UserError
 from reweighting.labeling.questions import Question
 
@@ -23,11 +24,11 @@ PLACE = "{question}"
 
 
 class PolicyFailure(Exception):
-    """The policy cannot be used at all: a refused key, an unknown model, a server that is gone."""
+    """The policy cannot be used at all: a refused key, an unknown model, a server that is gone, a model of NaN."""
 
 
 class QuestionRefused(Exception):
-    """The server refuses this request, as one that is too long for it; others may succeed. Its text is the reason."""
+    """The policy refuses this request, as one that is too long for it; others may succeed. Its text is the reason."""
 
 
 class NoText(Enum):
@@ -37,14 +38,31 @@ class NoText(Enum):
     WITHHELD = "withheld"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the policy answers.
+
+    Attributes:
+        temperature: of the sampling; 0 is greedy.
+        max_tokens: of one answer or continuation.
+    """
+
+    temperature: float
+    max_tokens: int
+
+
 class Policy(Protocol):
     """A model that answers questions.
 
     Attributes:
         name: of the model, as the rows will say it.
+        calls: how many calls were answered.
+        tokens: how many tokens these answers have.
     """
 
     name: str
+    calls: int
+    tokens: int
 
     async def __aenter__(self) -> Self:
         """Start it."""
@@ -69,12 +87,14 @@ class Policy(Protocol):
         """
         ...
 
-    async def complete(self, question: Question, prefix: str = "") -> str | NoText:
+    async def complete(self, question: Question, prefix: str = "", number: int = 0) -> str | NoText:
         """Sample the rest of one answer.
 
         Args:
             question: what is asked.
             prefix: how the answer begins, "" for all of it.
+            number: tells the calls with this question and prefix apart. A policy with a seed gives the same text to
+                the same call.
 
         Returns:
             What follows the prefix, or why there is none, which says nothing about the prefix.
@@ -108,3 +128,14 @@ def read_prompt(path: str | None) -> str:
         raise UserError(f"--prompt_file {path}: holds {PLACEHOLDER}. Take it out: images stand where the question has "
                         "them.")  # fmt: skip
     return text
+
+
+def fill_prompt(prompt: str, question: Question) -> str:
+    """Return the text that asks a question, with an `<image>` for each of its images.
+
+    Args:
+        prompt: holds `{question}`.
+        question: the question.
+    """
+    parts = question_parts(question.text, len(question.images))
+    return prompt.replace(PLACE, "".join(PLACEHOLDER if part is None else part for part in parts))

@@ -77,7 +77,7 @@ class Tally:
         failed_answers, failed_continuations: calls that failed after all tries.
         empty_answers: answers without any text.
         empty_continuations: those of steps that have no others.
-        refused_continuations: how many the server refuses, and counts with those that cannot be judged.
+        refused_continuations: how many the policy refuses, and counts with those that cannot be judged.
         why: the reason for the last of these.
     """
 
@@ -113,7 +113,7 @@ async def label_question(
 
     Raises:
         PolicyFailure: the policy cannot be used any more.
-        QuestionRefused: the server refuses the question.
+        QuestionRefused: the policy refuses the question.
     """
     await all_of(_label_answer(policy, question, place, settings, store, tally) for place in range(settings.answers))
 
@@ -124,7 +124,7 @@ async def _label_answer(
     """One answer to a question, and its steps."""
     entry = store.get(question.key, place, WHOLE)
     if entry is None:
-        text = await policy.complete(question)
+        text = await policy.complete(question, number=place)
         if text is NoText.FAILED:
             tally.failed_answers += 1
             return
@@ -179,8 +179,10 @@ async def _label_step(
         return found
     score = times = 0
     first = min(settings.enough or settings.rollouts, settings.rollouts)
-    for count in (first, settings.rollouts - first):
-        rests = await all_of(_continue(policy, question, prefix, tally) for _ in range(count))
+    for numbers in (range(first), range(first, settings.rollouts)):
+        # Answers that begin alike have continuations of their own.
+        calls = (place * settings.rollouts + number for number in numbers)
+        rests = await all_of(_continue(policy, question, prefix, number, tally) for number in calls)
         if failed := rests.count(NoText.FAILED):
             tally.failed_continuations += failed
             return None
@@ -196,10 +198,10 @@ async def _label_step(
     return [score, times]
 
 
-async def _continue(policy: Policy, question: Question, prefix: str, tally: Tally) -> str | NoText:
-    """One continuation. The server refuses one whose prefix is too long, and would do so again."""
+async def _continue(policy: Policy, question: Question, prefix: str, number: int, tally: Tally) -> str | NoText:
+    """One continuation. The policy refuses one whose prefix is too long, and would do so again."""
     try:
-        return await policy.complete(question, prefix)
+        return await policy.complete(question, prefix, number)
     except QuestionRefused as error:
         tally.refused_continuations += 1
         tally.why = str(error)

@@ -14,7 +14,6 @@ import base64
 import mimetypes
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import cycle
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from reweighting.data.placeholders import PLACEHOLDER, question_parts
 from reweighting.errors import UserError
-from reweighting.labeling.policy import PLACE, NoText, PolicyFailure, QuestionRefused
+from reweighting.labeling.policy import NoText, PolicyFailure, QuestionRefused, Sampling, fill_prompt
 from reweighting.labeling.questions import Question
 from reweighting.terminal import printable
 
@@ -42,19 +41,6 @@ TRIES = 9  # of a call: 3 minutes where nothing answers
 TRIES_TO_SEE = 4  # of the call that shows whether the server still works
 TOLD_AFTER = 4  # tries in vain: 7 s
 TOO_MUCH = (400, 413, 422)  # statuses of a request that the server refuses, as one that is too long
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the policy answers.
-
-    Attributes:
-        temperature: of the sampling; 0 is greedy.
-        max_tokens: of one answer or continuation.
-    """
-
-    temperature: float
-    max_tokens: int
 
 
 class _TryAgain(Exception):
@@ -178,8 +164,8 @@ class ServerPolicy:
             "model with vLLM, SGLang, llama.cpp or lmdeploy, whose servers continue a last message of the assistant."
         )
 
-    async def complete(self, question: Question, prefix: str = "") -> str | NoText:
-        """See `Policy`."""
+    async def complete(self, question: Question, prefix: str = "", number: int = 0) -> str | NoText:
+        """See `Policy`; servers draw as they like, whatever the number."""
         async with self._slots:
             body = self._body(question, prefix, self.sampling, WAYS[self._way] if prefix else {})
             try:
@@ -222,8 +208,7 @@ class ServerPolicy:
 
     def _body(self, question: Question, prefix: str, sampling: Sampling, extra: dict[str, Any]) -> dict[str, Any]:
         """The request: the question with its images where they stand in it, and how the answer begins."""
-        parts = question_parts(question.text, len(question.images))
-        text = self.prompt.replace(PLACE, "".join(PLACEHOLDER if part is None else part for part in parts))
+        text = fill_prompt(self.prompt, question)
         content: Any = text
         if question.images:
             images = cycle(question.images)  # a prompt may hold the question twice

@@ -22,12 +22,15 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, is_gguf_available
 
@@ -150,7 +153,7 @@ def load_backbone(
     options: dict[str, Any] = {}
     if config.load_in_4bit:
         options = {"quantization_config": quantization_config(found, dtype, device), "device_map": {"": device}}
-    backbone, info = _load(
+    return _load_weights(
         AutoModel,
         name,
         config=found,
@@ -158,16 +161,34 @@ def load_backbone(
         dtype=dtype,
         attn_implementation=attn_implementation,
         key_mapping=family_of(found).key_mapping,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
         **options,
     )
-    # transformers only warns, and continues with random weights.
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"the backbone {name} lacks {len(missing)} of its tensors, {missing[0]} for one.")
-    return backbone
+
+
+def load_generator(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a model that writes texts: with its LM head.
+
+    Args:
+        name: folder, GGUF file, or name on the Hugging Face hub.
+        dtype: of its weights.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: it cannot be loaded, has no LM head, or lacks another tensor.
+    """
+    found = load_config(name)
+    auto_class, kinds = AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if family_of(found).reads_images:
+        auto_class, kinds = AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind = kinds[found.model_type]
+    if found.architectures and kind not in found.architectures:
+        raise UserError(f"{name} holds a {str(found.architectures[0])[:60]}, which has no LM head and cannot write "
+                        f"answers: name a {kind}, as the model that it was made from.")  # fmt: skip
+    if not is_gguf(name):
+        _check_weights(name, found, None)
+    return _load_weights(auto_class, name, config=found, dtype=dtype, attn_implementation="sdpa")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -263,6 +284,17 @@ def identify(name: str, revision: str | None = None) -> BaseIdentity:
         raise UserError(f"{name} holds no config.json.")
     commit = config.parent.name if re.fullmatch("[0-9a-f]{40}", config.parent.name) else None  # in the hub's cache
     return BaseIdentity(digest(config, *weight_files(name, revision)), commit)
+
+
+def _load_weights(auto_class: Any, name: str, **options: Any) -> PreTrainedModel:
+    """Load a model. Raises UserError if a tensor is missing: transformers only warns, and makes a random one."""
+    model, info = _load(
+        auto_class, name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"the model {name} lacks {len(missing)} of its tensors, {missing[0]} for one.")
+    return model
 
 
 def _check_weights(name: str, config: PreTrainedConfig, revision: str | None) -> None:
