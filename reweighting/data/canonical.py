@@ -9,7 +9,7 @@ and, with several answers to a question, best-of-N. Readers translate every othe
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from reweighting.data.labels import (
@@ -21,7 +21,7 @@ from reweighting.data.labels import (
     labels_up_to,
 )
 from reweighting.data.row_files import short_repr
-from reweighting.data.schema import AnyText, OptionalCount, OptionalId, Scalar, Text
+from reweighting.data.schema import AnyText, FromFile, OptionalCount, OptionalId, Scalar, Text
 
 CORRECT = 0.5  # from here up, a label counts as that of a correct step where the whole answer is judged by its steps
 
@@ -33,15 +33,13 @@ class LeftOut(Exception):
     """A row that is well formed and holds no answer that can be used. Its text is the reason, one for many rows."""
 
 
-class CanonicalRow(BaseModel):
+class CanonicalRow(FromFile):
     """One answer to one question.
 
     Labels come from one of `labels` (one a step), `first_error` (null and -1 mean that no step is wrong) and `score` of
     `times` continuations that were correct; a row without any of them has unlabelled steps. `images` and `image_path`
     name the same thing: a list, one image, or none. `index` is set by the loader.
     """
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
 
     question: Text
     steps: list[AnyText] = Field(min_length=1, description="a list of texts, at least one that is not blank")

@@ -29,11 +29,15 @@ OptionalCount = Annotated[Finite | None, Field(ge=0, description="a number from 
 Scalar = Annotated[AnyText | bool | int | Finite | None, Field(description="finite number, text, bool, null")]
 
 
-class Row(BaseModel):
-    """What all rows have. `image_files` and `index` are not read from the file: the loader sets them."""
+class FromFile(BaseModel):
+    """What a file holds: types as they stand there, fields that nobody asked for left out."""
 
     # Rust's regular expressions count fewer characters as blank than `str.strip`, which later code uses.
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
+
+
+class Row(FromFile):
+    """What all rows have. `image_files` and `index` are not read from the file: the loader sets them."""
 
     input: Text
     image_path: list[Any] | AnyText | None = Field(description='the path of an image file, a list of paths, null or ""')

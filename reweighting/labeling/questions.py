@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 
 from reweighting.data.answer_values import is_blank
 from reweighting.data.answers import final_answer
@@ -23,7 +23,7 @@ from reweighting.data.published_answers import iterate_any_answers
 from reweighting.data.readers.base import Domain, OptionalId, ReadingOptions, Text
 from reweighting.data.row_checks import check_row
 from reweighting.data.row_images import RowImages, image_root_folder
-from reweighting.data.schema import AnyText, Scalar
+from reweighting.data.schema import AnyText, FromFile, Scalar
 from reweighting.data.sources import Source
 from reweighting.errors import Problems, UserError
 from reweighting.files import digest
@@ -58,10 +58,8 @@ class Question:
     key: str
 
 
-class QuestionRow(BaseModel):
+class QuestionRow(FromFile):
     """A row that holds a question and its correct answer."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
 
     question: Text
     ground_truth: Scalar = Field(

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from reweighting.data.canonical import LeftOut
 from reweighting.data.labels import RATINGS, AfterFirstError, Neutral, check_rating
-from reweighting.data.schema import AnyText, OptionalId, Scalar, Text
+from reweighting.data.schema import AnyText, FromFile, OptionalId, Scalar, Text
 
 AnswerFields = dict[str, Any]  # fields of a `CanonicalRow`
 OptionalText = Annotated[AnyText | None, Field(description="text or null")]
@@ -60,10 +60,9 @@ class ReadingOptions:
         return [] if self.domain_field is None else [self.domain_field.partition(".")[0]]
 
 
-class RawRow(BaseModel):
+class RawRow(FromFile):
     """One row of a public format, as it stands in the file."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
     name: ClassVar[str]
 
     @classmethod

@@ -6,11 +6,11 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from reweighting.data.answers import final_answer
 from reweighting.data.readers.base import AnswerFields, LeftOut, RawRow, ReadingOptions, Text
-from reweighting.data.schema import AnyText
+from reweighting.data.schema import AnyText, FromFile
 
 
 class GSM8K(RawRow):
@@ -31,10 +31,9 @@ class GSM8K(RawRow):
                  "ground_truth": final_answer(self.answer)}]  # fmt: skip
 
 
-class Solution(BaseModel):
+class Solution(FromFile):
     """A model's solution."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     solution: AnyText
     is_correct: bool = Field(description="true or false")
 

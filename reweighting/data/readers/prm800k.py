@@ -9,44 +9,38 @@ so that no rating counts twice, and itself.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from reweighting.data.labels import rating_label
 from reweighting.data.readers.base import AnswerFields, LeftOut, OptionalText, Rating, RawRow, ReadingOptions, Text
-from reweighting.data.schema import AnyText
-
-FROZEN = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
+from reweighting.data.schema import AnyText, FromFile
 
 
-class Completion(BaseModel):
+class Completion(FromFile):
     """A text that a step could be, and its rating."""
 
-    model_config = FROZEN
     text: AnyText
     rating: Rating = None
 
 
-class Step(BaseModel):
+class Step(FromFile):
     """The completions of a step, of which one was chosen, or none where a person wrote a better one."""
 
-    model_config = FROZEN
     completions: list[Completion] | None = Field(None, description="a list of completions, or null")
     human_completion: Completion | None = Field(None, description="a completion or null")
     chosen_completion: int | None = Field(None, description="the index of a completion, or null")
 
 
-class Question(BaseModel):
+class Question(FromFile):
     """A problem and its answer."""
 
-    model_config = FROZEN
     problem: Text
     ground_truth_answer: OptionalText = None
 
 
-class Label(BaseModel):
+class Label(FromFile):
     """What people made of an answer."""
 
-    model_config = FROZEN
     steps: list[Step]
 
 

@@ -7,17 +7,16 @@ A prompt may be a list of messages.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from reweighting.data.readers.base import AnswerFields, Domain, OptionalId, RawRow, ReadingOptions, Steps
 from reweighting.data.readers.conversations import text_of
-from reweighting.data.schema import AnyText
+from reweighting.data.schema import AnyText, FromFile
 
 
-class Message(BaseModel):
+class Message(FromFile):
     """A message of a prompt."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     content: AnyText | list[dict[str, Any]] = Field(description="text, or a list of parts")
 
 

@@ -12,7 +12,7 @@ In VisualProcessBench, 0 is a neutral step.
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from reweighting.data.labels import rating_label
 from reweighting.data.readers.base import (
@@ -28,9 +28,7 @@ from reweighting.data.readers.base import (
     Text,
 )
 from reweighting.data.readers.conversations import are_judged, judged_steps, turns_of
-from reweighting.data.schema import AnyText, OptionalCount
-
-FROZEN = ConfigDict(strict=True, extra="ignore", frozen=True, regex_engine="python-re")
+from reweighting.data.schema import AnyText, FromFile, OptionalCount
 
 
 class VisualPRM(RawRow):
@@ -58,10 +56,9 @@ class VisualPRM(RawRow):
                  "dataset": self.dataset, "id": self.id}]  # fmt: skip
 
 
-class ScoredStep(BaseModel):
+class ScoredStep(FromFile):
     """A step with the outcome of its rollouts."""
 
-    model_config = FROZEN
     step: AnyText
     score: float | None = Field(None, description="a number from 0 to 1, or null")
     num_mc_correct: OptionalCount = None
@@ -90,10 +87,9 @@ class VisualPRMRaw(RawRow):
                  "ground_truth": self.answer, "id": self.id}]  # fmt: skip
 
 
-class JudgedResponse(BaseModel):
+class JudgedResponse(FromFile):
     """The steps of a response and their ratings."""
 
-    model_config = FROZEN
     steps: Steps
     process_correctness: list[Rating] = Field(description="a list of ratings, one per step")
 
