@@ -21,7 +21,7 @@ from reweighting.data.labels import (
     labels_up_to,
 )
 from reweighting.data.row_files import short_repr
-from reweighting.data.schema import AnyText, FromFile, OptionalCount, OptionalId, Scalar, Text
+from reweighting.data.schema import AnyText, Domain, FromFile, OptionalCount, OptionalId, Scalar, Text
 
 CORRECT = 0.5  # from here up, a label counts as that of a correct step where the whole answer is judged by its steps
 
@@ -46,11 +46,11 @@ class CanonicalRow(FromFile):
     labels: list[Label] | None = Field(None, description="a list of labels, one per step, or null")
     first_error: int | None = Field(None, description="a step's index from 0, or -1 or null if no step is wrong")
     score: Counts = None
-    times: Counts = None
+    times: Counts = Field(None, validate_default=True)
     final_answer_correct: bool | None = Field(None, description="true, false or null")
     images: list[Any] | AnyText | dict[str, Any] | None = Field(None, description="a list of images, one, or null")
     image_path: list[Any] | AnyText | None = Field(None, description="the path of an image file, a list, or null")
-    dataset: Text | int | None = Field(None, description="text that is not blank, a whole number, or null")
+    dataset: Domain | int | None = Field(None, description="text that is not blank, a whole number, or null")
     id: OptionalId = None
     answer: AnyText | None = Field(None, description="the final answer, or null")
     ground_truth: Scalar = None
@@ -88,6 +88,8 @@ class CanonicalRow(FromFile):
     @classmethod
     def _agrees_with_labels(cls, times: list | None, info: ValidationInfo) -> list | None:
         score, labels = info.data.get("score"), info.data.get("labels")
+        if (score is None) != (times is None) and labels is None and "score" in info.data:
+            raise _wrong("score and times label the steps together: give both, or leave out both")
         for place, counts in enumerate(zip(score or (), times or (), strict=False)):
             quotient = accuracy_from_counts(*counts)
             label = labels[place] if labels and place < len(labels) else None

@@ -17,6 +17,9 @@ AnyText = Annotated[str, AfterValidator(lambda text: text.encode().decode())]
 Text = Annotated[AnyText, Field(pattern=r"\S", description="text that is not blank")]
 
 
+Domain = Annotated[Text, AfterValidator(str.strip)]
+
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -60,7 +63,7 @@ class TrainingRow(Row):
     """
 
     add: Text
-    dataset: Text
+    dataset: Domain
     accuracy: float = Field(ge=0, le=1, allow_inf_nan=False, description="a number from 0 to 1")
     id: OptionalId = None
     sid: OptionalId = None

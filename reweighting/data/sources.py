@@ -76,7 +76,9 @@ class Source:
             value = value.get(name) if isinstance(value, Mapping) else None
         if isinstance(value, float) and not math.isfinite(value):
             return None
-        return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        return value.strip() if isinstance(value, str) else value
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[Any]:
         """Read the rows, not yet checked.

@@ -200,6 +200,8 @@ def test_questions_from_another_file(folder):
         ("canonical", {"first_error": 1}, "first_error: found beside labels, allowed: one of the two"),
         ("canonical", {"image_path": "a.png"}, "image_path: found beside images, allowed: one of the two"),
         ("canonical", {"score": [1, 1], "times": [4, 4]}, "times: found 4 beside a score of 1 and a label of 1.0"),
+        ("canonical", {"labels": None, "score": [1, 1]}, "times: score and times label the steps together"),
+        ("canonical", {"labels": None, "times": [4, 4]}, "times: score and times label the steps together"),
         ("canonical", {"Labels": [1]}, "Labels: unknown field, did you mean labels?"),
     ],
 )  # fmt: skip
