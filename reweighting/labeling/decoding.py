@@ -13,7 +13,7 @@ Notation: B texts in the batch, T tokens of the longest one with its beginning, 
 """
 
 import inspect
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from random import Random
@@ -33,6 +33,7 @@ from reweighting.modeling.tokenization import EncodedChain
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads, T, head size]
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can be cut and padded
+ROOM = 32  # tokens
 BITS = 24  # of a random number: as many as float32 holds below 1
 
 
@@ -130,7 +131,7 @@ class Decoder:
             positions = torch.arange(len(ids), device=device)[None]  # [1, T]
         if shared:
             inputs = {"input_ids": tokens.input_ids[:, shared:], "attention_mask": tokens.attention_mask}
-        cache = _cache_of(layers)
+        cache = _cache_of(layers, shared)
         logits = self._run(inputs, positions[..., shared:], cache)
         start = Start(len(ids), _layers_of(cache), logits[0], int(positions.max()) + 1)
         self._last = key, ids, start
@@ -158,8 +159,8 @@ class Decoder:
             for mine, added in zip(old, start.layers, strict=True):
                 new = [_widened(x, width).expand(len(begun), -1, -1, -1) for x in added]
                 keys, values = (torch.cat([_widened(x, width), y]) for x, y in zip(mine, new, strict=True))
-                layers.append((keys, values))  # [B, heads, T, head size]
-            self._cache = _cache_of(layers)
+                layers.append((keys, values))  # [B, heads, T + room, head size]
+            self._cache = _cache_of(layers, width)
             self.texts += begun
         return [text for text in texts if text.ended]
 
@@ -179,11 +180,11 @@ class Decoder:
         if ended:
             kept = [place for place, text in enumerate(self.texts) if not text.ended]
             self.texts = [self.texts[place] for place in kept]
+            if not kept:
+                self._cache = DynamicCache()
             longest = max((text.length + len(text.ids) - 1 for text in self.texts), default=0)
-            layers = [
-                (x[kept, :, width - longest :], y[kept, :, width - longest :]) for x, y in _layers_of(self._cache)
-            ]
-            self._cache = _cache_of(layers if kept else [])
+            for layer in cast(list[_RoomyLayer], self._cache.layers):
+                layer.keep(kept, width - longest)
         return ended
 
     def _run(self, inputs: dict[str, Any], positions: Tensor, cache: DynamicCache) -> Tensor:
@@ -193,10 +194,7 @@ class Decoder:
                 inputs[name] = value.to(self.model.dtype)
         options = {"position_ids": positions, "logits_to_keep": 1}
         known = {name: value for name, value in options.items() if name in self._parameters}
-        logits = self.model(**inputs, **known, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        if logits.isnan().any():
-            raise PolicyFailure("the model computes NaN; look at its weights and at --precision")
-        return logits
+        return self.model(**inputs, **known, past_key_values=cache, use_cache=True).logits[:, -1].float()
 
     def _write(self, texts: Sequence[Text], logits: Tensor) -> None:
         """Draw the next token of each text from its logits, [B, V]."""
@@ -207,22 +205,48 @@ class Decoder:
 
     def _draw(self, texts: Sequence[Text], logits: Tensor) -> Tensor:
         """The token at a random place of the cumulated probabilities of each text, [B]."""
+        highest, tokens = logits.max(-1, keepdim=True)
+        if highest.isnan().any():
+            raise PolicyFailure("the model computes NaN; look at its weights and at --precision")
         if self.temperature == 0:
-            return logits.argmax(-1)
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        totals = scaled.softmax(-1).cumsum(-1)  # [B, V]
+            return tokens.squeeze(1)
+        totals = ((logits - highest) / self.temperature).softmax(-1).cumsum_(-1)  # [B, V]
         places = torch.tensor([[text.random.getrandbits(BITS) / 2**BITS] for text in texts], device=logits.device)
         return torch.searchsorted(totals, places * totals[:, -1:], right=True).squeeze(1)
 
 
-def _cache_of(layers: Layers) -> DynamicCache:
-    """A cache that holds these keys and values."""
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of `length` tokens, in tensors with room behind them: a further token copies no other."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._hold((keys, values), length)
+
+    def _hold(self, roomy: Iterable[Tensor], length: int) -> None:
+        self._roomy = list(roomy)
+        self.keys, self.values = (states[:, :, :length] for states in self._roomy)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """See transformers' `DynamicLayer`."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if end > self._roomy[0].shape[2]:
+            self._roomy = [pad(states[:, :, :start], (0, 0, 0, end - start + ROOM)) for states in self._roomy]
+        for states, new in zip(self._roomy, (key_states, value_states), strict=True):
+            states[:, :, start:end] = new
+        self._hold(self._roomy, end)
+        return cast(Tensor, self.keys), cast(Tensor, self.values)
+
+    def keep(self, rows: list[int], first: int) -> None:
+        """Keep some rows only, from one of their tokens on."""
+        self._hold((states[rows, :, first:] for states in self._roomy), self.get_seq_length() - first)
+
+
+def _cache_of(layers: Layers, length: int) -> DynamicCache:
+    """A cache of so many tokens; these keys and values may have room for more."""
     cache = DynamicCache()
-    for keys, values in layers:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
+    cache.layers += [_RoomyLayer(keys, values, length) for keys, values in layers]
     return cache
 
 
@@ -231,5 +255,5 @@ def _layers_of(cache: DynamicCache) -> Layers:
 
 
 def _widened(states: Tensor, width: int) -> Tensor:
-    """Keys or values [B, heads, T, head size], with padding in front up to T = width."""
-    return pad(states, (0, 0, width - states.shape[2], 0))
+    """Keys or values [B, heads, T, head size], with padding in front up to T = width, and room behind."""
+    return pad(states, (0, 0, width - states.shape[2], ROOM))

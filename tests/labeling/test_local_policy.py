@@ -240,10 +240,19 @@ def test_a_dry_run_writes_nothing(folder, coin, capsys):
     assert sorted(file.name for file in folder.iterdir()) == ["questions.jsonl"]
 
 
-def test_questions_with_pictures(folder):
+@pytest.mark.parametrize(("family", "precision"), [("qwen2_vl", "fp32"), ("qwen2_vl", "bf16"), ("idefics3", "bf16")])
+def test_questions_with_pictures(folder, family, precision):
     draw_cells(Path("a.png"))
     write([{"question": "How many cells?", "ground_truth": 2, "images": ["a.png"]}])
-    main([*flags(tiny_family("qwen2_vl"))[:-2], "--output_candidates", "candidates.jsonl"])
+    main(
+        [
+            *flags(tiny_family(family), "--precision", precision),
+            "--output_candidates",
+            "candidates.jsonl",
+            "--candidates_share",
+            "0.799",
+        ]
+    )
     assert [row["images"] for row in rows("candidates.jsonl")] == [["a.png"]] * 4
 
 
