@@ -14,7 +14,7 @@ Notation: B texts in the batch, T tokens of the longest one with its beginning, 
 
 import inspect
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from random import Random
 from typing import Any, cast
@@ -30,9 +30,13 @@ from reweighting.labeling.policy import PolicyFailure
 from reweighting.modeling.collate import Tokens
 from reweighting.modeling.families import Family
 from reweighting.modeling.tokenization import EncodedChain
+from reweighting.out_of_memory import is_out_of_memory
+from reweighting.terminal import first_line
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads, T, head size]
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can be cut and padded
+REMEDY = "Serve the model, and name the server as --policy."
+TOLERANCE = 0.1  # standard deviations of the logits: bf16 rounds
 ROOM = 32  # tokens
 BITS = 24  # of a random number: as many as float32 holds below 1
 
@@ -91,10 +95,10 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, family: Family, temperature: float, ends: Collection[int]):
+        self._kind = f"texts cannot share a beginning in {model.config.model_type} models here"
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ATTENTION)
         if model._is_stateful or not kinds <= ATTENTION:
-            raise UserError(f"{model.config.model_type} models are recurrent or attend in chunks: texts cannot share a "
-                            "beginning in them. Use this model on a server.")  # fmt: skip
+            raise UserError(f"{self._kind}: they are recurrent or attend in chunks. {REMEDY}")
         self.model, self.family, self.temperature, self.ends = model, family, temperature, frozenset(ends)
         self.texts: list[Text] = []
         self._parameters = inspect.signature(model.forward).parameters
@@ -187,14 +191,55 @@ class Decoder:
                 layer.keep(kept, width - longest)
         return ended
 
+    @torch.inference_mode()
+    def check(self, encoded: EncodedChain) -> None:
+        """Compare greedy texts from shared, padded beginnings with passes over the whole.
+
+        Args:
+            encoded: a beginning whose last tokens are no image's.
+
+        Raises:
+            UserError: they differ by more than rounding, or the model cannot be run in this way.
+        """
+        length = len(encoded.input_ids) - 2
+        shorter = replace(encoded, input_ids=encoded.input_ids[:length], is_image=encoded.is_image[:length])
+        probe = Decoder(self.model, self.family, 0.0, ())
+        try:
+            starts = [(begun, probe.read(None, begun), Text(Random(0), 4)) for begun in (shorter, encoded)]
+            for _, start, text in starts:
+                probe.add(start, [text])
+            while probe.texts:
+                probe.step()
+            gaps = [self._gap(begun, text.ids) for begun, _, text in starts]
+        except (MemoryError, PolicyFailure):
+            raise
+        except Exception as error:  # of the model's own code, any kind
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{self._kind}: {first_line(error)}. {REMEDY}") from error
+        if max(gaps) > TOLERANCE:
+            raise UserError(f"{self._kind}: it gives other texts than without sharing. {REMEDY}")
+
+    def _gap(self, encoded: EncodedChain, ids: list[int]) -> float:
+        """How far below the highest logit that of a greedy token lies, at most, in standard deviations."""
+        whole = torch.cat([encoded.input_ids, torch.tensor(ids)])
+        is_image = pad(encoded.is_image, (0, len(ids)))
+        inputs = self.family.model_inputs(Tokens.pad([whole], [is_image], encoded.images).to(self.model.device))
+        kept = {"logits_to_keep": len(ids) + 1} if "logits_to_keep" in self._parameters else {}
+        logits = self.model(**self._cast(inputs), **kept).logits[0, -len(ids) - 1 : -1].float()  # [tokens, V]
+        chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])
+        return float(((logits.amax(1, keepdim=True) - chosen) / logits.std(1, keepdim=True)).max())
+
     def _run(self, inputs: dict[str, Any], positions: Tensor, cache: DynamicCache) -> Tensor:
         """Run the model over tokens behind those of the cache, and return the logits behind the last, [B, V]."""
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.is_floating_point():  # pixels
-                inputs[name] = value.to(self.model.dtype)
         options = {"position_ids": positions, "logits_to_keep": 1}
         known = {name: value for name, value in options.items() if name in self._parameters}
-        return self.model(**inputs, **known, past_key_values=cache, use_cache=True).logits[:, -1].float()
+        return self.model(**self._cast(inputs), **known, past_key_values=cache, use_cache=True).logits[:, -1].float()
+
+    def _cast(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pixels in the precision of the model."""
+        dtype = self.model.dtype
+        return {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
 
     def _write(self, texts: Sequence[Text], logits: Tensor) -> None:
         """Draw the next token of each text from its logits, [B, V]."""

@@ -123,12 +123,12 @@ class LocalPolicy:
         self._thread.shutdown()
 
     async def prepare(self, question: Question, notify: Callable[[str], None]) -> str:
-        """See `Policy`; that it continues what was begun lies in how it is asked."""
+        """See `Policy`."""
         try:
-            self._encode(question, "")
+            self._decoder.check(self._encode(question, ""))
         except QuestionRefused as error:
             raise UserError(f"--policy: cannot answer the first question, {question.place}: {error}") from error
-        return f"{self.name} answers on {self._device} ({self._precision})"
+        return f"{self.name} continues answers on {self._device} ({self._precision})"
 
     async def complete(self, question: Question, prefix: str = "", number: int = 0) -> str | NoText:
         """See `Policy`."""

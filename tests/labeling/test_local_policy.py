@@ -324,8 +324,26 @@ def test_one_model_in_this_process_or_several_servers(folder, coin):
             main(["questions.jsonl", "--output_train", "train.jsonl", "--policy", server.url])
 
 
-def test_a_recurrent_model_is_refused():
-    found = policy("llama")
-    found._decoder.model.config.layer_types = ["conv", "full_attention"]
-    with pytest.raises(UserError, match="llama models are recurrent or attend in chunks.* on a server"):
-        Decoder(found._decoder.model, found._decoder.family, 1.0, ())
+def test_a_model_whose_beginnings_cannot_be_shared_is_refused(monkeypatch):
+    found = policy("qwen2")
+    decoder, model, encoded = found._decoder, found._decoder.model, found._encode(question("3 + 4?"), ONE)
+    decoder.check(encoded)
+    forward = model.forward
+
+    def forgets(input_ids, attention_mask, past_key_values=None, **more):  # what stands more than 3 tokens before
+        if past_key_values is not None:
+            attention_mask = attention_mask.clone()
+            attention_mask[:, : -3 - input_ids.shape[1]] = 0
+        return forward(input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", forgets)
+        with pytest.raises(UserError, match="qwen2 models here: it gives other texts .* name the server as --policy"):
+            decoder.check(encoded)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", lambda input_ids: None)
+        with pytest.raises(UserError, match="qwen2 models here: .*unexpected keyword argument"):
+            decoder.check(encoded)
+    monkeypatch.setattr(model.config, "layer_types", ["conv", "full_attention"])
+    with pytest.raises(UserError, match="qwen2 models here: they are recurrent or attend in chunks"):
+        Decoder(model, decoder.family, 1.0, ())
