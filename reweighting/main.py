@@ -4,7 +4,7 @@
 
 Two levels are learned at once (DreamPRM, arXiv 2505.20241):
 
-    lower   phi:    sum over domains k of  w_k * mean over step rows of domain k of (sigmoid(z) - p)^2
+    lower   phi:    sum over domains k of  w_k * mean over step rows of domain k of (sigmoid(z) - p)^2  (--lower_loss)
     upper   alpha:  mean over whole answers of (sigmoid(A) - r)^2  of the PRM that the lower level arrives at
 
 z is a step's logit, p its Monte Carlo accuracy, A the aggregate of an answer's step logits, r whether its final answer
@@ -30,6 +30,7 @@ from betty.configs import Config
 from reweighting.bilevel.domain_weights import DomainWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
+from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import TrainingConfig, parse_training_config
 from reweighting.devices import choose_device, choose_precision
@@ -89,9 +90,12 @@ def build_engine(
     validation = build.make_validation(config, data, model, device, precision)
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
     method = resolve_hypergradient(config, data, model, device, state and state["settings"])
+    step_loss = STEP_LOSSES[config.lower.lower_loss]
     hypergradient = None
     if method is not None:  # the weights are learned
-        hypergradient = make_hypergradient(method, model, optimizer, layout=layout, precision=precision)
+        hypergradient = make_hypergradient(
+            method, model, optimizer, layout=layout, precision=precision, step_loss=step_loss
+        )
 
     lower = PRMFineTuning(
         Config(
@@ -104,6 +108,7 @@ def build_engine(
         optimizer,
         partial(batches.train, model),
         learning_rate=build.learning_rate_schedule(config.lower),
+        step_loss=step_loss,
         hypergradient=hypergradient,
         fixed_weights=fixed_weights,
         max_grad_norm=config.lower.max_grad_norm,

@@ -47,10 +47,10 @@ def draw_run(folder: Path) -> list[Path]:
     if not history:
         return []
     (figures := folder / "figures").mkdir(exist_ok=True)
-    draw_losses(history, figures / "losses.png")
+    result = json.loads((folder / "domain_weights.json").read_text(encoding="utf-8"))
+    draw_losses(history, figures / "losses.png", result["settings"].get("lower_loss", "mse"))
     if "meta_loss" not in history[-1]:
         return [figures / "losses.png"]
-    result = json.loads((folder / "domain_weights.json").read_text(encoding="utf-8"))
     evidence = result["evidence"]["domains"]
     intervals = {name: one["weight_interval"] for name, one in evidence.items() if one.get("weight_interval")}
     draw_weights(result["weights"], figures / "domain_weights.png", intervals)
@@ -141,14 +141,16 @@ def draw_weights_over_time(history: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_losses(history: list[dict], path: Path) -> None:
+def draw_losses(history: list[dict], path: Path, lower_loss: str = "mse") -> None:
     """Draw the losses of both levels, or of the lower one alone: a smoothed line over the faint raw one.
 
     Args:
         history: the lines of `history.jsonl`; a loss that is None or missing leaves a gap.
         path: the PNG file.
+        lower_loss: the value of --lower_loss; only the squared error can be compared with the meta loss.
     """
-    panels = [("train_loss", "training loss", BLUE), ("meta_loss", "meta loss", VERMILION)]
+    training = "training loss" if lower_loss == "mse" else f"training loss ({lower_loss})"
+    panels = [("train_loss", training, BLUE), ("meta_loss", "meta loss", VERMILION)]
     panels = [panel for panel in panels if any(line.get(panel[0]) is not None for line in history)]
     figure, places = _panels(2.6 + 3.4 * len(panels), 3.3, len(panels))
     for axes, (name, title, colour) in zip(places, panels, strict=True):

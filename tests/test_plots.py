@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from PIL import Image
 
 from reweighting.fonts import choose_fonts
@@ -55,6 +56,16 @@ def check_picture(path: Path, limit: int = 150_000) -> None:
         pixels = np.asarray(picture.convert("L"))
     assert path.stat().st_size < limit
     assert pixels[0, 0] == pixels[-1, -1] == 255 and (pixels < 128).any()
+
+
+def test_the_training_loss_is_named_if_it_is_no_squared_error(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, title, **_: titles.append(title))
+    draw_run(folder := write_run(tmp_path / "run", domains=3, updates=3, baseline=True))
+    result = json.loads((folder / "domain_weights.json").read_text())
+    (folder / "domain_weights.json").write_text(json.dumps(result | {"settings": {"lower_loss": "bce"}}))
+    draw_run(folder)
+    assert titles == ["training loss", "training loss (bce)"]
 
 
 def test_a_run_gives_four_figures(tmp_path):

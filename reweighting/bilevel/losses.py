@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
@@ -16,6 +17,7 @@ from reweighting.distributed import collectives
 from reweighting.modeling.collate import Batch
 
 LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> its loss, a scalar
+StepLoss = Callable[[Tensor, Batch], Tensor]  # (step logits [B, S], micro-batch) -> its loss, a scalar
 
 
 def squared_error(logits: Tensor, batch: Batch) -> Tensor:
@@ -32,12 +34,32 @@ def squared_error(logits: Tensor, batch: Batch) -> Tensor:
     return errors[batch.target_mask].sum() / batch.num_labeled_steps
 
 
-def loss_at_parameters(module: nn.Module, precision: str) -> LossFunction:
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Compute the loss of a micro-batch: the mean of -p log sigmoid(z) - (1 - p) log(1 - sigmoid(z)) over its steps.
+
+    Its minimum is the entropy of the targets, which is 0 only where all of them are 0 or 1.
+
+    Args:
+        logits: Step logits z, [B, S].
+        batch: Their chains, with the targets p in [0, 1].
+
+    Returns:
+        This process's part of the mean over the labeled steps, a scalar.
+    """
+    errors = binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype), reduction="none")  # [B, S]
+    return errors[batch.target_mask].sum() / batch.num_labeled_steps
+
+
+STEP_LOSSES: dict[str, StepLoss] = {"mse": squared_error, "bce": cross_entropy}  # by the name that --lower_loss gives
+
+
+def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = squared_error) -> LossFunction:
     """Make the unweighted loss a function of the trained parameters, without dropout.
 
     Args:
         module: The reward model.
         precision: Of the compute, "fp32" or "bf16".
+        step_loss: Of `STEP_LOSSES`.
 
     Returns:
         ({name: parameter}, micro-batch) -> this process's part of its loss, a scalar.
@@ -48,7 +70,7 @@ def loss_at_parameters(module: nn.Module, precision: str) -> LossFunction:
         module.eval()
         try:
             with autocast(batch.targets.device, precision):
-                return squared_error(functional_call(module, dict(params), (batch,)), batch)
+                return step_loss(functional_call(module, dict(params), (batch,)), batch)
         finally:
             module.train(was_training)
 

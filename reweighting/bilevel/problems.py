@@ -1,6 +1,7 @@
 """The two levels of the method, as Betty problems.
 
-    lower   fine-tune the reward model:  minimise over phi    sum over domains k of  w_k * mean (sigmoid(z) - p)^2
+    lower   fine-tune the reward model:  minimise over phi    sum over domains k of  w_k * mean (sigmoid(z) - p)^2,
+            or the binary cross-entropy in place of the squared error
     upper   reweight the domains:        minimise over alpha  mean (sigmoid(A) - r)^2  of the model that comes out
 
 phi are the trained parameters of the reward model, w = w(alpha) the weights of the K domains (`domain_weights.py`), z
@@ -26,7 +27,7 @@ from reweighting.bilevel.betty_adapter import BettyProblemAdapter
 from reweighting.bilevel.domain_weights import DomainWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients.base import Hypergradient
-from reweighting.bilevel.losses import center_aggregates, squared_error
+from reweighting.bilevel.losses import StepLoss, center_aggregates, squared_error
 from reweighting.bilevel.nonfinite import MicroBatch, NonFinite
 from reweighting.bilevel.step_gradient import StepGradient, is_finite
 from reweighting.data.chains import Chain
@@ -51,6 +52,7 @@ class PRMFineTuning(BettyProblemAdapter):
         optimizer: Over its trained parameters, one group.
         fetch_batch: (micro-step from 0) -> (domain, batch).
         learning_rate: (optimizer step from 0) -> learning rate.
+        step_loss: Of `losses.STEP_LOSSES`, the same as the hypergradient's.
         hypergradient: Receives each step, where the weights are learned; the same object as the upper level's.
         fixed_weights: The weights [K], where they are not.
         max_grad_norm: Clips a step's gradient to this norm; 0 does not clip.
@@ -71,6 +73,7 @@ class PRMFineTuning(BettyProblemAdapter):
         fetch_batch: Callable[[int], tuple[int, Batch]],
         *,
         learning_rate: Callable[[int], float],
+        step_loss: StepLoss = squared_error,
         hypergradient: Hypergradient | None = None,
         fixed_weights: Tensor | None = None,
         max_grad_norm: float = 0.0,
@@ -79,15 +82,15 @@ class PRMFineTuning(BettyProblemAdapter):
         if (hypergradient is None) == (fixed_weights is None):
             raise ValueError("expected a hypergradient or fixed weights")
         super().__init__("lower", config, module, optimizer, fetch_batch, layout)
-        self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
+        self.learning_rate, self.step_loss, self.max_grad_norm = learning_rate, step_loss, max_grad_norm
         self.hypergradient, self.fixed_weights = hypergradient, fixed_weights
         self.step_gradient = StepGradient()
         self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
 
     def domain_loss(self, batch: Batch) -> Tensor:
-        """Compute the mean of (sigmoid(z) - p)^2 over the labeled steps of a batch, a scalar."""
-        return squared_error(self.module(batch), batch)
+        """Compute the mean loss of the labeled steps of a batch, a scalar."""
+        return self.step_loss(self.module(batch), batch)
 
     @torch.no_grad()
     def domain_weights(self) -> Tensor:

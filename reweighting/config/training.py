@@ -25,6 +25,7 @@ EMBEDDED_BACKBONE = PACKAGE / "_backbone"  # where `pip install` puts it
 if not EMBEDDED_BACKBONE.is_dir():
     EMBEDDED_BACKBONE = PACKAGE.parent / "backbone"  # where the repository has it
 
+LowerLossName = Literal["mse", "bce"]
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
 
@@ -114,6 +115,11 @@ class LowerConfig:
         aliases=["--gradient_accumulation"],
         default=None,
         help="micro-batches in an optimizer step (default: 2, or as many as let every domain into every window)",
+    )
+    lower_loss: LowerLossName = flag(
+        default="mse",
+        help="loss of a step: mse, the squared error of its score; bce, the binary cross-entropy with its label, which "
+        "may lie between 0 and 1",
     )
     optimizer: Literal["adamw", "sgd"] = flag(default="adamw", help="optimizer of the reward model")
     lr: float = flag(default=3e-4, help="learning rate")

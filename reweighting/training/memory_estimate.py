@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW
 
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.hypergradients.base import WindowMemory, WindowSize
-from reweighting.bilevel.losses import squared_error
+from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
@@ -46,6 +46,7 @@ class MemoryScenario:
 
     Attributes:
         optimizer: Of the lower level, "adamw" or "sgd".
+        lower_loss: A key of `losses.STEP_LOSSES`.
         precision: Of the compute, "fp32" or "bf16".
         hypergradient: A key of `hypergradients.METHODS`; None where no weights are learned.
         steps: Optimizer steps in a window.
@@ -59,6 +60,7 @@ class MemoryScenario:
     """
 
     optimizer: str = "adamw"
+    lower_loss: str = "mse"
     precision: str = "bf16"
     hypergradient: str | None = "unrolled"
     steps: int = 5
@@ -136,7 +138,7 @@ def estimate(
     optimizer = vector * (2 if scenario.optimizer == "adamw" else 1)
     features = scenario.images + _batch_bytes(batch)
     window = _window_memory(model, scenario, vector, _batch_bytes(batch))
-    activations, peak = passes(lambda: _lower_loss(model, batch, scenario.precision))
+    activations, peak = passes(lambda: _lower_loss(model, batch, scenario.precision, scenario.lower_loss))
     # The step's sum, whose memory is kept, and either a micro-batch's gradient or what comes of the sum.
     gradients = vector * (1 + max(1, scenario.partial_gradients + scenario.clipped))
     step = max(vector + peak, gradients)
@@ -197,6 +199,7 @@ def estimate_run(
         meta_batch = _batch(model, data.meta, longest(model, data.meta, size), True, config.run.shard)
     scenario = MemoryScenario(
         optimizer=config.lower.optimizer,
+        lower_loss=config.lower.lower_loss,
         precision=precision,
         hypergradient=method,
         steps=config.upper.unroll_steps,
@@ -282,9 +285,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _lower_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:
+def _lower_loss(model: ProcessRewardModel, batch: Batch, precision: str, lower_loss: str = "mse") -> Tensor:
     with autocast(torch.device("cpu"), precision):
-        return squared_error(model(batch), batch)
+        return STEP_LOSSES[lower_loss](model(batch), batch)
 
 
 def _upper_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:

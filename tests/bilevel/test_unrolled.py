@@ -20,10 +20,10 @@ def make(case: Case) -> UnrolledHypergradient:
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize(("kind", "momentum"), [("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_it_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed, monkeypatch):
+@pytest.mark.parametrize(("seed", "loss"), [(0, "mse"), (1, "mse"), (2, "mse"), (0, "bce"), (1, "bce")])
+def test_it_equals_autograd_through_the_optimizer(kind, momentum, count, accumulation, clip, seed, loss, monkeypatch):
     monkeypatch.setitem(unrolled.CHUNK, "cpu", 50)  # of the 193 parameters
-    case = Case(kind, momentum, count=count, accumulation=accumulation, clip=clip, seed=seed)
+    case = Case(kind, momentum, count=count, accumulation=accumulation, clip=clip, seed=seed, loss_name=loss)
     hypergradient = make(case)
     exact, v = case.window(hypergradient)
     found = hypergradient.compute(v, case.weights)

@@ -6,20 +6,25 @@ with torch's optimizer and reports them to a `Hypergradient`.
 
 import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.distributed.flat_vectors import flatten, unflatten
 
 DOMAINS, DECAY = 4, 0.01
 LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
-def toy_loss(model, params, batch) -> Tensor:
+def toy_loss(model, params, batch, name="mse") -> Tensor:
     inputs, targets = batch
-    return (functional_call(model, params, (inputs,)).squeeze(1).sigmoid() - targets).square().mean()
+    labeled = SimpleNamespace(
+        targets=targets, target_mask=torch.ones_like(targets, dtype=torch.bool), num_labeled_steps=len(targets)
+    )
+    return STEP_LOSSES[name](functional_call(model, params, (inputs,)).squeeze(1), labeled)
 
 
 def toy_batch() -> tuple[Tensor, Tensor]:
@@ -30,10 +35,10 @@ def norm_of(grads) -> Tensor:
     return torch.sqrt(sum(grad.square().sum() for grad in grads))
 
 
-def unrolled(kind, model, params, state, weights, steps, clip, momentum):
+def unrolled(kind, loss_of, params, state, weights, steps, clip, momentum):
     """The parameters after the steps as a differentiable function of the weights: the optimizers by hand."""
     for micro_batches in steps:
-        loss = sum(weights[d] * toy_loss(model, params, batch) for d, batch in micro_batches) / len(micro_batches)
+        loss = sum(weights[d] * loss_of(params, batch) for d, batch in micro_batches) / len(micro_batches)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         factor = torch.clamp(clip / norm_of(grads), max=1.0) if clip else 1.0
         new = {}
@@ -61,7 +66,7 @@ class Case:
     """A window of optimizer steps.
 
     kind: sgd or adamw. before: steps before the window. count: steps in it. accumulation: micro-batches in a step.
-    clip: the largest norm of a gradient, 0 for none.
+    clip: the largest norm of a gradient, 0 for none. loss_name: of a step.
     """
 
     kind: str
@@ -71,6 +76,7 @@ class Case:
     accumulation: int = 2
     clip: float = 0.0
     seed: int = 0
+    loss_name: str = "mse"
     model: nn.Module = field(init=False)
 
     def __post_init__(self):
@@ -95,7 +101,11 @@ class Case:
 
     def loss(self, params, batch) -> Tensor:
         """The unweighted loss of a micro-batch at given parameters."""
-        return toy_loss(self.model, params, batch)
+        return toy_loss(self.model, params, batch, self.loss_name)
+
+    def meta_loss(self, params) -> Tensor:
+        """The upper level's loss: the squared error, whatever the lower level's is."""
+        return toy_loss(self.model, params, self.meta)
 
     def step(self, number: int, hypergradient=None) -> None:
         """Make an optimizer step, and report it."""
@@ -124,13 +134,13 @@ class Case:
         state = {name: copy.deepcopy(self.optimizer.state[p]) for name, p in self.params.items()}
         weights = self.weights.clone().requires_grad_()
         steps = self.batches[self.before :]
-        after = unrolled(self.kind, self.model, start, state, weights, steps, self.clip, self.momentum)
-        exact = torch.autograd.grad(self.loss(after, self.meta), weights)[0]
+        after = unrolled(self.kind, self.loss, start, state, weights, steps, self.clip, self.momentum)
+        exact = torch.autograd.grad(self.meta_loss(after), weights)[0]
         for number in range(self.before, self.before + self.count):
             self.step(number, hypergradient)
         for name, param in self.params.items():
             torch.testing.assert_close(param.detach(), after[name].detach(), rtol=0, atol=1e-12)
-        return exact, flatten(torch.autograd.grad(self.loss(self.params, self.meta), list(self.params.values())))
+        return exact, flatten(torch.autograd.grad(self.meta_loss(self.params), list(self.params.values())))
 
 
 def cosine_and_ratio(exact: Tensor, found: Tensor) -> tuple[float, float]:

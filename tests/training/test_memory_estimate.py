@@ -86,7 +86,7 @@ def test_a_pass_on_shapes_takes_what_the_real_one_takes(family, mode, tmp_path):
         batch = collate([model.chain_tokenizer.encode(chain) for chain in chains])  # one is padded
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         known = [*model.parameters(), *model.buffers(), *_tensors(batch)]
-        return partial(_lower_loss, model, batch, "fp32"), trained, known
+        return partial(_lower_loss, model, batch, "fp32", "bce" if mode == "lora" else "mse"), trained, known
 
     loss, trained, known = parts("cpu")
     with LiveMemory(known) as live:

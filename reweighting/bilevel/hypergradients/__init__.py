@@ -20,7 +20,7 @@ from reweighting.bilevel.hypergradients.betty_native import BettyNative
 from reweighting.bilevel.hypergradients.derivatives import RADIUS, Derivative, central_differences, forward_mode
 from reweighting.bilevel.hypergradients.directional import DirectionalHypergradient
 from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
-from reweighting.bilevel.losses import LossFunction, loss_at_parameters
+from reweighting.bilevel.losses import LossFunction, StepLoss, loss_at_parameters, squared_error
 from reweighting.distributed.sharding import Replicated
 
 
@@ -88,6 +88,7 @@ def make_hypergradient(
     *,
     layout: Replicated | None = None,
     precision: str = "fp32",
+    step_loss: StepLoss = squared_error,
 ) -> Hypergradient:
     """Make a method for a lower level.
 
@@ -97,10 +98,11 @@ def make_hypergradient(
         optimizer: Over its trained parameters, one group.
         layout: How the parameters lie on the processes; by default each holds all of them.
         precision: Of the compute, "fp32" or "bf16".
+        step_loss: The lower level's, of `losses.STEP_LOSSES`.
 
     Returns:
         The method, at the beginning of a window.
     """
     layout = layout or Replicated(module)
-    loss = loss_at_parameters(module, precision)
+    loss = loss_at_parameters(module, precision, step_loss)
     return METHODS[method].make(LowerLevel(optimizer, layout, loss, precision))
