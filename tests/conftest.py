@@ -9,8 +9,28 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 import pytest
 import torch
 from make_demo import QUALITY, make_demo
+from PIL import Image
+
+from reweighting import plots
 
 torch.set_num_threads(1)
+SAVE = plots._save
+
+
+@pytest.fixture(scope="session", autouse=True)
+def blank_figures():
+    """Write a pixel for each figure: rendering takes more time than the short runs of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", lambda figure, path: Image.new("L", (1, 1)).save(path))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole_figures():
+    """Render figures in this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", SAVE)
+        yield
 
 
 @pytest.fixture(scope="session")

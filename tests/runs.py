@@ -1,8 +1,6 @@
 """Running the command in tests, and reading what it leaves."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from reweighting.files import digest
@@ -17,11 +15,6 @@ def flags(demo: Path, output: Path, *more: str) -> list[str]:
     if "--baseline" in more or "--domain_weights" in more:  # no upper level
         files, sizes = files[:2], sizes[:6]
     return [*files, "--weights_path", str(output), *sizes, "--save_every_iterations", "5", *more]
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "reweighting" / "main.py")]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=300)
 
 
 def history(folder: Path) -> list[dict]:

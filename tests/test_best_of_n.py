@@ -4,8 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from reweighting.inference.best_of_n_metrics import candidate_counts, logits_of,
 from reweighting.inference.candidates import score_candidates
 from reweighting.inference.selections_file import Selections
 from reweighting.modeling.reward_model import ProcessRewardModel
+from tests.forked import PIPE, Command, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +33,7 @@ def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]
 def finished(demo, weights_path, tmp_path_factory):
     """What the real command wrote and printed."""
     output = tmp_path_factory.mktemp("selections") / "selections.json"
-    command = [sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *flags(demo, weights_path, output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run("best_of_n.py", *flags(demo, weights_path, output))
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -169,8 +167,7 @@ def test_a_wrong_row_ends_the_command_with_2_before_anything_is_written(demo, we
     rows[3]["candidates"] = []
     (demo / "wrong.json").write_text(json.dumps(rows))
     arguments = flags(demo, weights_path, tmp_path / "out.json", "--candidates_json_file", str(demo / "wrong.json"))
-    command = [sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run("best_of_n.py", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "row 3: candidates: found []" in done.stderr and not (tmp_path / "out.json").exists()
 
@@ -314,12 +311,7 @@ def test_what_is_no_regular_file_is_refused_and_nothing_is_left_beside_it(demo, 
 
 def test_a_reader_that_goes_away_stops_nothing(demo, weights_path, tmp_path):
     """As `best_of_n.py … | head -1` does."""
-    command = [
-        sys.executable,
-        str(ROOT / "reweighting" / "best_of_n.py"),
-        *flags(demo, weights_path, tmp_path / "o.json"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command("best_of_n.py", *flags(demo, weights_path, tmp_path / "o.json"), stdout=PIPE, stderr=PIPE)
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait(timeout=120) == 0 and "error" not in errors.lower() and "Broken" not in errors
@@ -376,7 +368,7 @@ def test_control_characters_are_shown_and_not_sent(demo, weights_path, tmp_path)
     (demo / "ids.json").write_text(json.dumps(rows))
     output = tmp_path / "o\x1b]0;x\x07.json"
     more = flags(demo, weights_path, output, "--candidates_json_file", str(demo / "ids.json"))
-    done = subprocess.run([sys.executable, str(ROOT / "reweighting" / "best_of_n.py"), *more], capture_output=True)
+    done = run("best_of_n.py", *more, text=False)
     assert (
         done.returncode == 0 and b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stdout + done.stderr
     )

@@ -12,6 +12,7 @@ import torch
 from reweighting.entrypoint import run_command
 from reweighting.errors import UserError
 from reweighting.training.signals import Stopped
+from tests.forked import Command
 from tests.runs import ROOT, flags, history
 
 
@@ -102,7 +103,6 @@ def test_a_reader_that_goes_away_and_pythons_options(demo, tmp_path):
 def test_both_streams_without_a_reader(demo, tmp_path):
     """`… 2>&1 | head -1`."""
     run = flags(demo, tmp_path / "run", "--iteration_num", "5")
-    start = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
-    process = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = Command("main.py", *run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     process.stdout.close()
     assert process.wait(300) == 0 and (tmp_path / "run" / "prm").is_dir()

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -29,6 +27,7 @@ from reweighting.inference.step_metrics import (
     split_dev,
 )
 from reweighting.modeling.reward_model import ProcessRewardModel
+from tests.forked import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,8 +46,7 @@ def flags(demo: Path, weights_path: Path, output: Path, *more: str) -> list[str]
 
 
 def test_the_command_on_the_demo(demo, weights_path, tmp_path):
-    command = [sys.executable, str(ROOT / "reweighting" / "evaluate.py"), *flags(demo, weights_path, tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run("evaluate.py", *flags(demo, weights_path, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     rows = json.loads((demo / "train.json").read_text())

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from PIL import Image
@@ -22,6 +23,8 @@ from reweighting.plots import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.usefixtures("whole_figures")
 
 
 def write_run(folder: Path, domains: int, updates: int, baseline: bool = False) -> Path:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from reweighting.errors import UserError
 from reweighting.inference.html_page import PageCandidate, html_page
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.show import main
+from tests.forked import run
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -59,16 +59,7 @@ def shown(demo, weights_path, tmp_path_factory):
     (demo / "show.json").write_text(json.dumps([rows[0], row]))
     output = tmp_path_factory.mktemp("page") / "answer.html"
     arguments = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "show.json")]
-    command = [
-        sys.executable,
-        str(ROOT / "reweighting" / "show.py"),
-        *arguments,
-        "--id",
-        "q/2",
-        "--output",
-        str(output),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run("show.py", *arguments, "--id", "q/2", "--output", str(output))
     assert done.returncode == 0, done.stderr
     return output, row
 

@@ -1,10 +1,7 @@
 """The command against a real server on loopback whose policy's true chances are known."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.sources import Source
 from reweighting.errors import UserError
 from reweighting.label import main
+from tests.forked import PIPE, Command, run
 from tests.labeling.policy_server import CHANCE, PolicyServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,12 +134,10 @@ def test_other_settings_are_refused_and_the_same_ask_for_nothing(folder):
 def test_killed_at_any_moment_nothing_is_asked_twice(folder):
     """Of each beginning exactly 4 continuations were stored, and at most the calls in flight were lost."""
     with PolicyServer() as server:
-        command = [sys.executable, str(ROOT / "reweighting" / "label.py"),
-                   *few(server, "--output_train", "train.jsonl"), "--concurrency", "2"]  # fmt: skip
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = ["label.py", *few(server, "--output_train", "train.jsonl"), "--concurrency", "2"]
         for number in (signal.SIGINT, signal.SIGKILL):
             before = len(server.bodies)
-            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+            process = Command(*command, stderr=PIPE)
             deadline = time.monotonic() + 120
             while len(server.bodies) < before + 60 and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
@@ -151,7 +147,7 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
             if number == signal.SIGINT:
                 assert process.returncode == 130 and "interrupted; the same command resumes there" in errors
                 assert "Traceback" not in errors and "closed" not in errors
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        done = run(*command)
         assert done.returncode == 0, done.stderr
         needed = len(rows("train.jsonl")) * (1 + 3 * 4)
         # Lost by a kill: the continuations of the beginnings that two questions at a time were busy with.

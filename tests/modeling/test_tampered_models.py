@@ -8,8 +8,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from reweighting.errors import UserError
 from reweighting.modeling import saved_model
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.modeling.saved_model import CONFIG_FILE
+from tests.forked import run
 from tests.tiny import draw_cells, tiny_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,9 +189,7 @@ def test_the_command_ends_with_one_line_and_exit_code_2(saved, tmp_path, file, c
     row = {"id": 1, "input": "Q?", "candidates": ["Step 1: a", "Step 1: b"], "image_path": None}
     (tmp_path / "test.json").write_text(json.dumps([row]))
     flags = {"weights_path": folder, "candidates_json_file": tmp_path / "test.json", "output": tmp_path / "out.json"}
-    command = [sys.executable, str(ROOT / "reweighting" / "best_of_n.py")]
-    command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run("best_of_n.py", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value))))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert done.stderr.splitlines()[-1].startswith("error: ")

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -17,7 +15,8 @@ from reweighting.main import main
 from reweighting.training.batches import BatchSource
 from reweighting.training.checkpoints import checkpoints, read_manifest
 from reweighting.training.validation import Validation
-from tests.runs import ROOT, flags, same_results
+from tests.forked import PIPE, Command
+from tests.runs import flags, same_results
 from tests.tiny import build
 
 CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to " \
@@ -154,17 +153,20 @@ def test_before_the_first_step_and_in_a_dry_run_nothing_is_saved(tiny, tmp_path,
 
 def test_a_second_ctrl_c_ends_the_step_and_saves_the_one_before(tiny, tmp_path):
     run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
-    code = "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
-           "from reweighting.bilevel.problems import PRMFineTuning\n" \
-           "original, calls = PRMFineTuning.domain_loss, []\n" \
-           "def slow(self, batch):\n" \
-           "    calls.append(None)\n" \
-           "    if len(calls) == 14: print('now', flush=True); time.sleep(100)\n" \
-           "    return original(self, batch)\n" \
-           "PRMFineTuning.domain_loss = slow\n" \
-           "from reweighting.entrypoint import run_command; run_command('reweighting.main')"  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-c", code, *run], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    original, calls = PRMFineTuning.domain_loss, []
+
+    def slow(self, batch):
+        calls.append(None)
+        if len(calls) == 14:
+            print("now", flush=True)
+            time.sleep(100)
+        return original(self, batch)
+
+    def heed_and_slow_down() -> None:  # in the new process
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        PRMFineTuning.domain_loss = slow
+
+    process = Command("main.py", *run, preexec_fn=heed_and_slow_down, stdout=PIPE, stderr=PIPE)
     for line in process.stdout:
         if line == "now\n":
             break

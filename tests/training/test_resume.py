@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from reweighting.training.checkpoints import (
 )
 from reweighting.training.resume import check_same_run
 from reweighting.training.signals import Stopped, StopSignals
+from tests.forked import Command
 from tests.runs import ROOT, StopAtStep, flags, history, same_results, sign, weights
 from tests.tiny import build
 
@@ -115,11 +117,10 @@ def test_killed_at_random_moments(tiny, tmp_path, finished):
     rng, folder, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
     more = ("--iteration_num", "60", "--save_every_iterations", "20", "--resume")
     main(tiny(whole, *more))
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *tiny(folder, *more)]
     lost = []  # steps between the newest checkpoint and the kill
     # Once while it starts, then after these steps at the earliest, then not at all.
     for step in (None, 5, 25, 30, 45, 1000):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = Command("main.py", *tiny(folder, *more), stdout=DEVNULL, stderr=PIPE)
         if step is None:
             time.sleep(rng.uniform(0, 4))
             process.kill()
@@ -146,8 +147,7 @@ def reached(folder: Path) -> int:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_ends_the_command_with_everything_saved(tiny, tmp_path, name):
     run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = Command("main.py", *run, stdout=DEVNULL, stderr=PIPE)
     started = time.monotonic()
     while not (tmp_path / "history.jsonl").exists() or not (tmp_path / "history.jsonl").stat().st_size:
         assert time.monotonic() - started < 120 and process.poll() is None
@@ -182,8 +182,7 @@ def test_a_terminal_that_goes_away_ends_the_command_with_everything_saved(tiny, 
         os.setsid()
         fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
 
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
-    process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, preexec_fn=own_terminal)
+    process = Command("main.py", *run, stdin=inner, stdout=inner, stderr=inner, preexec_fn=own_terminal)
     os.close(inner)
     wait_for_a_step(process, tmp_path, terminal)
     os.close(terminal)
@@ -193,9 +192,8 @@ def test_a_terminal_that_goes_away_ends_the_command_with_everything_saved(tiny, 
 
 def test_nohup_outlives_the_terminal(tiny, tmp_path):
     run = tiny(tmp_path, "--iteration_num", "20")
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
     ignore = partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=ignore)
+    process = Command("main.py", *run, stdout=DEVNULL, stderr=PIPE, preexec_fn=ignore)
     wait_for_a_step(process, tmp_path)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0 and reached(tmp_path) == 20
@@ -205,10 +203,13 @@ def test_nohup_outlives_the_terminal(tiny, tmp_path):
 def test_ctrl_c_with_nobody_reading(tiny, tmp_path, moment):
     """Ctrl-C in `main.py | tee log` ends the reader too: nothing can be printed any more, all is saved."""
     run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
-    command = [sys.executable, str(ROOT / "reweighting" / "main.py"), *run]
     # As from a terminal, also where whoever runs the tests ignores interrupts.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=heed)
+    streams = {"stdout": PIPE, "stderr": STDOUT, "preexec_fn": heed}
+    if moment == "training":
+        process = Command("main.py", *run, **streams)
+    else:  # imports
+        process = subprocess.Popen([sys.executable, str(ROOT / "reweighting" / "main.py"), *run], **streams)
     while moment == "training" and not reached(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
