@@ -14,7 +14,7 @@ train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from tests.runs import ROOT
 from tests.second_device import NAME
 from tests.tiny_families import DEVICE_FAMILIES
 
-pytestmark = pytest.mark.xdist_group("second device")  # one process makes the runs
+
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
 
 
