@@ -32,9 +32,9 @@ from reweighting.data.steps import split_response
 DEMO = ROOT / "data" / "train.json"
 FLAGS = {  # of the two runs
     "demo": ("--iteration_num", "20"),
-    "million": ("--iteration_num", "400", "--batch_size", "4", "--meta_batch_size", "8"),
+    "million": ("--iteration_num", "160", "--batch_size", "4", "--meta_batch_size", "8"),
     "canonical": ("--iteration_num", "40", "--batch_size", "4", "--meta_batch_size", "8"),
-    "parquet": ("--iteration_num", "400", "--batch_size", "4", "--meta_batch_size", "8"),
+    "parquet": ("--iteration_num", "160", "--batch_size", "4", "--meta_batch_size", "8"),
 }
 PICTURES = 200  # drawn; each of the others differs from one of these in its corner
 
