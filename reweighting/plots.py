@@ -106,7 +106,7 @@ def draw_slopes(evidence: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), labels, fontsize=TEXT, fontfamily=families)
     axes.tick_params(axis="y", length=0)
     axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="fall of the meta loss per unit of weight and learning rate")
-    axes.set_title("blue: helps, red: hurts, grey: cannot be told", fontsize=TEXT, loc="left")
+    axes.set_title("blue: helps, orange: hurts, grey: cannot be told", fontsize=TEXT, loc="left")
     _save(figure, path)
 
 
