@@ -15,7 +15,6 @@ from tests.runs import ROOT
 from tests.second_device import NAME
 from tests.tiny_families import DEVICE_FAMILIES
 
-
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))
 
 
