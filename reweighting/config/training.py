@@ -87,8 +87,9 @@ class ModelConfig:
     )
     score_head: ScoreHead = flag(
         default="linear",
-        help="linear; token: the logit of --correct_token minus that of --incorrect_token, by the model's own output "
-        "embedding; linear_from_token: a linear head that starts from that difference",
+        help="linear; mlp: two layers with 512 hidden units; token: the logit of --correct_token minus that of "
+        "--incorrect_token, by the model's own output embedding; linear_from_token: a linear head that starts from "
+        "that difference",
     )
     correct_token: str | None = flag(default=None, help="score_head: the token for a correct step (default: +)")
     incorrect_token: str | None = flag(default=None, help="score_head: the token for an incorrect step (default: -)")

@@ -17,7 +17,7 @@ from reweighting.errors import UserError
 from reweighting.modeling.aggregation import AggregationName
 
 TrainMode = Literal["full", "lora", "dora", "head"]
-ScoreHead = Literal["linear", "token", "linear_from_token"]
+ScoreHead = Literal["linear", "mlp", "token", "linear_from_token"]
 FrozenDtype = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -25,6 +25,7 @@ CONFIG_FILE = "prm_config.json"
 TRAIN_MODES: tuple[TrainMode, ...] = get_args(TrainMode)
 ADAPTERS: tuple[TrainMode, ...] = ("lora", "dora")
 SCORE_HEADS: tuple[ScoreHead, ...] = get_args(ScoreHead)
+TOKEN_HEADS: tuple[ScoreHead, ...] = ("token", "linear_from_token")  # that start from the logits of two answers
 DEFAULT_RANK, DEFAULT_ALPHA = 16, 32.0
 ANSWER_TOKENS = ("+", "-")  # as in VisualPRM (arXiv 2503.10291) and DreamPRM-1.5 (arXiv 2509.05542)
 
@@ -44,8 +45,8 @@ class PRMConfig:
         load_in_4bit: hold the language model's linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314).
         dtype: of a frozen base; whatever is trained is always float32.
         score_head: see `score_head.py`.
-        correct_token: answer whose logit `score_head` starts from; None with `linear`.
-        incorrect_token: answer whose logit is subtracted from it; None with `linear`.
+        correct_token: answer whose logit `score_head` starts from; None with `linear` and `mlp`.
+        incorrect_token: answer whose logit is subtracted from it; None with `linear` and `mlp`.
         max_length: longest chain in tokens; None: what the backbone takes.
         max_image_side: larger images are shrunk to this many pixels on their longest side; None: never.
     """
@@ -97,7 +98,7 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["train"] in ADAPTERS:
         settings["lora_rank"] = settings.get("lora_rank") or DEFAULT_RANK
         settings["lora_alpha"] = DEFAULT_ALPHA if settings.get("lora_alpha") is None else settings["lora_alpha"]
-    if settings.get("score_head", "linear") != "linear":
+    if settings.get("score_head") in TOKEN_HEADS:
         for name, token in zip(("correct_token", "incorrect_token"), ANSWER_TOKENS, strict=True):
             settings[name] = token if settings.get(name) is None else settings[name]
     return settings
@@ -127,5 +128,5 @@ def check_settings(settings: Any) -> None:
         raise UserError("--score_head token has no trained weights of its own, so that with --train head nothing is "
                         "trained: use --score_head linear_from_token")  # fmt: skip
     for name in ("correct_token", "incorrect_token"):
-        if score_head == "linear" and getattr(settings, name) is not None:
-            raise UserError(f"--{name} does nothing with --score_head linear: use token or linear_from_token")
+        if score_head not in TOKEN_HEADS and getattr(settings, name) is not None:
+            raise UserError(f"--{name} does nothing with --score_head {score_head}: use token or linear_from_token")

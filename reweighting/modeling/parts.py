@@ -49,7 +49,7 @@ def load_parts(
     return add_adapters(base, config) if config.adapted else base, chain_tokenizer
 
 
-def load_saved_weights(backbone: PreTrainedModel | PeftModel, head: nn.Linear, saved: TrainedParts) -> None:
+def load_saved_weights(backbone: PreTrainedModel | PeftModel, head: nn.Module, saved: TrainedParts) -> None:
     """Load what is saved besides the backbone: the head, adapters and projector.
 
     Args:

@@ -1,4 +1,4 @@
-"""A process reward model: a vision-language backbone and a linear head that scores every step.
+"""A process reward model: a vision-language backbone and a small head that scores every step.
 
     model = ProcessRewardModel.from_backbone("Qwen/Qwen2-VL-2B-Instruct", lora_rank=16)   # to train one
     model = ProcessRewardModel.from_pretrained("weights/prm")                             # to use one
@@ -14,7 +14,7 @@ import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -29,7 +29,7 @@ from reweighting.modeling.adapters import save_trained, set_trainable, strip_pre
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
 from reweighting.modeling.backbone_pass import hidden_states
 from reweighting.modeling.collate import Batch, collate
-from reweighting.modeling.config import PRMConfig
+from reweighting.modeling.config import TOKEN_HEADS, PRMConfig
 from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.parts import load_parts, load_saved_weights
 from reweighting.modeling.saved_model import BaseIdentity, SavedModel
@@ -72,7 +72,7 @@ class ProcessRewardModel(nn.Module):
         self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
         self.base_identity: BaseIdentity | None = None
         self.gradient_checkpointing = False
-        self.score_head = random_head(backbone.config.get_text_config().hidden_size)
+        self.score_head = random_head(config.score_head, backbone.config.get_text_config().hidden_size)
         self.score_head.requires_grad_(config.score_head != "token")
 
     @classmethod
@@ -99,7 +99,7 @@ class ProcessRewardModel(nn.Module):
             **settings: attributes of `PRMConfig`; a `lora_rank` alone means LoRA.
 
         Returns:
-            The model in training mode. A linear head is drawn from torch's global generator.
+            The model in training mode. A `linear` or `mlp` head is drawn from torch's global generator.
 
         Raises:
             UserError: the model cannot be loaded, or settings contradict each other or the saved model's.
@@ -114,8 +114,9 @@ class ProcessRewardModel(nn.Module):
         if source.trained is not None:
             print(source.description)
         model = cls._assemble(source, device, attn_implementation, gradient_checkpointing, CACHE_BYTES)
-        if source.trained is None and source.config.score_head != "linear":
-            initialize_from_tokens(model.score_head, source.config, model.base, model.chain_tokenizer.tokenizer)
+        if source.trained is None and source.config.score_head in TOKEN_HEADS:
+            head = cast(nn.Linear, model.score_head)
+            initialize_from_tokens(head, source.config, model.base, model.chain_tokenizer.tokenizer)
         return model.to(device).train()
 
     @classmethod
@@ -188,6 +189,11 @@ class ProcessRewardModel(nn.Module):
         SavedModel.write(folder, self.config, self.base_identity)
 
     @property
+    def head_input(self) -> Tensor:
+        """Return the weight [..., D] that the hidden states meet first: they go to its device and dtype."""
+        return next(self.score_head.parameters())
+
+    @property
     def base(self) -> PreTrainedModel:
         """Return the transformers model itself, without the adapters around it."""
         return without_adapters(self.backbone)
@@ -238,7 +244,7 @@ class ProcessRewardModel(nn.Module):
         Returns:
             Output of vision tower and projector, [image tokens, ...], on the CPU and without gradients.
         """
-        device = self.score_head.weight.device
+        device = self.head_input.device
         inputs = {name: tensor.to(device) for name, tensor in pixels.inputs.items()}
         # Tensors made in inference mode could not be used in training later.
         with torch.inference_mode(False), torch.no_grad():
@@ -258,7 +264,7 @@ class ProcessRewardModel(nn.Module):
         at_ends = hidden.gather(1, ends)  # [B, S, D]
         # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.score_head(at_ends.to(self.score_head.weight.dtype)).squeeze(-1)  # [B, S]
+            logits = self.score_head(at_ends.to(self.head_input.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
 
     def collate(self, encoded: Sequence[EncodedChain]) -> Batch:
@@ -270,7 +276,7 @@ class ProcessRewardModel(nn.Module):
         Returns:
             The batch.
         """
-        return collate(encoded, self.shares_prompts).to(self.score_head.weight.device)
+        return collate(encoded, self.shares_prompts).to(self.head_input.device)
 
     def chain_logits(
         self, chains: Sequence[Chain], batch_size: int = 8, images: Sequence[Pixels] | None = None

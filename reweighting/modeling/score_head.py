@@ -1,15 +1,17 @@
 """The score head: from the backbone's last hidden state h [D] at a step's last token to the step's logit.
 
     linear              w · h + b, randomly initialized
+    mlp                 v · GELU(W h + c) + b with 512 hidden units, randomly initialized
     token               (W[correct] - W[incorrect]) · h, where W is the output embedding of the generating model: the
                         logit difference of the two answers (as in VisualPRM, arXiv 2503.10291, and DreamPRM-1.5,
                         arXiv 2509.05542)
     linear_from_token   w · h + b, initialized to that difference and 0
 
-Each is one nn.Linear(D, 1). The head of `token` is frozen, and it is a copy: where the input embedding is tied to W,
-training the embedding leaves the head as it is, so that scores depend only on what is saved.
+All but `mlp` are one nn.Linear(D, 1). The head of `token` is frozen, and it is a copy: where the input embedding is
+tied to W, training the embedding leaves the head as it is, so that scores depend only on what is saved.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import cast
 
@@ -19,25 +21,34 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reweighting.errors import UserError
-from reweighting.modeling.config import PRMConfig
+from reweighting.modeling.config import PRMConfig, ScoreHead
 from reweighting.modeling.loading import weight_files
 
+MLP_UNITS = 512
 OUTPUT_EMBEDDING = "lm_head.weight"  # its name in a checkpoint, after any prefix
 
 
-def random_head(hidden_size: int) -> nn.Linear:
-    """Make a linear head whose first scores are close to one half, drawn from torch's global generator.
+def random_head(kind: ScoreHead, hidden_size: int) -> nn.Module:
+    """Make a head whose first scores are close to one half, drawn from torch's global generator.
 
     Args:
+        kind: which one.
         hidden_size: D, the width of the backbone's hidden states.
 
     Returns:
-        A linear layer from [..., D] to [..., 1].
+        A module from [..., D] to [..., 1].
     """
-    head = nn.Linear(hidden_size, 1)
-    nn.init.normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
+    if kind == "mlp":
+        layers = {"hidden": nn.Linear(hidden_size, MLP_UNITS), "gelu": nn.GELU(), "output": _near_zero(MLP_UNITS)}
+        return nn.Sequential(OrderedDict(layers))
+    return _near_zero(hidden_size)
+
+
+def _near_zero(inputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, 1)
+    nn.init.normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 @torch.no_grad()

@@ -41,10 +41,11 @@ SETTINGS = [
     {"lora_rank": 2, "lora_alpha": 8.0},
     {"train": "dora", "lora_rank": 2, "freeze_projector": False},
     {"train": "head", "max_length": 500},
+    {"train": "head", "score_head": "mlp"},
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "dora-projector", "head"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=["full", "lora", "dora-projector", "head", "mlp"])
 def test_training_continues_from_head_adapters_and_settings(tmp_path, capsys, settings):
     first = trained(tmp_path / "prm", **settings)
     capsys.readouterr()
@@ -103,6 +104,7 @@ def test_a_frozen_model_with_a_trained_head_may_train_more(tmp_path):
         ({"lora_rank": 2}, {"lora_alpha": 4.0}, "--lora_alpha 4.0"),
         ({"lora_rank": 2, "freeze_projector": False}, {"freeze_projector": True}, "--freeze_projector True"),
         ({}, {"score_head": "linear_from_token"}, "--score_head linear_from_token"),
+        ({"score_head": "mlp"}, {"score_head": "linear"}, "--score_head linear"),
     ],
 )
 def test_what_cannot_be_continued_is_refused(tmp_path, settings, more, flag):

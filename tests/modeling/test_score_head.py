@@ -8,6 +8,7 @@ from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.score_head import random_head
 from tests.tiny import build, tiny_backbone
 from tests.tiny_families import TEXT_FAMILIES, TINY_FAMILIES, tiny_family
 
@@ -64,6 +65,16 @@ def test_every_family_answers_as_its_generating_model(family):
     batch = collate([prm.chain_tokenizer.encode(chain) for chain in CHAINS])
     z = prm(batch).detach()
     assert (z - of_generating(model, prm, batch)).abs().max() <= 1e-4 and z[batch.step_mask].std() > 0.01
+
+
+def test_two_layers_are_their_formula_and_start_near_one_half():
+    torch.manual_seed(0)
+    head = random_head("mlp", 64)
+    h, (w, c, v, b) = torch.randn(100, 64), head.parameters()
+    inner = h @ w.T + c
+    expected = 0.5 * inner * (1 + torch.erf(inner / 2**0.5)) @ v.T + b
+    torch.testing.assert_close(head(h), expected, rtol=0, atol=1e-5)
+    assert w.shape == (512, 64) and 0.01 < head(h).std() < 0.5
 
 
 def test_a_low_precision_base_reads_its_answers_in_float32(tmp_path):

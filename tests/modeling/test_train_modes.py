@@ -28,6 +28,7 @@ ADAPTED = [f"language_model.layers.{layer}.{name}" for layer in (0, 1) for name 
 LORA = [f"{name}.lora_{letter}.default.weight" for name in ADAPTED for letter in "AB"]
 DORA = LORA + [f"{name}.lora_magnitude_vector.default.weight" for name in ADAPTED]
 HEAD = {"score_head.weight", "score_head.bias"}
+MLP = {f"score_head.{layer}.{name}" for layer in ("hidden", "output") for name in ("weight", "bias")}
 
 
 def of_backbone(*without: str, also: str = " ") -> set[str]:
@@ -63,6 +64,9 @@ TRAIN_MODES = {
     ),
     "lora-token": ({"train": "lora", "score_head": "token"}, lambda: in_peft(LORA)),
     "dora": ({"train": "dora", "lora_rank": 2, **BF16}, lambda: in_peft(DORA) | HEAD),
+    "mlp": ({"score_head": "mlp"}, lambda: of_backbone() | MLP),
+    "lora-mlp": ({"train": "lora", "lora_rank": 2, "score_head": "mlp", **BF16}, lambda: in_peft(LORA) | MLP),
+    "head-mlp": ({"train": "head", "score_head": "mlp", **BF16}, lambda: MLP),
     "head": ({"train": "head", "score_head": "linear_from_token", **BF16}, lambda: HEAD),
 }
 
@@ -232,13 +236,14 @@ def test_attention_backends_agree_and_eager_has_every_derivative(chains):
     ("settings", "message"),
     [
         ({"train": "all"}, "--train: found all, allowed: full, lora, dora, head"),
-        ({"score_head": "mlp"}, "--score_head: found mlp"),
+        ({"score_head": "dense"}, "--score_head: found dense"),
         ({"train": "head", "lora_rank": 2}, "--lora_rank does nothing with --train head"),
         ({"train": "head", "freeze_projector": False}, "leave out --no_freeze_projector"),
         ({"train": "head", "score_head": "token"}, "nothing is trained: use --score_head linear_from_token"),
         ({"load_in_4bit": True}, "4-bit weights cannot be trained"),
         ({"train": "lora", "load_in_4bit": True}, r"a CUDA GPU \(the device is cpu\)"),
         ({"correct_token": "+"}, "--correct_token does nothing with --score_head linear"),
+        ({"score_head": "mlp", "incorrect_token": "-"}, "--incorrect_token does nothing with --score_head mlp"),
         (BF16, "must be float32"),
     ],
 )

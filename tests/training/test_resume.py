@@ -93,9 +93,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch,
         ("--train", "dora", "--lora_rank", "2", "--score_head", "linear_from_token"),
         ("--lora_rank", "2", "--no_freeze_projector", "--precision", "bf16"),
         ("--train", "head", "--attention", "eager"),
+        ("--train", "head", "--score_head", "mlp", "--lower_loss", "bce"),
         ("--score_head", "token", "--correct_token", "Step", "--no_freeze_vision", "--freeze_projector"),
     ],
-    ids=["dora", "projector", "head", "token"],
+    ids=["dora", "projector", "head", "mlp-bce", "token"],
 )
 def test_every_way_to_train_resumes(tiny, tmp_path, monkeypatch, more):
     test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch, more, cut=3)
