@@ -37,6 +37,7 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can be cut and padded
 REMEDY = "Serve the model, and name the server as --policy."
 TOLERANCE = 0.1  # standard deviations of the logits: bf16 rounds
+COLDEST = 1e-30  # temperature: a lower one would make logits infinite
 ROOM = 32  # tokens
 BITS = 24  # of a random number: as many as float32 holds below 1
 
@@ -250,12 +251,12 @@ class Decoder:
 
     def _draw(self, texts: Sequence[Text], logits: Tensor) -> Tensor:
         """The token at a random place of the cumulated probabilities of each text, [B]."""
-        highest, tokens = logits.max(-1, keepdim=True)
+        highest, tokens = logits.max(-1)
         if highest.isnan().any():
             raise PolicyFailure("the model computes NaN; look at its weights and at --precision")
         if self.temperature == 0:
-            return tokens.squeeze(1)
-        totals = ((logits - highest) / self.temperature).softmax(-1).cumsum_(-1)  # [B, V]
+            return tokens
+        totals = (logits / max(self.temperature, COLDEST)).softmax(-1).cumsum_(-1)  # [B, V]
         places = torch.tensor([[text.random.getrandbits(BITS) / 2**BITS] for text in texts], device=logits.device)
         return torch.searchsorted(totals, places * totals[:, -1:], right=True).squeeze(1)
 

@@ -11,6 +11,7 @@ the model, a text does not depend on the others.
 """
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from reweighting.data.placeholders import PLACEHOLDER
 from reweighting.devices import choose_device, choose_precision
 from reweighting.errors import UserError
 from reweighting.labeling.decoding import Decoder, Text
-from reweighting.labeling.policy import NoText, QuestionRefused, Sampling, fill_prompt
+from reweighting.labeling.policy import QuestionRefused, Sampling, fill_prompt
 from reweighting.labeling.questions import Question
 from reweighting.modeling.families import family_of
 from reweighting.modeling.loading import load_generator, load_image_processor, load_tokenizer
@@ -51,7 +52,7 @@ class _Call:
     question: Question
     prefix: str
     number: int
-    result: asyncio.Future[str | NoText]
+    result: asyncio.Future[str]
     prefix_ids: list[int] = field(default_factory=list)
 
 
@@ -86,7 +87,7 @@ class LocalPolicy:
         device: str | None = None,
         precision: str | None = None,
     ):
-        self.name = Path(name).resolve().name if Path(name).exists() else name
+        self.name = Path(name).resolve().name if os.path.exists(name) else name
         self.prompt, self.sampling, self.concurrency, self.seed = prompt, sampling, concurrency, seed
         self.calls = self.tokens = 0
         self._device = choose_device(device)
@@ -130,7 +131,7 @@ class LocalPolicy:
             raise UserError(f"--policy: cannot answer the first question, {question.place}: {error}") from error
         return f"{self.name} continues answers on {self._device} ({self._precision})"
 
-    async def complete(self, question: Question, prefix: str = "", number: int = 0) -> str | NoText:
+    async def complete(self, question: Question, prefix: str = "", number: int = 0) -> str:
         """See `Policy`."""
         if self._worker.done():
             self._worker.result()  # raises what ended it
