@@ -158,6 +158,7 @@ def test_bad_recipes(tmp_path, settings, message):
         (("--train", "head", "--lora_rank", "2"), "--lora_rank does nothing with --train head"),
         (("--lora_alpha", "8"), "--lora_alpha does nothing without adapters: use --train lora or dora"),
         (("--train", "head", "--no_freeze_projector"), "leave out --no_freeze_projector"),
+        (("--train", "head", "--gradient_checkpointing"), "--gradient_checkpointing does nothing with --train head"),
         (("--train", "head", "--score_head", "token"), "nothing is trained"),
         (("--correct_token", "yes"), "--correct_token does nothing with --score_head linear"),
         (

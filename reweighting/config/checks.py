@@ -59,6 +59,12 @@ USELESS = (
         ("meta_range",), lambda c: c.upper.meta_optimizer != "calm", "without --meta_optimizer calm", from_recipes=False
     ),
     Useless(
+        ("gradient_checkpointing",),
+        lambda c: c.model.train == "head",
+        "with --train head: no gradient goes through the backbone",
+        from_recipes=False,
+    ),
+    Useless(
         ("freeze_vision",),
         lambda c: c.model.train != "full" and not c.model.freeze_vision,
         "without --train full: the vision tower stays frozen",

@@ -81,28 +81,33 @@ class Batch:
     """Hold a batch of chains.
 
     Attributes:
-        tokens: the chains, [B, T]; where chains share prompts, only the text after the prompt.
+        tokens: the chains, [B, T]; where chains share prompts, only the text after the prompt. None where `states` are
+            known.
         prompts: the distinct prompts, [Q, T]; None where nothing is shared.
         prompt_of: each chain's index into `prompts`, [B] int64; None where nothing is shared.
-        step_ends: position in `tokens` of each step's last token, [B, S] int64; 0 where there is no step.
+        step_ends: position in `tokens` of each step's last token, [B, S] int64; 0 where there is no step. None where
+            `states` are known.
         step_mask: [B, S] bool, True where a step exists.
         targets: Monte Carlo accuracies, [B, S] float32; 0 where there is none.
         target_mask: [B, S] bool, True where a step has a target.
         labels: 1 for a correct final answer, 0 for an incorrect one, NaN if unknown, [B] float32.
         num_labeled_steps: steps with a target in the whole micro-batch, over all processes.
         chains: the chains behind the rows.
+        states: the backbone's hidden states at the steps' ends, [B, S, D], 0 where there is no step; None where the
+            backbone must compute them from `tokens`.
     """
 
-    tokens: Tokens
+    tokens: Tokens | None
     prompts: Tokens | None
     prompt_of: Tensor | None
-    step_ends: Tensor
+    step_ends: Tensor | None
     step_mask: Tensor
     targets: Tensor
     target_mask: Tensor
     labels: Tensor
     num_labeled_steps: int
     chains: tuple[Chain, ...]
+    states: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device.
@@ -113,8 +118,9 @@ class Batch:
         Returns:
             The same batch on `device`.
         """
+        tokens = None if self.tokens is None else self.tokens.to(device)
         prompts = None if self.prompts is None else self.prompts.to(device)
-        return replace(self, tokens=self.tokens.to(device), prompts=prompts, **_moved(self, device))
+        return replace(self, tokens=tokens, prompts=prompts, **_moved(self, device))
 
 
 def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Batch:
@@ -145,20 +151,40 @@ def collate(encoded: Sequence[EncodedChain], share_prompts: bool = False) -> Bat
         [item.is_image[start:] for item, start in zip(encoded, starts, strict=True)],
         [image for item in encoded for image in item.images] if prompts is None else (),
     )
-    step_counts = torch.tensor([len(chain.steps) for chain in chains])  # [B]
-    targets = _pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
     return Batch(
         tokens=tokens,
         prompts=prompts,
         prompt_of=None if prompts is None else torch.tensor(prompt_of),
         step_ends=_pad([item.step_ends - start for item, start in zip(encoded, starts, strict=True)]),  # [B, S]
-        step_mask=torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
-        targets=targets.nan_to_num(nan=0.0),
-        target_mask=~targets.isnan(),
-        labels=torch.tensor([chain.label for chain in chains]),
-        num_labeled_steps=sum(chain.num_labeled_steps for chain in chains),
-        chains=tuple(chains),
+        **_supervision(chains),
     )
+
+
+def collate_states(chains: Sequence[Chain], states: Sequence[Tensor]) -> Batch:
+    """Collate chains whose hidden states are known into one batch.
+
+    Args:
+        chains: the chains, at least one.
+        states: of the backbone at each chain's steps' ends, [S_b, D].
+
+    Returns:
+        The batch, on the CPU.
+    """
+    return Batch(None, None, None, None, states=_pad(states), **_supervision(chains))
+
+
+def _supervision(chains: Sequence[Chain]) -> dict[str, Any]:
+    """The fields of a `Batch` that do not depend on how the backbone reads the chains."""
+    step_counts = torch.tensor([len(chain.steps) for chain in chains])  # [B]
+    targets = _pad([torch.tensor(c.targets or [math.nan] * len(c.steps)) for c in chains], math.nan)  # [B, S]
+    return {
+        "step_mask": torch.arange(int(step_counts.max())) < step_counts[:, None],  # [B, S]
+        "targets": targets.nan_to_num(nan=0.0),
+        "target_mask": ~targets.isnan(),
+        "labels": torch.tensor([chain.label for chain in chains]),
+        "num_labeled_steps": sum(chain.num_labeled_steps for chain in chains),
+        "chains": tuple(chains),
+    }
 
 
 def sort_by_length(encoded: Sequence[EncodedChain]) -> list[EncodedChain]:

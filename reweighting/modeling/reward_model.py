@@ -27,8 +27,8 @@ from reweighting.data.steps import split_response
 from reweighting.errors import UserError
 from reweighting.modeling.adapters import save_trained, set_trainable, strip_prefix, without_adapters
 from reweighting.modeling.aggregation import AGGREGATIONS, AggregationName, aggregate
-from reweighting.modeling.backbone_pass import hidden_states
-from reweighting.modeling.collate import Batch, collate
+from reweighting.modeling.backbone_pass import states_at_ends
+from reweighting.modeling.collate import Batch, collate, collate_states
 from reweighting.modeling.config import TOKEN_HEADS, PRMConfig
 from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.parts import load_parts, load_saved_weights
@@ -45,9 +45,10 @@ from reweighting.modeling.scoring_inputs import (
     one_line_errors,
 )
 from reweighting.modeling.sources import HEAD_FILE, ModelSource, new_source, saved_source
+from reweighting.modeling.step_states import StepStates
 from reweighting.modeling.tokenization import ChainTokenizer, EncodedChain, Pixels
 
-CACHE_BYTES = 2**30  # of main memory for images and tokens, in training
+CACHE_BYTES = 2**30  # of main memory in training, for images and tokens; and as much for step states
 SCORING = threading.RLock()  # held while a model is in evaluation mode for a call, and its tokenizer in use
 
 
@@ -65,12 +66,14 @@ class ProcessRewardModel(nn.Module):
         chain_tokenizer: as given.
         config: as given.
         base_identity: of the pretrained weights, if they are not saved with the model.
+        step_states: remembers what a frozen backbone gives the head, for training the head alone; None: nothing is.
     """
 
     def __init__(self, backbone: PreTrainedModel | PeftModel, chain_tokenizer: ChainTokenizer, config: PRMConfig):
         super().__init__()
         self.backbone, self.chain_tokenizer, self.config = backbone, chain_tokenizer, config
         self.base_identity: BaseIdentity | None = None
+        self.step_states: StepStates | None = None
         self.gradient_checkpointing = False
         self.score_head = random_head(config.score_head, backbone.config.get_text_config().hidden_size)
         self.score_head.requires_grad_(config.score_head != "token")
@@ -259,13 +262,29 @@ class ProcessRewardModel(nn.Module):
         Returns:
             Logits z [B, S], float32; 0 where there is no step.
         """
-        hidden = hidden_states(self.backbone, self.base, self.chain_tokenizer.family, batch)  # [B, T, D]
-        ends = batch.step_ends[:, :, None].expand(-1, -1, hidden.shape[-1])
-        at_ends = hidden.gather(1, ends)  # [B, S, D]
+        at_ends = batch.states  # [B, S, D]
+        if at_ends is None:
+            at_ends = states_at_ends(self.backbone, self.base, self.chain_tokenizer.family, batch)
         # Soft labels differ in the second decimal: bfloat16's three digits are too few for the head.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(at_ends.device.type, enabled=False):
             logits = self.score_head(at_ends.to(self.head_input.dtype)).squeeze(-1)  # [B, S]
         return logits.masked_fill(~batch.step_mask, 0.0)
+
+    def make_batch(self, chains: Sequence[Chain]) -> Batch:
+        """Make a batch of chains whose images are files, on the model's device.
+
+        Args:
+            chains: the chains, at least one.
+
+        Returns:
+            The batch; with states in place of tokens, where these are remembered.
+
+        Raises:
+            UserError: as `ChainTokenizer.encode`.
+        """
+        if self.step_states is None:
+            return self.collate([self.chain_tokenizer.encode(chain) for chain in chains])
+        return collate_states(chains, [self.step_states.of(chain) for chain in chains]).to(self.head_input.device)
 
     def collate(self, encoded: Sequence[EncodedChain]) -> Batch:
         """Collate encoded chains into a batch of the kind that is fastest for this model, on its device.
@@ -323,7 +342,10 @@ class ProcessRewardModel(nn.Module):
             with torch.inference_mode() if self.holds_full_parameters else torch.no_grad():
                 for start in range(0, len(chains), batch_size):
                     part = chains[start : start + batch_size]
-                    batch = self.collate([tokenizer.encode(chain, images) for chain in part])
+                    if self.step_states is not None and images is None:
+                        batch = self.make_batch(part)
+                    else:
+                        batch = self.collate([tokenizer.encode(chain, images) for chain in part])
                     z = self(batch)  # [B, S of the batch]
                     logits[start : start + len(part), : z.shape[1]] = z.cpu()
                     mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()

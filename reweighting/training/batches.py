@@ -47,14 +47,20 @@ class BatchSource:
     def train(self, model: ProcessRewardModel, micro_step: int) -> tuple[int, Batch]:
         """Return the domain of a lower-level micro-step (from 0), and this process's part of its batch."""
         domain, indices = self.sampler.draw(micro_step)
-        train, encode = self.data.train, model.chain_tokenizer.encode
-        batch = model.collate([encode(train[index]) for index in collectives.local_slice(indices)])
+        train = self.data.train
+        batch = model.make_batch([train[index] for index in collectives.local_slice(indices)])
         return domain, replace(batch, num_labeled_steps=sum(train[index].num_labeled_steps for index in indices))
 
     def meta(self, model: ProcessRewardModel, update: int) -> list[Batch]:
-        """Return this process's part of the answers for an update (from 0), as batches of similar length."""
-        drawn, encode = self.meta_sampler.draw(update), model.chain_tokenizer.encode
-        encoded = sort_by_length([encode(self.data.meta[index]) for index in collectives.local_slice(drawn)])
+        """Return this process's part of the answers for an update (from 0), as batches of similar length.
+
+        One batch, if step states are remembered: the head alone takes little memory.
+        """
+        drawn = self.meta_sampler.draw(update)
+        chains = [self.data.meta[index] for index in collectives.local_slice(drawn)]
+        if model.step_states is not None:
+            return [model.make_batch(chains)]
+        encoded = sort_by_length([model.chain_tokenizer.encode(chain) for chain in chains])
         return [model.collate(part) for part in small_batches(encoded, len(drawn), self.batch_size)]
 
 

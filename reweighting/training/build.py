@@ -18,7 +18,8 @@ from reweighting.config.training import LowerConfig, TrainingConfig, UpperConfig
 from reweighting.distributed import collectives
 from reweighting.distributed.sharding import Replicated, Sharded
 from reweighting.errors import UserError
-from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
+from reweighting.modeling.step_states import StepStates
 from reweighting.training.run_data import RunData
 from reweighting.training.validation import Validation
 
@@ -52,14 +53,15 @@ def make_reward_model(
 def load_backbone(config: TrainingConfig, device: torch.device, precision: str) -> ProcessRewardModel:
     """Load the backbone with a score head; a frozen base takes the precision of the compute.
 
-    On the device meta no weight is read, and nothing takes memory.
+    With `--train head`, the model remembers what the head reads, see `modeling/step_states.py`. On the device meta no
+    weight is read, and nothing takes memory.
     """
     model = config.model
     frozen_base = torch.bfloat16 if model.train != "full" and precision == "bf16" else torch.float32
     attention = model.attention
     if device.type == "meta" and attention == "flash_attention_2":
         attention = "sdpa"  # takes as much memory, and needs no GPU
-    return ProcessRewardModel.from_backbone(
+    loaded = ProcessRewardModel.from_backbone(
         model.reward_model,
         dtype=frozen_base,
         device=device,
@@ -78,6 +80,10 @@ def load_backbone(config: TrainingConfig, device: torch.device, precision: str) 
         max_length=model.max_length,
         max_image_side=model.max_image_side,
     )
+    # Processes that share a model's shards must make the same passes, whatever each of them remembers.
+    if loaded.config.train == "head" and not config.run.shard:
+        loaded.step_states = StepStates(loaded.base, loaded.chain_tokenizer, precision, CACHE_BYTES)
+    return loaded
 
 
 def make_validation(

@@ -74,8 +74,9 @@ def dry_run(
     saves = -(-config.lower.iteration_num // config.run.save_every_iterations)
     hours = (loading + config.lower.iteration_num * seconds + saves * saving) / 3600
     print(f"\ndry run: made {steps} steps, saved a checkpoint and read it again; the whole run would take about")
+    later = "; less, since the backbone reads each chain only once" if engine.lower.module.step_states else ""
     print(f"  time    {hours:.2f} hours for {config.lower.iteration_num} steps: {1 / seconds:.2f} steps a second, "
-          f"{loading:.0f} s before the first")  # fmt: skip
+          f"{loading:.0f} s before the first{later}")  # fmt: skip
     print(f"  memory  {_peak_memory(engine.device, before)}; expected: {expected.total / 1e9:.2f} GB")
     print(
         f"  disk    {disk / 1e9:.2f} GB ({size / 1e6:.0f} MB a checkpoint); {free / 1e9:.0f} GB are free in "

@@ -39,9 +39,7 @@ def step_memory(
         Bytes that the forward pass leaves for the backward pass, and the most that exist at a time in both, the
         gradients included.
     """
-    # Not a TorchFunctionMode: it is off while checkpointed activations are computed again.
-    fused = patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
-    with fused, LiveMemory(known) as live:
+    with _fused_kernels(), LiveMemory(known) as live:
         value = loss()
         activations = live.now
         if shards == 1:
@@ -50,6 +48,18 @@ def step_memory(
             grads = _backward_into_shards(value, params, shards)
         del value, grads
     return activations, live.peak
+
+
+def forward_memory(compute: Callable[[], Any], known: Iterable[Tensor]) -> int:
+    """Return the most bytes that exist at a time in a computation, without those of `known`."""
+    with _fused_kernels(), LiveMemory(known) as live:
+        compute()
+    return live.peak
+
+
+def _fused_kernels() -> Any:
+    # Not a TorchFunctionMode: it is off while checkpointed activations are computed again.
+    return patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention)
 
 
 def _backward_into_shards(loss: Tensor, params: Sequence[nn.Parameter], shards: int) -> list[Tensor]:

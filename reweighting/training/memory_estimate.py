@@ -14,7 +14,7 @@ cannot use (5 to 10 % is usual). `benchmarks/memory_check.py` compares with meas
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,16 @@ from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.hypergradients.base import WindowMemory, WindowSize
 from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.config.training import TrainingConfig
-from reweighting.data.chains import Chain
+from reweighting.data.chains import Chain, candidate_chains
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
 from reweighting.distributed.sharding import unsharded_parameters
 from reweighting.modeling.aggregation import aggregate
 from reweighting.modeling.collate import Batch, collate
 from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
+from reweighting.modeling.step_states import StepStates
 from reweighting.training.build import micro_batches_per_step
-from reweighting.training.fake_tensor_memory import step_memory
+from reweighting.training.fake_tensor_memory import forward_memory, step_memory
 from reweighting.training.run_data import RunData
 
 SAMPLED = 64  # chains that are tokenized to find the longest ones, beside those with most text
@@ -54,6 +55,8 @@ class MemoryScenario:
         clipped: Whether steps are clipped.
         meta_batches: Batches in an update of the weights.
         images: Bytes of cached image features, where these are in the device's memory.
+        step_states: Bytes of remembered step states, where these are in the device's memory.
+        state_pass: Bytes that computing a chain's step states takes for a moment.
         device: Type of the device, "cpu" or "cuda".
         processes: Processes that make the run.
         sharded: Whether these shard the parameters, as `sharding.Sharded` does.
@@ -68,6 +71,8 @@ class MemoryScenario:
     clipped: bool = False
     meta_batches: int = 1
     images: int = 0
+    step_states: int = 0
+    state_pass: int = 0
     device: str = "cuda"
     processes: int = 1
     sharded: bool = False
@@ -89,6 +94,7 @@ class MemoryEstimate:
         optimizer: The lower level's optimizer state.
         kept: What the hypergradient keeps of a window: gradients, or micro-batches.
         image_features: Cached ones, and a micro-batch with its own.
+        step_states: Remembered ones, with --train head, and the pass that computes a chain's.
         activations: What the forward pass of a micro-batch leaves for the backward pass.
         gradients: All copies of a step's gradient that exist at once, without the kept ones.
         meta_pass: Activations and gradients of the meta loss, or what the hypergradient then takes, whichever is more.
@@ -99,6 +105,7 @@ class MemoryEstimate:
     optimizer: int
     kept: int
     image_features: int
+    step_states: int
     activations: int
     gradients: int
     meta_pass: int
@@ -109,7 +116,8 @@ def table(estimate: MemoryEstimate) -> str:
     """Format the parts as lines of text, in GB."""
     words = {name: name.replace("_", " ") for name in vars(estimate)}
     words |= {"kept": "kept gradients", "total": "most at a time"}
-    return "\n".join(f"  {words[name]:<16}{count / 1e9:9.3f} GB" for name, count in vars(estimate).items())
+    parts = {name: count for name, count in vars(estimate).items() if count or name != "step_states"}
+    return "\n".join(f"  {words[name]:<16}{count / 1e9:9.3f} GB" for name, count in parts.items())
 
 
 def estimate(
@@ -149,9 +157,10 @@ def estimate(
         more = scenario.meta_batches - 1
         backward = meta_peak + more * meta_activations + (vector if more else 0)
         meta = vector + max(backward, 2 * vector, vector + window.compute)
-    lasting = weights + optimizer + window.kept + features
-    total = lasting + max(step, meta)
-    return MemoryEstimate(weights, optimizer, window.kept, features, activations, gradients, meta, total)
+    lasting = weights + optimizer + window.kept + features + scenario.step_states
+    total = lasting + max(step, meta, scenario.state_pass)
+    states = scenario.step_states + scenario.state_pass
+    return MemoryEstimate(weights, optimizer, window.kept, features, states, activations, gradients, meta, total)
 
 
 def _window_memory(model: nn.Module, scenario: MemoryScenario, vector: int, batch: int) -> WindowMemory:
@@ -197,6 +206,11 @@ def estimate_run(
     meta_batch = None
     if data.meta:
         meta_batch = _batch(model, data.meta, longest(model, data.meta, size), True, config.run.shard)
+    meta_batches = math.ceil(min(config.upper.meta_batch_size, len(data.meta)) / config.lower.batch_size)
+    state_pass = 0
+    if batch.states is not None:
+        state_pass = _state_pass_bytes(model, longest(model, [*data.train, *data.meta], 1)[0])
+    on_cpu = device.type == "cpu"  # where caches are in the device's memory
     scenario = MemoryScenario(
         optimizer=config.lower.optimizer,
         lower_loss=config.lower.lower_loss,
@@ -205,8 +219,10 @@ def estimate_run(
         steps=config.upper.unroll_steps,
         micro_batches=micro_batches_per_step(config, len(data.domains)),
         clipped=config.lower.max_grad_norm > 0,
-        meta_batches=math.ceil(min(config.upper.meta_batch_size, len(data.meta)) / config.lower.batch_size),
-        images=_image_bytes(model, [*data.train, *data.meta]) if device.type == "cpu" else 0,
+        meta_batches=meta_batches,
+        images=_image_bytes(model, [*data.train, *data.meta]) if on_cpu else 0,
+        step_states=_state_bytes(batch.states, data) if on_cpu and batch.states is not None else 0,
+        state_pass=state_pass,
         device=device.type,
         processes=world,
         sharded=config.run.shard,
@@ -222,6 +238,20 @@ def _image_bytes(model: ProcessRewardModel, chains: Sequence[Chain]) -> int:
     (chain,) = longest(model, list(with_image.values()), 1)
     largest = max(image.nbytes for image in model.chain_tokenizer.encode(chain).images)
     return min(len(with_image) * largest, CACHE_BYTES)
+
+
+def _state_bytes(states: Tensor, data: RunData) -> int:
+    """Bytes of the step states of all chains; states: of some of them, [B, S, D]."""
+    candidates = (chain for row in data.validation for chain in candidate_chains(row))
+    distinct = {(chain.prompt, chain.steps) for chain in (*data.train, *data.meta, *candidates)}
+    return min(sum(len(steps) for _, steps in distinct) * states[0, 0].nbytes, CACHE_BYTES)
+
+
+def _state_pass_bytes(model: ProcessRewardModel, chain: Chain) -> int:
+    """Bytes that computing the step states of a chain takes, its images' features being there."""
+    states = cast(StepStates, model.step_states)
+    known = [*model.parameters(), *model.buffers(), *_tensors(model.chain_tokenizer.encode(chain))]
+    return forward_memory(lambda: states.compute(chain), known)
 
 
 def longest(model: ProcessRewardModel, chains: Sequence[Chain], count: int) -> list[Chain]:
@@ -243,6 +273,8 @@ def _batch(
 ) -> Batch:
     """A micro-batch of the chains `first`; or, by question, of as many answers to the first one's question and then
     others, which share passes over prompts where the model can."""
+    if model.step_states is not None:
+        return model.make_batch(first)
     chosen = first
     if by_question:
         chosen = sorted(chains, key=lambda other: other.prompt != first[0].prompt)[: len(first)]

@@ -212,6 +212,7 @@ def test_a_dry_run_tells_the_cost_and_leaves_nothing(tiny, tmp_path, capsys):
     main(tiny(tmp_path, "--dry_run", "--iteration_num", "1000"))
     out = capsys.readouterr().out
     assert all(word in out for word in ("dry run: made 5 steps", "hours for 1000 steps", "memory", "GB are free"))
+    assert "step states" not in out and "only once" not in out
     assert out.index("expected memory on cpu") < out.index("kept gradients  ") < out.index("dry run: made 5 steps")
     assert "GB of it since the data were read; expected: " in out
     assert not {"checkpoints", "history.jsonl", "prm"} & {path.name for path in tmp_path.iterdir()}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from reweighting.config.training import ModelConfig, parse_training_config
-from reweighting.data.chains import Chain
+from reweighting.data.chains import Chain, candidate_chains
 from reweighting.errors import UserError
 from reweighting.main import main
 from reweighting.modeling.collate import collate
@@ -27,6 +27,7 @@ from reweighting.training.memory_estimate import (
     _lower_loss,
     _tensors,
     estimate,
+    longest,
     weight_bytes,
 )
 from reweighting.training.run_data import read_run_data
@@ -169,6 +170,26 @@ def test_what_can_be_known_is_exact(estimated, more, optimizer, kept):
     least = estimate.weights + estimate.optimizer + estimate.kept + estimate.image_features
     assert least + max(estimate.activations, estimate.meta_pass) <= estimate.total
     assert estimate.total < 1.1 * (sum(vars(estimate).values()) - estimate.total)
+
+
+def test_step_states_take_what_is_estimated(demo, tmp_path):
+    """Those of all chains, and the pass that computes one chain's, to the byte."""
+    more = ("--reward_model", str(tiny_backbone()), "--train", "head")
+    more += ("--validation_json_file", str(demo / "test.json"))
+    config = parse_training_config(flags(demo, tmp_path, *more))
+    data, model = read_run_data(config), load_backbone(config, CPU, "fp32")
+    estimate = estimate_memory(config, data, CPU, "fp32")
+    candidates = [chain for row in data.validation for chain in candidate_chains(row)]
+    for chain in (*data.train, *data.meta, *candidates):
+        model.step_states.of(chain)
+    (chain,) = longest(model, [*data.train, *data.meta], 1)
+    known = [*model.parameters(), *model.buffers(), *_tensors(model.chain_tokenizer.encode(chain))]
+    with LiveMemory(known) as live:
+        model.step_states.compute(chain)
+    kept = sum(states.nbytes for states in model.step_states._known.values())
+    assert estimate.step_states == kept + live.peak
+    lasting = estimate.weights + estimate.optimizer + estimate.kept + estimate.image_features
+    assert estimate.total == lasting + kept + live.peak
 
 
 def test_what_saves_memory_does_so_in_the_estimate(estimated):
