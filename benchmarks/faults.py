@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the moments of the kills")
     args = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would inherit that it is ignored
     bench = Bench(args.work)
     faults: dict[str, Callable[[], dict]] = {
         "kill -9": lambda: kills(bench, args.kills, args.seed),
