@@ -34,6 +34,7 @@ from reweighting.modeling.fake_tensors import on_shapes
 from reweighting.modeling.parts import load_parts, load_saved_weights
 from reweighting.modeling.saved_model import BaseIdentity, SavedModel
 from reweighting.modeling.score_head import initialize_from_tokens, random_head
+from reweighting.modeling.scoring_batches import score_in_batches
 from reweighting.modeling.scoring_inputs import (
     AnyImage,
     Images,
@@ -319,38 +320,9 @@ class ProcessRewardModel(nn.Module):
         """
         check_batch_size(batch_size)
         with SCORING, one_line_errors():
-            logits, mask = self._chain_logits(chains, batch_size, images)
+            logits, mask = score_in_batches(self, chains, batch_size, images)
         if not logits.isfinite().all():
             raise UserError("the reward model gives scores that are not finite: its training may have diverged.")
-        return logits, mask
-
-    def _chain_logits(
-        self, chains: Sequence[Chain], batch_size: int, images: Sequence[Pixels] | None
-    ) -> tuple[Tensor, Tensor]:
-        tokenizer = self.chain_tokenizer
-        if tokenizer.encode_image is None and self.holds_full_parameters:
-            tokenizer = tokenizer.with_image_encoder(self.encode_image)
-        if images is not None:
-            images = [tokenizer.with_features(image) for image in images]
-        steps = max((len(chain.steps) for chain in chains), default=0)
-        # Made outside inference mode, so that the caller can compute with them in any way.
-        logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)  # [N, S]
-        was_training = self.training
-        self.eval()
-        try:
-            # Sharded layers could not be trained with tensors that they gather in inference mode.
-            with torch.inference_mode() if self.holds_full_parameters else torch.no_grad():
-                for start in range(0, len(chains), batch_size):
-                    part = chains[start : start + batch_size]
-                    if self.step_states is not None and images is None:
-                        batch = self.make_batch(part)
-                    else:
-                        batch = self.collate([tokenizer.encode(chain, images) for chain in part])
-                    z = self(batch)  # [B, S of the batch]
-                    logits[start : start + len(part), : z.shape[1]] = z.cpu()
-                    mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
-        finally:
-            self.train(was_training)
         return logits, mask
 
     def score(self, image: Images, question: str, steps: str | Iterable[str]) -> list[float]:

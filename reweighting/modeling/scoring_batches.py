@@ -1,0 +1,59 @@
+"""Score many chains with a reward model, batch by batch, in evaluation mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reweighting.data.chains import Chain
+from reweighting.modeling.tokenization import Pixels
+
+if TYPE_CHECKING:
+    from reweighting.modeling.reward_model import ProcessRewardModel
+
+
+def score_in_batches(
+    model: ProcessRewardModel, chains: Sequence[Chain], batch_size: int, images: Sequence[Pixels] | None
+) -> tuple[Tensor, Tensor]:
+    """Compute step logits without gradients. The model is in evaluation mode meanwhile; no other thread may use it.
+
+    Args:
+        model: the reward model.
+        chains: N chains with at most S steps.
+        batch_size: chains in a forward pass.
+        images: replace each chain's own, if they are not files.
+
+    Returns:
+        Step logits [N, S] and step mask [N, S] bool, on the CPU.
+
+    Raises:
+        UserError: as `ChainTokenizer.encode`.
+    """
+    tokenizer = model.chain_tokenizer
+    if tokenizer.encode_image is None and model.holds_full_parameters:
+        tokenizer = tokenizer.with_image_encoder(model.encode_image)
+    if images is not None:
+        images = [tokenizer.with_features(image) for image in images]
+    steps = max((len(chain.steps) for chain in chains), default=0)
+    # Made outside inference mode, so that the caller can compute with them in any way.
+    logits, mask = torch.zeros(len(chains), steps), torch.zeros(len(chains), steps, dtype=torch.bool)  # [N, S]
+    was_training = model.training
+    model.eval()
+    try:
+        # Sharded layers could not be trained with tensors that they gather in inference mode.
+        with torch.inference_mode() if model.holds_full_parameters else torch.no_grad():
+            for start in range(0, len(chains), batch_size):
+                part = chains[start : start + batch_size]
+                if model.step_states is not None and images is None:
+                    batch = model.make_batch(part)
+                else:
+                    batch = model.collate([tokenizer.encode(chain, images) for chain in part])
+                z = model(batch)  # [B, S of the batch]
+                logits[start : start + len(part), : z.shape[1]] = z.cpu()
+                mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
+    finally:
+        model.train(was_training)
+    return logits, mask
