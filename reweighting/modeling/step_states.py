@@ -52,15 +52,12 @@ class StepStates:
     def compute(self, chain: Chain) -> Tensor:
         """Run the backbone over a chain: what `of` returns the first time."""
         device = next(self.backbone.parameters()).device
-        was_training = self.backbone.training
-        self.backbone.eval()
-        try:
-            # Tensors made in inference mode, as validation would, could not be used in training later.
-            with torch.inference_mode(False), torch.no_grad():
-                with autocast(device, "fp32"):  # image features are computed in their tower's own precision
-                    batch = collate([self.chain_tokenizer.encode(chain)]).to(device)
-                with autocast(device, self.precision):
-                    states = states_at_ends(self.backbone, self.backbone, self.chain_tokenizer.family, batch)
-                return states[0].cpu()  # [S, D]
-        finally:
-            self.backbone.train(was_training)
+        if self.backbone.training:  # no dropout, now or later: nothing of it is trained
+            self.backbone.eval()
+        # Tensors made in inference mode, as validation would, could not be used in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            with autocast(device, "fp32"):  # image features are computed in their tower's own precision
+                batch = collate([self.chain_tokenizer.encode(chain)]).to(device)
+            with autocast(device, self.precision):
+                states = states_at_ends(self.backbone, self.backbone, self.chain_tokenizer.family, batch)
+            return states[0].cpu()  # [S, D]
