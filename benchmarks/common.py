@@ -144,6 +144,19 @@ def best_of(model: ProcessRewardModel, data: Path) -> dict[str, float]:
     return result
 
 
+def run_case(command: list[str], env: dict[str, str] | None = None) -> dict:
+    """Run one case of a benchmark in a process of its own; what it prints behind `RESULT`, which is JSON.
+
+    Raises:
+        RuntimeError: with the end of what it printed, if it fails.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
 def write_results(name: str, content: dict) -> Path:
     """Write `benchmarks/results/<name>.json` with the machine in its head."""
     RESULTS.mkdir(parents=True, exist_ok=True)

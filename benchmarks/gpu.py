@@ -11,15 +11,15 @@ windows that are timed.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import ROOT, make_data, write_results
+from common import ROOT, make_data, run_case, write_results
 from memory_table import IMAGE, MODELS
+from throughput import Meter, Stopwatch
 
 WARM_UP, TIMED = 2, 4  # windows
 WINDOW = ("--unroll_steps", "5", "--batch_size", "2")
@@ -55,28 +55,10 @@ def make_backbone(name: str, folder: Path) -> Path:
     return folder
 
 
-class Clock:
-    """Stands in for the signals that a run looks for after each step: starts the clock once the run is warm."""
-
-    def __init__(self, warm_up: int, rows_seen):
-        self.warm_up, self.rows_seen, self.steps = warm_up, rows_seen, 0
-
-    @property
-    def received(self) -> None:
-        """Called after each step; there is never a signal."""
-        self.steps += 1
-        if self.steps == self.warm_up:
-            torch.cuda.synchronize()
-            self.rows, self.started = self.rows_seen(), time.perf_counter()
-
-    def result(self) -> dict[str, float]:
-        """Seconds a step and rows a second since the clock started."""
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - self.started
-        return {
-            "seconds_a_step": round(seconds / (self.steps - self.warm_up), 4),
-            "rows_per_second": round((self.rows_seen() - self.rows) / seconds, 2),
-        }
+def rows_seen(engine) -> int:
+    """Rows that the lower level has trained on, once the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return engine.lower.rows_seen
 
 
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
@@ -101,11 +83,13 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         engine = build_engine(config, run_settings(config), rows, Path(folder))
         loaded = time.perf_counter() - started
         engine.save = lambda **_: None
-        clock = Clock(WARM_UP * window, lambda: engine.lower.rows_seen)
-        engine.run(clock)
+        meter = Meter(WARM_UP * window, lambda: rows_seen(engine), Stopwatch())
+        engine.run(meter)
+    rows, seconds = rows_seen(engine) - meter.rows, time.perf_counter() - meter.started
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     print("RESULT", json.dumps({"estimate": vars(estimate), "allocated": peak, "reserved": reserved,
-                                "seconds_to_build": round(loaded, 1), **clock.result()}))  # fmt: skip
+                                "seconds_to_build": round(loaded, 1), "rows_per_second": round(rows / seconds, 2),
+                                "seconds_a_step": round(seconds / (TIMED * window), 4)}))  # fmt: skip
 
 
 def main() -> None:
@@ -128,13 +112,12 @@ def main() -> None:
                 make_backbone(backbone.name, backbone)
                 torch.cuda.empty_cache()
             command = [sys.executable, __file__, "--case", str(backbone), str(data), *flags]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name}: FAILED\n{done.stderr[-1500:]}", flush=True)
-                results[name] = {"flags": " ".join(flags), "failed": done.stderr.strip().splitlines()[-1]}
+            try:
+                found = run_case(command)
+            except RuntimeError as error:
+                print(f"{name}: FAILED\n{error}", flush=True)
+                results[name] = {"flags": " ".join(flags), "failed": str(error).strip().splitlines()[-1]}
                 continue
-            line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-            found = json.loads(line.removeprefix("RESULT "))
             found["ratio"] = round(found["estimate"]["total"] / found["allocated"], 3)
             results[name] = {"flags": " ".join(flags), **found}
             print(f"{name:<40} {found['seconds_a_step']:.3f} s/step, {found['rows_per_second']:.1f} rows/s, estimated "

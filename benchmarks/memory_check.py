@@ -14,13 +14,12 @@ import ctypes
 import gc
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import ROOT, make_data, write_results
+from common import ROOT, make_data, run_case, write_results
 from throughput import make_backbone
 
 SMALL = ("--batch_size", "4", "--gradient_accumulation", "2", "--unroll_steps", "5", "--meta_batch_size", "8")
@@ -124,11 +123,7 @@ def main() -> None:
             start = TORCHRUN if "two processes" in name else []
             backbone = str(backbones[name.split(",")[0]])
             command = [sys.executable, *start, __file__, "--case", backbone, str(data), *flags]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
-            line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-            found = json.loads(line.removeprefix("RESULT "))
+            found = run_case(command, environment)
             found["ratio"] = round(found["estimate"]["total"] / found["measured"], 3)
             results[name] = {"flags": " ".join(flags), **found}
             print(f"{name:<36} estimated {found['estimate']['total'] / 1e6:6.0f} MB, measured "

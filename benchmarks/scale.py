@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -22,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import pyarrow
 import pyarrow.parquet
-from common import ROOT, write_results
+from common import ROOT, run_case, write_results
 from demo_world.pictures import KINDS, draw_picture
 from demo_world.solutions import Policy, random_question
 from memory import Watch
@@ -153,11 +152,7 @@ def main() -> None:
     for case, train in {"demo": DEMO, "million": large, "canonical": make_canonical(large),
                         "parquet": make_table(large, args.table_rows)}.items():  # fmt: skip
         command = [sys.executable, __file__, "--child", case, str(train), str(time.time())]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-        line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-        result[case] = {"flags": FLAGS[case], **json.loads(line.removeprefix("RESULT "))}
+        result[case] = {"flags": FLAGS[case], **run_case(command)}
         print(case, {name: value for name, value in result[case].items() if name != "resident_mb_by_step"})
     print(write_results("scale", result))
 

@@ -19,7 +19,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -28,7 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import ROOT, make_data, write_results
+from common import ROOT, make_data, run_case, write_results
 
 CASES = ("stock", "stock, as many", "ours", "no upper level", "bare loop")
 PARTS = {  # what is timed: part -> (level, method)
@@ -236,11 +235,7 @@ def main() -> None:
                     backbone = make_backbone(Path(folder) / name.replace(" ", "_"), BACKBONES[name][0])
                 for case in CASES:
                     command = [sys.executable, __file__, "--case", case, name, str(backbone), str(data)]
-                    done = subprocess.run(command, capture_output=True, text=True)
-                    if done.returncode:
-                        raise RuntimeError(f"{case}: {done.stderr[-3000:]}")
-                    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-                    result = json.loads(line.removeprefix("RESULT "))
+                    result = run_case(command)
                     runs[name][case].append(result)
                     print(f"{repeat + 1}. {name}, {case}: {result['rows'] / result['seconds']:.2f} rows/s, "
                           f"{result['peak_bytes'] / 1e6:.0f} MB", flush=True)  # fmt: skip

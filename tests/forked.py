@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from subprocess import PIPE
 
 from tests.runs import ROOT
@@ -89,6 +91,18 @@ def _in_child(args: list[str], preexec_fn, cwd, env: dict | None, streams: list[
         except OSError:
             code = code or 120  # as Python ends
     return code
+
+
+def interrupt(number: int, reached: Callable[[], bool], script: str, *arguments: str) -> tuple[int, str]:
+    """Start a script and send it a signal once `reached` says so; its exit code, and what it printed as errors."""
+    process = Command(script, *arguments, stderr=PIPE)
+    deadline = time.monotonic() + 120
+    while not reached() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    return process.returncode, errors
 
 
 def run(script: str, *arguments: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.sources import Source
 from reweighting.errors import UserError
 from reweighting.label import main
-from tests.forked import PIPE, Command, run
+from tests.forked import interrupt, run
 from tests.labeling.policy_server import CHANCE, PolicyServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,15 +136,9 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
         command = ["label.py", *few(server, "--output_train", "train.jsonl"), "--concurrency", "2"]
         for number in (signal.SIGINT, signal.SIGKILL):
             before = len(server.bodies)
-            process = Command(*command, stderr=PIPE)
-            deadline = time.monotonic() + 120
-            while len(server.bodies) < before + 60 and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.005)
-            assert process.poll() is None
-            process.send_signal(number)
-            _, errors = process.communicate()
+            code, errors = interrupt(number, lambda before=before: len(server.bodies) >= before + 60, *command)
             if number == signal.SIGINT:
-                assert process.returncode == 130 and "interrupted; the same command resumes there" in errors
+                assert code == 130 and "interrupted; the same command resumes there" in errors
                 assert "Traceback" not in errors and "closed" not in errors
         done = run(*command)
         assert done.returncode == 0, done.stderr

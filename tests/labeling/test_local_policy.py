@@ -2,12 +2,8 @@
 
 import asyncio
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
-import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +23,7 @@ from reweighting.labeling.local_policy import LocalPolicy
 from reweighting.labeling.policy import Sampling
 from reweighting.labeling.questions import Question
 from reweighting.modeling.loading import load_generator
+from tests.forked import interrupt
 from tests.labeling.coin_policy import CHANCE_OF_7, EIGHT, READ, SEVEN, build_coin_policy
 from tests.labeling.policy_server import PolicyServer
 from tests.tiny import build, draw_cells
@@ -194,20 +191,12 @@ def test_killed_or_interrupted_the_same_command_gives_the_same_rows(folder, coin
     main(flags(coin, "--store", "whole.sqlite"))
     expected = Path("train.jsonl").read_bytes()
     Path("train.jsonl").unlink()
-    command = [sys.executable, str(ROOT / "reweighting" / "label.py"), *flags(coin, "--concurrency", "4")]
+    command = ["label.py", *flags(coin, "--concurrency", "4")]
     for number in (signal.SIGINT, signal.SIGKILL):
         before = stored()
-        process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        deadline = time.monotonic() + 120
-        while stored() < before + 15 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None
-        process.send_signal(number)
-        _, errors = process.communicate()
+        code, errors = interrupt(number, lambda before=before: stored() >= before + 15, *command)
         if number == signal.SIGINT:
-            assert process.returncode == 130 and "interrupted; the same command resumes there" in errors
+            assert code == 130 and "interrupted; the same command resumes there" in errors
             assert "Traceback" not in errors and "Exception" not in errors
     assert 30 <= stored() < 20 * 4 * 3
     main(flags(coin, "--concurrency", "7"))
