@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable
 from types import ModuleType
 
+import psutil
+
 from reweighting.distributed.rank0_output import dist_env, end_process, rank0_output
 from reweighting.errors import ProcessLost, UserError
 from reweighting.out_of_memory import describe_out_of_memory, is_out_of_memory
@@ -76,8 +78,10 @@ def run_command(module: str) -> None:
 def prepare_process() -> None:
     """Set what must be set before torch is loaded, and let output outlive its reader (`| head -1`)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait keep a busy core from the one that they wait for: benchmarks/openmp_wait.py.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if os.environ.get("OMP_NUM_THREADS") != "1" and "OMP_WAIT_POLICY" not in os.environ and machine_is_busy():
+        # Threads that spin while they wait keep a busy core from the one that they wait for; where all cores are free,
+        # spinning is faster: benchmarks/openmp_wait.py.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     if sys.warnoptions:  # `-W error` is meant for this package: other packages warn of their use of each other
         warnings.filterwarnings("default", module=r"(?!reweighting\b)")
     for name in ("stdout", "stderr"):
@@ -85,6 +89,11 @@ def prepare_process() -> None:
         if stream is not None:  # closed by whoever started this
             stream.reconfigure(errors="replace")  # a console without block characters still gets its table
             setattr(sys, name, DetachableStream(stream))
+
+
+def machine_is_busy() -> bool:
+    """Tell whether other processes take half a core or more at this moment."""
+    return psutil.cpu_percent(interval=0.2) * (psutil.cpu_count() or 1) >= 50
 
 
 def _recorded(run: Callable[[str], ProcessLost | None]) -> Callable[[str], ProcessLost | None]:

@@ -4,11 +4,14 @@ import errno
 import os
 import subprocess
 import sys
+import time
 import types
 
+import psutil
 import pytest
 import torch
 
+from reweighting import entrypoint
 from reweighting.entrypoint import run_command
 from reweighting.errors import UserError
 from reweighting.training.signals import Stopped
@@ -72,14 +75,29 @@ def test_what_is_a_fault_of_the_program_keeps_its_traceback(ending):
         ending(lambda argv: 1 // 0)
 
 
-def test_threads_wait_passively_unless_the_user_says_otherwise(ending, monkeypatch):
+@pytest.mark.parametrize(
+    ("busy", "given", "threads", "policy"),
+    [(0, None, "2", None), (60, None, "2", "PASSIVE"), (60, "ACTIVE", "2", "ACTIVE"), (60, None, "1", None)],
+)
+def test_threads_wait_passively_where_cores_are_busy_unless_the_user_says_otherwise(
+    ending, monkeypatch, busy, given, threads, policy
+):
+    monkeypatch.setattr(entrypoint.psutil, "cpu_percent", lambda interval: busy / psutil.cpu_count())
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        del os.environ["OMP_WAIT_POLICY"]
     seen = []
-    for given in (None, "ACTIVE"):
-        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-        if given is None:
-            del os.environ["OMP_WAIT_POLICY"]
-        ending(lambda argv: seen.append(os.environ["OMP_WAIT_POLICY"]) or sys.exit(0))
-    assert seen == ["PASSIVE", "ACTIVE"]
+    ending(lambda argv: seen.append(os.environ.get("OMP_WAIT_POLICY")) or sys.exit(0))
+    assert seen == [policy]
+
+
+def test_a_busy_core_is_noticed():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.2)
+        found = entrypoint.machine_is_busy()
+        busy.kill()
+    assert found
 
 
 def test_torch_is_loaded_after_the_policy_is_set():
