@@ -71,10 +71,14 @@ def digest(*files: Path) -> str:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Generator[BinaryIO]:
+def atomic_file(path: Path, sync: bool = True) -> Generator[BinaryIO]:
     """Write a binary file that takes its name only when all of it is on disk; until then the old one stays.
 
     The file gets the permissions of the user's umask. A symbolic link at `path` is replaced, not followed.
+
+    Args:
+        path: the file.
+        sync: False: only when all of it is written; a power cut may damage it. For many files that can be made again.
 
     Yields:
         The file to write into. If the block raises, nothing is left of it.
@@ -86,8 +90,9 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
     try:
         with open(unfinished, "xb") as file:  # x: a new file, never one that another user has put there
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -65,6 +65,17 @@ USELESS = (
         from_recipes=False,
     ),
     Useless(
+        ("step_states_dir",),
+        lambda c: c.model.train != "head",
+        "without --train head: the states change while the backbone is trained",
+        from_recipes=False,
+    ),
+    Useless(
+        ("step_states_dir",),
+        lambda c: c.run.shard,
+        "with --shard: each process holds a part of the backbone, and nothing is remembered",
+    ),
+    Useless(
         ("freeze_vision",),
         lambda c: c.model.train != "full" and not c.model.freeze_vision,
         "without --train full: the vision tower stays frozen",

@@ -54,6 +54,11 @@ class DataConfig:
         help="leave out chains that are longer than the model takes, and print how many; else they are an error",
     )
     weights_path: str = flag(default="weights", help="output folder")
+    step_states_dir: str | None = flag(
+        default=None,
+        help="with --train head: keep the backbone's states at the steps' ends in this folder, so that later runs on "
+        "the same chains (other seeds, weights, settings) need no pass of the backbone",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Remember the hidden states of a frozen backbone at the steps' ends: with `--train head`, all that the head reads.
 
-The backbone then sees each chain once, and every later epoch takes only the head.
+The backbone then sees each chain once, and every later epoch takes only the head; with a folder for the states, see
+`state_files.py`, so do later runs.
 """
 
 from collections.abc import Hashable
@@ -13,6 +14,7 @@ from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.modeling.backbone_pass import states_at_ends
 from reweighting.modeling.collate import collate
+from reweighting.modeling.state_files import StateFiles
 from reweighting.modeling.tokenization import ChainTokenizer
 
 
@@ -26,11 +28,20 @@ class StepStates:
         backbone: none of its weights ever changes.
         chain_tokenizer: prepares chains for it.
         precision: of the compute, "fp32" or "bf16".
-        cache_bytes: memory for the states; what does not fit is computed again each time, to the same bits.
+        cache_bytes: memory for the states; what does not fit is read or computed again each time, to the same bits.
+        files: where the states are kept beyond the run; None: nowhere.
     """
 
-    def __init__(self, backbone: PreTrainedModel, chain_tokenizer: ChainTokenizer, precision: str, cache_bytes: int):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        chain_tokenizer: ChainTokenizer,
+        precision: str,
+        cache_bytes: int,
+        files: StateFiles | None = None,
+    ):
         self.backbone, self.chain_tokenizer, self.precision = backbone, chain_tokenizer, precision
+        self.files = files
         self._bytes_left = cache_bytes
         self._known: dict[Hashable, Tensor] = {}
 
@@ -43,14 +54,24 @@ class StepStates:
         key = (chain.prompt, chain.steps)
         states = self._known.get(key)
         if states is None:
-            states = self.compute(chain)
+            states = self._from_files(chain)
             if states.nbytes <= self._bytes_left:
                 self._bytes_left -= states.nbytes
                 self._known[key] = states
         return states
 
+    def _from_files(self, chain: Chain) -> Tensor:
+        """Read the states of a chain, or compute them and keep them in a file."""
+        if self.files is None:
+            return self.compute(chain)
+        states = self.files.read(chain)
+        if states is None:
+            states = self.compute(chain)
+            self.files.write(chain, states)
+        return states
+
     def compute(self, chain: Chain) -> Tensor:
-        """Run the backbone over a chain: what `of` returns the first time."""
+        """Run the backbone over a chain: what `of` returns if the states are not known."""
         device = next(self.backbone.parameters()).device
         if self.backbone.training:  # no dropout, now or later: nothing of it is trained
             self.backbone.eval()

@@ -190,6 +190,20 @@ class ChainTokenizer:
             raise type(error)(f"{chain.source_location}: {error}") from error
         return EncodedChain(chain, *tokens, read)
 
+    def tokens(self, chain: Chain) -> ChainTokens:
+        """Tokenize a chain whose images are files, to the tokens of `encode`. Reads only the images' sizes.
+
+        Args:
+            chain: the chain.
+
+        Returns:
+            `input_ids`, `is_image`, `step_ends` and `prompt_length` of an `EncodedChain`.
+
+        Raises:
+            UserError: as `encode`, without the name of the rows.
+        """
+        return self._cached_tokens(chain, self._placeholders_of(chain))
+
     def check(self, chain: Chain) -> None:
         """Check that `encode` will not fail for a chain.
 
@@ -203,8 +217,7 @@ class ChainTokenizer:
             ChainTooLong: the chain has more than `max_length` tokens.
             UserError: an image has an impossible shape, or the placeholders do not fit the images.
         """
-        family = self.family.among(len(chain.images))
-        placeholders = tuple(self._placeholder(image, family) for image in chain.images)
+        placeholders = self._placeholders_of(chain)
         around, image = self._around(chain.question, placeholders)
         if around + len(chain.steps) - 1 > self.max_length:  # each further step begins with a newline
             raise self._too_long(around + len(chain.steps) - 1, image, "at least ")
@@ -267,6 +280,11 @@ class ChainTokenizer:
         except Exception as error:  # an image 200 times as wide as it is high, or damaged settings of the processor
             raise UserError(f"cannot use the image {_named(image)}: {first_line(error)}") from error
         return self.with_features(pixels)
+
+    def _placeholders_of(self, chain: Chain) -> tuple[Placeholder, ...]:
+        """Return what stands for the image files of a chain in its prompt."""
+        family = self.family.among(len(chain.images))
+        return tuple(self._placeholder(image, family) for image in chain.images)
 
     def _placeholder(self, image: Path, family: Family) -> Placeholder:
         """Return what stands for an image file in the prompt. Reads only the file's header."""

@@ -19,6 +19,7 @@ from reweighting.distributed import collectives
 from reweighting.distributed.sharding import Replicated, Sharded
 from reweighting.errors import UserError
 from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
+from reweighting.modeling.state_files import StateFiles
 from reweighting.modeling.step_states import StepStates
 from reweighting.training.run_data import RunData
 from reweighting.training.validation import Validation
@@ -53,8 +54,8 @@ def make_reward_model(
 def load_backbone(config: TrainingConfig, device: torch.device, precision: str) -> ProcessRewardModel:
     """Load the backbone with a score head; a frozen base takes the precision of the compute.
 
-    With `--train head`, the model remembers what the head reads, see `modeling/step_states.py`. On the device meta no
-    weight is read, and nothing takes memory.
+    With `--train head`, the model remembers what the head reads, see `modeling/step_states.py`, and keeps it in
+    `--step_states_dir`. On the device meta no weight is read, and nothing takes memory.
     """
     model = config.model
     frozen_base = torch.bfloat16 if model.train != "full" and precision == "bf16" else torch.float32
@@ -82,7 +83,10 @@ def load_backbone(config: TrainingConfig, device: torch.device, precision: str) 
     )
     # Processes that share a model's shards must make the same passes, whatever each of them remembers.
     if loaded.config.train == "head" and not config.run.shard:
-        loaded.step_states = StepStates(loaded.base, loaded.chain_tokenizer, precision, CACHE_BYTES)
+        files, folder = None, config.data.step_states_dir
+        if folder is not None and loaded.base_identity is not None:  # on the device meta there is none
+            files = StateFiles(Path(folder), loaded.base_identity, loaded.base, loaded.chain_tokenizer, precision)
+        loaded.step_states = StepStates(loaded.base, loaded.chain_tokenizer, precision, CACHE_BYTES, files)
     return loaded
 
 

@@ -17,9 +17,11 @@ from reweighting.terminal import printable
 from reweighting.training.checkpoints import load_latest, load_named, load_state
 
 # Flags that say how a run is started, not what it computes.
-STARTING = ("resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout")
+STARTING = (
+    "resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout", "step_states_dir",
+)  # fmt: skip
 # Flags that name a file or folder to read, beside those of the rows.
-INPUTS = ("questions_json_file", "image_root", "reward_model", "domain_weights")
+INPUTS = ("questions_json_file", "image_root", "reward_model", "domain_weights", "step_states_dir")
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
     "weights_path", "device", "reward_model", "image_root", "train_json_file", "mixture", "meta_json_file",
