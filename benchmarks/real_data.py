@@ -21,6 +21,8 @@ each chain once (`--step_states_dir`); only `--score_head mlp` is trained. Fixed
   the domains, (K + 1) // 2 of them, by the step AUC on the meta set of a PRM trained on each alone with the same seed;
   the quarter of each domain's chains with the highest balanced-information score (BIS, arXiv 2602.04145) and a random
   quarter, both with equal weights. Beside them: the step's number alone.
+- Control: the same methods, seeds and steps once more, with the labels of every third domain (by name) shuffled among
+  the steps of that domain. Here something is to be found, and it is known what.
 - Intervals of the difference from equal weights: SAMPLES bootstrap samples of the test questions, of the mean over the
   seeds.
 """
@@ -197,23 +199,38 @@ def tune(study: Study, rows: list[Row]) -> dict[str, float]:
     return found
 
 
-def methods(study: Study, rows: list[Row], seed: int) -> dict[str, dict]:
-    """Every method with one seed."""
-    alone = {
-        domain: run(study, f"alone-{domain}", seed, own, "--baseline")["meta"]["step_auc"]
-        for domain, own in by_domain(rows).items()
-    }
+def shuffled(rows: list[Row], domains: Sequence[str]) -> list[Row]:
+    """The rows, with the labels of some domains shuffled among the labelled steps of each of them."""
+    rng, result = Random(TUNING_SEED), []
+    for domain, own in by_domain(rows).items():
+        labels = [label for row in own for label in row["labels"] if label is not None]
+        if domain in domains:
+            rng.shuffle(labels)
+        left = iter(labels)
+        result += [row | {"labels": [None if label is None else next(left) for label in row["labels"]]} for row in own]
+    return result
+
+
+def methods(study: Study, rows: list[Row], seed: int, damaged: Sequence[str] = ()) -> dict[str, dict]:
+    """Every method with one seed; the runs on rows with damaged domains have names of their own."""
+    control = "shuffled-" if damaged else ""
+    alone = {}
+    for domain, own in by_domain(rows).items():
+        name = f"{control if domain in damaged else ''}alone-{domain}"
+        alone[domain] = run(study, name, seed, own, "--baseline")["meta"]["step_auc"]
     best = sorted(alone, key=lambda domain: -alone[domain])[: (len(alone) + 1) // 2]
     half = [row for row in rows if row["dataset"] in best]
     rng = Random(seed)
     chance = quarter(rows, lambda row: rng.random())
     return {
-        "equal": run(study, "equal", seed, rows, "--baseline"),
-        "adamw": run(study, "adamw", seed, rows),
-        "calm": run(study, "calm", seed, rows, "--meta_optimizer", "calm"),
-        "best half": run(study, "half", seed, half, "--baseline") | {"alone": alone, "chosen": best},
-        "BIS quarter": run(study, "bis", seed, quarter(rows, lambda row: -balanced_information(row)), "--baseline"),
-        "random quarter": run(study, "random", seed, chance, "--baseline"),
+        "equal": run(study, f"{control}equal", seed, rows, "--baseline"),
+        "adamw": run(study, f"{control}adamw", seed, rows),
+        "calm": run(study, f"{control}calm", seed, rows, "--meta_optimizer", "calm"),
+        "best half": run(study, f"{control}half", seed, half, "--baseline") | {"alone": alone, "chosen": best},
+        "BIS quarter": run(
+            study, f"{control}bis", seed, quarter(rows, lambda row: -balanced_information(row)), "--baseline"
+        ),
+        "random quarter": run(study, f"{control}random", seed, chance, "--baseline"),
     }
 
 
@@ -288,23 +305,34 @@ def one_set(name: str, data: Path, work: Path, backbone: Path) -> dict:
     result |= {"features": json.loads(features.read_text()), "tuning": tune(study, rows)}
     result["chosen"] = " ".join(study.budget)
     print(name, result["tuning"], result["chosen"], flush=True)
+    result |= compare(study, rows)
+    damaged = list(by_domain(rows))[::3]
+    return result | {"control": {"shuffled": damaged} | compare(study, shuffled(rows, damaged), damaged)}
+
+
+def compare(study: Study, rows: list[Row], damaged: Sequence[str] = ()) -> dict[str, Any]:
+    """Every method with every seed; the numbers."""
     found: dict[int, dict[str, dict]] = {}
     for seed in SEEDS:
-        found[seed] = methods(study, rows, seed)
-        print(name, seed, {key: round(one["test"]["step_auc"], 4) for key, one in found[seed].items()}, flush=True)
+        found[seed] = methods(study, rows, seed, damaged)
+        aucs = {method: round(one["test"]["step_auc"], 4) for method, one in found[seed].items()}
+        print(study.folder.name, *damaged, seed, aucs, flush=True)
     gaps = intervals(study, found)
-    result["position_auc"] = found[SEEDS[0]]["equal"]["test"]["position_auc"]
-    result["methods"] = {
-        method: {measure: summary(found[seed][method]["test"][measure] for seed in SEEDS) for measure in MEASURES}
-        | {"step_auc_minus_equal": gaps[method]}
-        for method in found[SEEDS[0]]
+    return {
+        "position_auc": found[SEEDS[0]]["equal"]["test"]["position_auc"],
+        "methods": {
+            method: {measure: summary(found[seed][method]["test"][measure] for seed in SEEDS) for measure in MEASURES}
+            | {"step_auc_minus_equal": gaps[method]}
+            for method in found[SEEDS[0]]
+        },
+        "learned": {method: weights_of(found, method) for method in ("adamw", "calm")},
+        "seeds": {
+            seed: {
+                method: {k: v for k, v in one.items() if k not in ("scores", "meta")} for method, one in ways.items()
+            }
+            for seed, ways in found.items()
+        },
     }
-    result["learned"] = {method: weights_of(found, method) for method in ("adamw", "calm")}
-    result["seeds"] = {
-        seed: {method: {k: v for k, v in one.items() if k not in ("scores", "meta")} for method, one in ways.items()}
-        for seed, ways in found.items()
-    }
-    return result
 
 
 def shared_backbone() -> Any:

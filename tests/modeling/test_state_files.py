@@ -60,6 +60,8 @@ def test_states_are_read_back_to_the_bit(tmp_path, chains, computed, precision):
         with torch.inference_mode():  # as validation reads
             found = second.of(replace(chain, targets=(1.0,) * len(chain.steps), label=1.0))
         assert torch.equal(found, expected) and found.dtype == dtype and not found.is_inference()
+        first.files.write(chain, expected)  # as another run does that has computed it at the same time
+        assert torch.equal(second.files.read(chain), expected)
     assert computed == chains
     assert sorted(path.suffix for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "states") == [
         ".json", ".png", ".states", ".states",
