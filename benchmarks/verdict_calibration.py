@@ -41,7 +41,7 @@ def share_of_verdicts(series: np.ndarray, windows_per_pass: float) -> tuple[floa
     table, evidence = DomainWeights([str(i) for i in range(DOMAINS)]), SlopeEvidence(DOMAINS, windows_per_pass)
     for window in series:
         evidence.add(torch.tensor(window), 1.0)
-    CalmWeights(list(table.parameters()), evidence, 3.0).step()
+    CalmWeights(table, evidence, 3.0).step()
     found = np.mean([verdict != "cannot be told" for verdict in evidence.slopes().verdicts])
     return float(found), table().std().item()
 

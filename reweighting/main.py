@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from betty.configs import Config
 
-from reweighting.bilevel.domain_weights import DomainWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.losses import STEP_LOSSES
@@ -35,7 +34,7 @@ from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import TrainingConfig, parse_training_config
 from reweighting.devices import choose_device, choose_precision
 from reweighting.distributed.collectives import check_same_on_all_ranks, process_group
-from reweighting.training import build, preflight
+from reweighting.training import build, loss_weights, preflight
 from reweighting.training.batches import BatchSource
 from reweighting.training.dry_run import dry_run
 from reweighting.training.engine import ReweightingEngine
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> None:
             prepare_output_dir(config, folder, checkpoint)
             with StopSignals() as stop:
                 engine.run(stop)
-            save_results(engine, folder)
+            save_results(engine, data, folder)
 
 
 def build_engine(
@@ -84,7 +83,7 @@ def build_engine(
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     preflight.check_possible(config, device, precision)
-    fixed_weights = build.read_fixed_weights(config.lower, data.domains)  # [K]; None where they are learned
+    fixed_weights = loss_weights.make_fixed_weights(config.lower, data)  # None where they are learned
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
@@ -94,7 +93,13 @@ def build_engine(
     hypergradient = None
     if method is not None:  # the weights are learned
         hypergradient = make_hypergradient(
-            method, model, optimizer, layout=layout, precision=precision, step_loss=step_loss
+            method,
+            model,
+            optimizer,
+            layout=layout,
+            precision=precision,
+            step_loss=step_loss,
+            by_chain=config.weighs_instances,
         )
 
     lower = PRMFineTuning(
@@ -110,21 +115,23 @@ def build_engine(
         learning_rate=build.learning_rate_schedule(config.lower),
         step_loss=step_loss,
         hypergradient=hypergradient,
-        fixed_weights=fixed_weights,
+        fixed_weights=None if fixed_weights is None else fixed_weights.to(device),
         max_grad_norm=config.lower.max_grad_norm,
         layout=layout,
     )
     upper = None
     if hypergradient is not None:
-        domain_weights = DomainWeights(data.domains).to(device)  # alpha [K], all 0: every weight is 1
+        learned_weights = loss_weights.make_learned_weights(config, data).to(device)
         evidence = SlopeEvidence(len(data.domains), build.windows_per_meta_pass(config.upper, data))
+        instance_evidence = loss_weights.make_instance_evidence(config, data)
         upper = DomainReweighting(
             Config(precision=precision),
-            domain_weights,
-            build.make_meta_optimizer(config.upper, domain_weights, evidence),
+            learned_weights,
+            build.make_meta_optimizer(config.upper, learned_weights, evidence, instance_evidence),
             partial(batches.meta, model),
             hypergradient=hypergradient,
             evidence=evidence,
+            instance_evidence=instance_evidence,
             aggregation=config.upper.aggregation_function,
             positive_rate=build.positive_rate(data) if config.upper.center_meta_scores else None,
             weight_bounds=build.weight_bounds(config.upper),

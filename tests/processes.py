@@ -15,7 +15,7 @@ from torch import Tensor
 from reweighting import main
 from reweighting.distributed import collectives
 from reweighting.entrypoint import run_command
-from reweighting.training import build
+from reweighting.training import build, loss_weights
 
 
 def free_port() -> int:
@@ -87,20 +87,20 @@ def parameters_of(flags: list[str], place: Path, double: bool = False) -> Callab
     """Work that runs the command and leaves each process's parameters at its end in `place`."""
 
     def work() -> None:
-        finish, load_backbone, table = main.save_results, build.load_backbone, main.DomainWeights
+        finish, load_backbone, table = main.save_results, build.load_backbone, loss_weights.make_learned_weights
 
-        def note(engine, folder) -> None:
+        def note(engine, *args) -> None:
             torch.save(engine.lower.named_trainable_parameters(), place / f"{collectives.rank()}.pt")
-            finish(engine, folder)
+            finish(engine, *args)
 
         try:
             main.save_results = note
             if double:
                 build.load_backbone = lambda *args: load_backbone(*args).double()
-                main.DomainWeights = lambda domains: table(domains).double()
+                loss_weights.make_learned_weights = lambda *args: table(*args).double()
             main.main(flags)
         finally:
-            main.save_results, build.load_backbone, main.DomainWeights = finish, load_backbone, table
+            main.save_results, build.load_backbone, loss_weights.make_learned_weights = finish, load_backbone, table
 
     place.mkdir(exist_ok=True)
     return work

@@ -12,7 +12,7 @@ def flags(demo: Path, output: Path, *more: str) -> list[str]:
     """A run of 10 steps, two windows, with small batches; flags in `more` win."""
     files = ["--train_json_file", str(demo / "train.json"), "--meta_json_file", str(demo / "meta.json")]
     sizes = ["--iteration_num", "10", "--batch_size", "2", "--unroll_steps", "5", "--meta_batch_size", "4"]
-    if "--baseline" in more or "--domain_weights" in more:  # no upper level
+    if {"--baseline", "--domain_weights", "--instance_weights"} & set(more):  # no upper level
         files, sizes = files[:2], sizes[:6]
     return [*files, "--weights_path", str(output), *sizes, "--save_every_iterations", "5", *more]
 

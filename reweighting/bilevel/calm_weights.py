@@ -10,56 +10,77 @@ of m_k (`evidence.py`). The quotient m_k / q_k lies between -1 and 1: it says ho
 grow with their number, and is free of units. B is 0 while the slopes of all domains together are no larger than chance
 makes them, and near 1 where they are much larger: James and Stein's shrinkage (1961) with twice its constant, so that
 chance seldom moves a weight at all.
+
+The raw weight beta of a chain (`instance_weights.py`) is
+
+    beta_i  =  range / 2 * (the best guess of its true slope, in standard deviations of the true slopes)
+
+which is 0 as well where chance would explain all that the chains' slopes differ by (`instance_evidence.py`).
 """
 
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 from torch.optim import Optimizer
 
+from reweighting.bilevel.domain_weights import DomainWeights, LossWeights
 from reweighting.bilevel.evidence import SlopeEvidence
+from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.instance_weights import InstanceWeights
 
 SHRINKAGE = 2.0
 
 
 class CalmWeights(Optimizer):
-    """Set the raw weights alpha to what the evidence says. Its state is the evidence's.
+    """Set the raw weights to what the evidence says. Its state is the evidence's.
 
     Args:
-        params: The table of raw weights: alpha [K].
+        table: The raw weights: alpha [K], beta [C], or both.
         evidence: Of the windows so far; it has counted each window before `step`.
-        alpha_range: The largest raw weight, positive or negative.
+        raw_range: The largest raw weight of a domain, positive or negative.
+        instance_evidence: The same for chains, where these have weights.
     """
 
-    def __init__(self, params: list[nn.Parameter], evidence: SlopeEvidence, alpha_range: float):
-        super().__init__(params, {"alpha_range": alpha_range})
-        self.evidence = evidence
+    def __init__(
+        self,
+        table: LossWeights,
+        evidence: SlopeEvidence,
+        raw_range: float,
+        instance_evidence: InstanceEvidence | None = None,
+    ):
+        super().__init__(list(table.parameters()), {})
+        self.evidence, self.instance_evidence, self.raw_range = evidence, instance_evidence, raw_range
+        self.domain_weights = table if isinstance(table, DomainWeights) else None
+        self.instance_weights = None
+        if isinstance(table, InstanceWeights):
+            self.domain_weights, self.instance_weights = table.domain_weights, table
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Set alpha; neither its gradient nor a closure is used."""
-        (group,) = self.param_groups
-        (alpha,) = group["params"]
-        alpha.copy_(group["alpha_range"] * trust(self.evidence) * agreement(self.evidence, self.evidence.mean))
+        """Set alpha and beta; neither their gradients nor a closure are used."""
+        if self.domain_weights is not None:
+            raw = self.raw_range * trust(self.evidence) * agreement(self.evidence, self.evidence.mean)
+            self.domain_weights.alpha.copy_(raw)
+        if self.instance_weights is not None and self.instance_evidence is not None:
+            guesses = self.instance_evidence.true_slopes().clamp(-2, 2)
+            self.instance_weights.beta.copy_(self.raw_range / 2 * guesses)
 
     def weight_intervals(self) -> list[tuple[float, float]] | None:
-        """Return each domain's confidence interval of its weight; None where nothing can be told.
+        """Return each domain's confidence interval of its weight; None where nothing can be told or is learned.
 
         It holds the weights that the ends of the slope's interval would give by themselves, without shrinkage, and the
         weight that the domain has.
         """
-        (group,) = self.param_groups
-        (alpha,) = group["params"]
         slopes = self.evidence.slopes()
-        if not slopes.half_width.isfinite().all():
+        if self.domain_weights is None or not slopes.half_width.isfinite().all():
             return None
-        positive = softplus(alpha.detach().to("cpu", torch.float64))
+        positive = softplus(self.domain_weights.alpha.detach().to("cpu", torch.float64))
         ends = [positive]
         for end in (slopes.mean - slopes.half_width, slopes.mean + slopes.half_width):
-            ends.append(softplus(group["alpha_range"] * agreement(self.evidence, end)))
+            ends.append(softplus(self.raw_range * agreement(self.evidence, end)))
         weights = torch.stack(ends) / positive.mean()  # [3, K]
         return list(zip(weights.amin(0).tolist(), weights.amax(0).tolist(), strict=True))
 

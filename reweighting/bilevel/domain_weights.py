@@ -1,4 +1,7 @@
-"""The upper level's parameters: a raw number alpha for each domain, and the weights w(alpha)."""
+"""The upper level's parameters: a raw number alpha for each domain, and the weights w(alpha).
+
+`instance_weights.py` adds weights of single chains.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +10,48 @@ from torch.nn.functional import softplus
 MIN_WEIGHT = 0.05  # a domain below hardly takes part any more
 
 
-class DomainWeights(nn.Module):
+class LossWeights(nn.Module):
+    """What the losses of the lower level are multiplied with: one weight for each domain, or one for each chain.
+
+    Attributes:
+        by_chain: Whether there is one for each chain.
+    """
+
+    by_chain = False
+
+    def forward(self) -> Tensor:
+        """Compute the weights: of the domains, [K], or of the chains, [C]."""
+        raise NotImplementedError
+
+    def by_domain(self) -> Tensor:
+        """Compute the weights of the domains, [K] with mean 1: what is reported."""
+        return self()
+
+    def slopes_by_domain(self, slopes: Tensor) -> Tensor:
+        """Turn derivatives with respect to the weights into those with respect to the domains' weights, [K]."""
+        return slopes
+
+    def bound_(self, lowest: float, highest: float) -> None:
+        """Keep the domains' weights within bounds; here, there is nothing to move."""
+
+
+class FixedWeights(LossWeights):
+    """Weights of the domains that stay as they are.
+
+    Args:
+        weights: [K], with mean 1.
+    """
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.weights = nn.Buffer(weights)
+
+    def forward(self) -> Tensor:
+        """Return the weights, [K]."""
+        return self.weights
+
+
+class DomainWeights(LossWeights):
     """The table of raw parameters alpha [K], all 0 at the start, so that every weight is 1.
 
     Args:

@@ -16,26 +16,25 @@ from reweighting.devices import autocast
 from reweighting.distributed import collectives
 from reweighting.modeling.collate import Batch
 
-LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> its loss, a scalar
-StepLoss = Callable[[Tensor, Batch], Tensor]  # (step logits [B, S], micro-batch) -> its loss, a scalar
+LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> loss parts [B]
+StepLoss = Callable[[Tensor, Batch], Tensor]  # (step logits [B, S], micro-batch) -> loss of each step [B, S]
 
 
 def squared_error(logits: Tensor, batch: Batch) -> Tensor:
-    """Compute the loss of a micro-batch: the mean of (sigmoid(z) - p)^2 over its labeled steps.
+    """Compute (sigmoid(z) - p)^2 of each step.
 
     Args:
         logits: Step logits z, [B, S].
         batch: Their chains, with the targets p in [0, 1].
 
     Returns:
-        This process's part of the mean, a scalar.
+        [B, S]; of steps without a target, any number.
     """
-    errors = (logits.sigmoid() - batch.targets).square()  # [B, S]
-    return errors[batch.target_mask].sum() / batch.num_labeled_steps
+    return (logits.sigmoid() - batch.targets).square()
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
-    """Compute the loss of a micro-batch: the mean of -p log sigmoid(z) - (1 - p) log(1 - sigmoid(z)) over its steps.
+    """Compute -p log sigmoid(z) - (1 - p) log(1 - sigmoid(z)) of each step.
 
     Its minimum is the entropy of the targets, which is 0 only where all of them are 0 or 1.
 
@@ -44,17 +43,42 @@ def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
         batch: Their chains, with the targets p in [0, 1].
 
     Returns:
-        This process's part of the mean over the labeled steps, a scalar.
+        [B, S]; of steps without a target, any number.
     """
-    errors = binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype), reduction="none")  # [B, S]
+    return binary_cross_entropy_with_logits(logits, batch.targets.to(logits.dtype), reduction="none")
+
+
+def mean_loss(errors: Tensor, batch: Batch) -> Tensor:
+    """Compute the loss of a micro-batch: the mean over its labeled steps.
+
+    Args:
+        errors: Loss of each step, [B, S].
+        batch: Their chains.
+
+    Returns:
+        This process's part of the mean, a scalar.
+    """
     return errors[batch.target_mask].sum() / batch.num_labeled_steps
+
+
+def loss_parts(errors: Tensor, batch: Batch) -> Tensor:
+    """Compute what each chain adds to the loss of a micro-batch; the parts sum up to `mean_loss`.
+
+    Args:
+        errors: Loss of each step, [B, S].
+        batch: Their chains.
+
+    Returns:
+        [B].
+    """
+    return torch.where(batch.target_mask, errors, 0).sum(1) / batch.num_labeled_steps
 
 
 STEP_LOSSES: dict[str, StepLoss] = {"mse": squared_error, "bce": cross_entropy}  # by the name that --lower_loss gives
 
 
 def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = squared_error) -> LossFunction:
-    """Make the unweighted loss a function of the trained parameters, without dropout.
+    """Make the parts of the unweighted loss a function of the trained parameters, without dropout.
 
     Args:
         module: The reward model.
@@ -62,7 +86,7 @@ def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = 
         step_loss: Of `STEP_LOSSES`.
 
     Returns:
-        ({name: parameter}, micro-batch) -> this process's part of its loss, a scalar.
+        ({name: parameter}, micro-batch) -> what each of this process's chains adds to its loss, [B].
     """
 
     def loss(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -70,7 +94,7 @@ def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = 
         module.eval()
         try:
             with autocast(batch.targets.device, precision):
-                return step_loss(functional_call(module, dict(params), (batch,)), batch)
+                return loss_parts(step_loss(functional_call(module, dict(params), (batch,)), batch), batch)
         finally:
             module.train(was_training)
 

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from reweighting.bilevel.betty_adapter import BettyProblemAdapter
-from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.domain_weights import LossWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients.base import Hypergradient
-from reweighting.bilevel.losses import StepLoss, center_aggregates, squared_error
+from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.losses import StepLoss, center_aggregates, loss_parts, mean_loss, squared_error
 from reweighting.bilevel.nonfinite import MicroBatch, NonFinite
 from reweighting.bilevel.step_gradient import StepGradient, is_finite
 from reweighting.data.chains import Chain
@@ -54,7 +55,7 @@ class PRMFineTuning(BettyProblemAdapter):
         learning_rate: (optimizer step from 0) -> learning rate.
         step_loss: Of `losses.STEP_LOSSES`, the same as the hypergradient's.
         hypergradient: Receives each step, where the weights are learned; the same object as the upper level's.
-        fixed_weights: The weights [K], where they are not.
+        fixed_weights: The weights, where they are not.
         max_grad_norm: Clips a step's gradient to this norm; 0 does not clip.
         layout: How the parameters lie on the processes; by default each holds all of them.
 
@@ -75,7 +76,7 @@ class PRMFineTuning(BettyProblemAdapter):
         learning_rate: Callable[[int], float],
         step_loss: StepLoss = squared_error,
         hypergradient: Hypergradient | None = None,
-        fixed_weights: Tensor | None = None,
+        fixed_weights: LossWeights | None = None,
         max_grad_norm: float = 0.0,
         layout: Replicated | None = None,
     ):
@@ -88,24 +89,29 @@ class PRMFineTuning(BettyProblemAdapter):
         self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
 
-    def domain_loss(self, batch: Batch) -> Tensor:
-        """Compute the mean loss of the labeled steps of a batch, a scalar."""
-        return self.step_loss(self.module(batch), batch)
+    @property
+    def weights(self) -> LossWeights:
+        """The weights, fixed or learned."""
+        return self.upper.module if self.fixed_weights is None else self.fixed_weights
 
     @torch.no_grad()
     def domain_weights(self) -> Tensor:
         """Return the weights w [K] that hold now: all 1 until the upper level starts."""
-        if self.fixed_weights is not None:
-            return self.fixed_weights
-        weights = self.upper.module()
+        weights = self.weights.by_domain()
         return torch.ones_like(weights) if self.warming_up else weights
 
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
-        """Compute w_k times the domain's loss, a scalar."""
+        """Compute w_k times the domain's loss, or the sum of each chain's weight times its part of it; a scalar."""
         domain, chains = batch
-        loss = self.domain_loss(chains)
+        errors = self.step_loss(self.module(chains), chains)  # [B, S]
+        loss = mean_loss(errors, chains)
         self.loss = loss.detach()  # reported without the weight, so that runs with different weights can be compared
-        return self.domain_weights()[domain] * loss
+        if self.warming_up:
+            return loss
+        weights = self.weights().detach()
+        if self.weights.by_chain:
+            return weights[chains.chain_ids] @ loss_parts(errors, chains)
+        return weights[domain] * loss
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the micro-batch's gradient to the step's, and report it to the hypergradient."""
@@ -188,18 +194,21 @@ class PRMFineTuning(BettyProblemAdapter):
 
 
 class DomainReweighting(BettyProblemAdapter):
-    """Upper level: update the raw domain parameters alpha after each window of the lower level.
+    """Upper level: update the raw weights after each window of the lower level.
+
+    Below, alpha and w stand for the domains' weights. Of single chains' weights the same holds.
 
     A batch is a list of batches of meta chains, whose `labels` tell whether the final answer is correct; several small
     ones are faster than a large one.
 
     Args:
         config: Betty's: `precision`.
-        module: The table of raw parameters alpha.
+        module: The table of raw parameters.
         optimizer: Over alpha.
         fetch_batch: (update from 0) -> list of batches.
         hypergradient: Has received the steps of the window; the same object as the lower level's.
-        evidence: Receives the hypergradient of each window.
+        evidence: Receives the domains' hypergradient of each window.
+        instance_evidence: Receives the chains', where these have weights.
         aggregation: How the step logits of a chain become its aggregate A, see `modeling/aggregation.py`.
         positive_rate: Fraction of correct answers in the whole meta set, to center the aggregates by; None does not
             center them.
@@ -210,25 +219,26 @@ class DomainReweighting(BettyProblemAdapter):
         window_slopes: Of the newest window [K], see `evidence.py`; None if its update was left out.
     """
 
-    module: DomainWeights
+    module: LossWeights
     lower: PRMFineTuning
 
     def __init__(
         self,
         config: Config,
-        module: DomainWeights,
+        module: LossWeights,
         optimizer: Optimizer,
         fetch_batch: Callable[[int], list[Batch]],
         *,
         hypergradient: Hypergradient,
         evidence: SlopeEvidence,
+        instance_evidence: InstanceEvidence | None = None,
         aggregation: AggregationName = "mean_logit",
         positive_rate: float | None = None,
         weight_bounds: tuple[float, float] = (0.0, math.inf),
     ):
         super().__init__("upper", config, module, optimizer, fetch_batch)
         self.hypergradient, self.aggregation, self.positive_rate = hypergradient, aggregation, positive_rate
-        self.evidence, self.weight_bounds = evidence, weight_bounds
+        self.evidence, self.instance_evidence, self.weight_bounds = evidence, instance_evidence, weight_bounds
         self.window_slopes: Tensor | None = None
 
     def training_step(self, batch: list[Batch]) -> Tensor:
@@ -250,8 +260,8 @@ class DomainReweighting(BettyProblemAdapter):
         """
         params, layout = self.trainable_parameters(), self.lower.layout
         v = layout.reduce_gradient(flatten(layout.local_gradient(loss)))  # dL_meta / dphi, [P]
-        weights = self.module()  # w(alpha), [K]
-        toward_weights = self.hypergradient.compute(v, weights.detach())  # dL_meta / dw, [K]
+        weights = self.module()  # w(alpha): [K], or [C] of the chains
+        toward_weights = self.hypergradient.compute(v, weights.detach())  # dL_meta / dw
         gradients = torch.autograd.grad(weights, params, grad_outputs=toward_weights.to(weights.dtype))
         self.set_grads(params, gradients)
         finite = loss.isfinite() & torch.stack([one.isfinite().all() for one in (toward_weights, *gradients)]).all()
@@ -261,7 +271,11 @@ class DomainReweighting(BettyProblemAdapter):
             self.nonfinite = NonFinite.collect("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
         elif learning_rate := self.lower.window_learning_rate():
-            self.window_slopes = self.evidence.add(toward_weights, learning_rate)
+            with torch.no_grad():
+                toward_domains = self.module.slopes_by_domain(toward_weights)  # [K]
+            self.window_slopes = self.evidence.add(toward_domains, learning_rate)
+            if self.instance_evidence is not None:
+                self.instance_evidence.add(toward_weights)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Update alpha."""
@@ -270,7 +284,8 @@ class DomainReweighting(BettyProblemAdapter):
 
     def state_dict(self) -> dict:
         """Return the state of every problem, and the evidence. Every process calls it."""
-        return super().state_dict() | {"evidence": self.evidence.state_dict()}
+        instances = None if self.instance_evidence is None else self.instance_evidence.state_dict()
+        return super().state_dict() | {"evidence": self.evidence.state_dict(), "instances": instances}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state.
@@ -280,6 +295,8 @@ class DomainReweighting(BettyProblemAdapter):
         """
         super().load_state_dict(state_dict)
         self.evidence.load_state_dict(state_dict["evidence"])
+        if self.instance_evidence is not None:
+            self.instance_evidence.load_state_dict(state_dict["instances"])
 
 
 def _chains(batches: list[Batch]) -> list[Chain]:

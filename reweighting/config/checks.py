@@ -90,11 +90,12 @@ USELESS = (
             "warmup_iterations",
             "meta_optimizer",
             "meta_range",
+            "weights_for",
             "min_weight",
             "max_weight",
         ),
         lambda c: not c.learns_weights,
-        "with --baseline or --domain_weights: no weights are learned",
+        "with --baseline, --domain_weights or --instance_weights: no weights are learned",
         from_recipes=False,
     ),
 )
@@ -117,8 +118,11 @@ def check_training_config(config: TrainingConfig, given: set[str]) -> None:
         raise UserError("--resume_from names the checkpoint to resume from: leave out --resume")
     if config.run.dry_run and (config.run.resume or config.run.resume_from is not None):
         raise UserError("--dry_run starts at step 0: leave out --resume and --resume_from")
-    if config.lower.baseline and config.lower.domain_weights is not None:
-        raise UserError("--baseline weights every domain 1: leave out --domain_weights, or --baseline")
+    files = [name for name in ("domain_weights", "instance_weights") if getattr(config.lower, name) is not None]
+    if config.lower.baseline and files:
+        raise UserError(f"--baseline weights every domain 1: leave out --{files[0]}, or --baseline")
+    if len(files) > 1:
+        raise UserError("--instance_weights holds the weights of the domains too: leave out --domain_weights")
     if config.data.train_json_file is None and config.data.mixture is None:
         raise UserError("--train_json_file is needed: name the training rows")
     check_settings(config.model)

@@ -26,6 +26,7 @@ if not EMBEDDED_BACKBONE.is_dir():
     EMBEDDED_BACKBONE = PACKAGE.parent / "backbone"  # where the repository has it
 
 LowerLossName = Literal["mse", "bce"]
+WeightsFor = Literal["domain", "instance", "both"]
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
 
@@ -143,12 +144,20 @@ class LowerConfig:
     domain_weights: str | None = flag(
         default=None, help="fixed weights: a run's domain_weights.json, or {domain: weight}; no upper level"
     )
+    instance_weights: str | None = flag(
+        default=None, help="fixed weights of single chains: the instance_weights.parquet of a run; no upper level"
+    )
 
 
 @dataclass(frozen=True)
 class UpperConfig:
     """Upper level: learning the domain weights."""
 
+    weights_for: WeightsFor = flag(
+        default="domain",
+        help="what is weighted: each domain, each instance (a chain: the steps of one answer), or both: the instances "
+        "of a domain around its weight",
+    )
     warmup_iterations: int = flag(
         default=0,
         help="optimizer steps of plain fine-tuning, all domains weighted 1, before the weights are learned; they count "
@@ -227,7 +236,18 @@ class TrainingConfig:
     @property
     def learns_weights(self) -> bool:
         """Whether the run has an upper level."""
-        return not self.lower.baseline and self.lower.domain_weights is None
+        fixed = (self.lower.domain_weights, self.lower.instance_weights)
+        return not self.lower.baseline and fixed == (None, None)
+
+    @property
+    def weighs_instances(self) -> bool:
+        """Whether single chains get weights."""
+        return self.learns_weights and self.upper.weights_for != "domain"
+
+    @property
+    def weighs_domains(self) -> bool:
+        """Whether domains get weights."""
+        return self.learns_weights and self.upper.weights_for != "instance"
 
     def flags(self) -> dict[str, Any]:
         """Return {flag: value} over all groups."""

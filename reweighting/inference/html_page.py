@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -50,15 +51,8 @@ def html_page(
     Raises:
         UserError: if an image cannot be read.
     """
-    environment = Environment(
-        loader=PackageLoader("reweighting.inference"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         generator=GENERATOR,
         title=" ".join(question.split())[:80],
         question=question,
@@ -67,6 +61,19 @@ def html_page(
         chosen=chosen,
         aggregation=aggregation,
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package; all text is escaped."""
+    environment = Environment(
+        loader=PackageLoader("reweighting.inference"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
 
 
 def is_own_page(path: Path) -> bool:

@@ -95,6 +95,7 @@ class Batch:
         chains: the chains behind the rows.
         states: the backbone's hidden states at the steps' ends, [B, S, D], 0 where there is no step; None where the
             backbone must compute them from `tokens`.
+        chain_ids: the numbers of the chains among all training chains, [B] int64 on the CPU; None for other chains.
     """
 
     tokens: Tokens | None
@@ -108,6 +109,7 @@ class Batch:
     num_labeled_steps: int
     chains: tuple[Chain, ...]
     states: Tensor | None = None
+    chain_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the tensors to a device.

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from reweighting.config.training import TrainingConfig
 from reweighting.data.samplers import ChainSampler, QuestionSampler, WindowSampler, small_batches
 from reweighting.distributed import collectives
@@ -48,8 +50,10 @@ class BatchSource:
         """Return the domain of a lower-level micro-step (from 0), and this process's part of its batch."""
         domain, indices = self.sampler.draw(micro_step)
         train = self.data.train
-        batch = model.make_batch([train[index] for index in collectives.local_slice(indices)])
-        return domain, replace(batch, num_labeled_steps=sum(train[index].num_labeled_steps for index in indices))
+        own = collectives.local_slice(indices)
+        batch = model.make_batch([train[index] for index in own])
+        labeled_steps = sum(train[index].num_labeled_steps for index in indices)
+        return domain, replace(batch, num_labeled_steps=labeled_steps, chain_ids=torch.tensor(own))
 
     def meta(self, model: ProcessRewardModel, update: int) -> list[Batch]:
         """Return this process's part of the answers for an update (from 0), as batches of similar length.

@@ -3,21 +3,20 @@
 `main.py` puts them together.
 """
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from reweighting.bilevel.calm_weights import CalmWeights
+from reweighting.bilevel.domain_weights import LossWeights
 from reweighting.bilevel.evidence import SlopeEvidence
+from reweighting.bilevel.instance_evidence import InstanceEvidence
 from reweighting.config.training import LowerConfig, TrainingConfig, UpperConfig
 from reweighting.distributed import collectives
 from reweighting.distributed.sharding import Replicated, Sharded
-from reweighting.errors import UserError
 from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
 from reweighting.modeling.state_files import StateFiles
 from reweighting.modeling.step_states import StepStates
@@ -115,10 +114,12 @@ def make_optimizer(config: LowerConfig, params: list[nn.Parameter]) -> torch.opt
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def make_meta_optimizer(config: UpperConfig, table: nn.Module, evidence: SlopeEvidence) -> torch.optim.Optimizer:
-    """Make AdamW over the raw domain weights alpha, or the calm rule that follows the evidence."""
+def make_meta_optimizer(
+    config: UpperConfig, table: LossWeights, evidence: SlopeEvidence, instance_evidence: InstanceEvidence | None = None
+) -> torch.optim.Optimizer:
+    """Make AdamW over the raw weights, or the calm rule that follows the evidence."""
     if config.meta_optimizer == "calm":
-        return CalmWeights(list(table.parameters()), evidence, config.meta_range)
+        return CalmWeights(table, evidence, config.meta_range, instance_evidence)
     # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
     return torch.optim.AdamW(table.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay, eps=1e-15)
 
@@ -139,34 +140,6 @@ def learning_rate_schedule(config: LowerConfig) -> Callable[[int], float]:
     if config.scheduler == "cosine":
         return lambda step: config.lr * (1 + math.cos(math.pi * step / config.iteration_num)) / 2
     return lambda step: config.lr
-
-
-def read_fixed_weights(config: LowerConfig, domains: list[str]) -> Tensor | None:
-    """Read weights that stay as they are.
-
-    Returns:
-        [K] with mean 1: those of --domain_weights, or ones with --baseline; None where weights are learned.
-
-    Raises:
-        UserError: if the file cannot be read, lacks a domain, or holds a negative weight.
-    """
-    if config.baseline:
-        return torch.ones(len(domains))
-    if config.domain_weights is None:
-        return None
-    try:
-        content = json.loads(Path(config.domain_weights).read_text(encoding="utf-8"))
-        if isinstance(content.get("weights"), dict):  # a run's file; a plain one may have a domain of that name
-            content = content["weights"]
-        weights = torch.tensor([float(content[domain]) for domain in domains], dtype=torch.float64)
-    except KeyError as error:
-        raise UserError(f"--domain_weights {config.domain_weights}: the domain {error} has no weight") from error
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"--domain_weights {config.domain_weights}: expected {{domain: weight}}: {error}") from error
-    scaled = (weights / weights.mean()).float()
-    if not ((weights >= 0).all() and scaled.isfinite().all() and scaled.sum() > 0):
-        raise UserError(f"--domain_weights {config.domain_weights}: weights must be at least 0, and one of them larger")
-    return scaled
 
 
 def weight_bounds(config: UpperConfig) -> tuple[float, float]:

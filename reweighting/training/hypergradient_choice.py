@@ -1,8 +1,9 @@
 """What `--hypergradient` means in a run, and whether the run can have it.
 
-`auto` is `unrolled`, the most exact method, as long as the gradients that it keeps take at most half of the device's
-free memory: the other half is for the optimizer's state, a step's gradient and the activations. Beyond, it is `jvp`,
-or `finite_difference` where the model's kernels have no forward mode.
+Where single chains are weighted, `auto` is `jvp`, or `finite_difference` where the model's kernels have no forward
+mode. Else it is `unrolled`, the most exact method, as long as the gradients that it keeps take at most half of the
+device's free memory: the other half is for the optimizer's state, a step's gradient and the activations. Beyond, it is
+as for single chains.
 """
 
 from typing import Any
@@ -72,13 +73,19 @@ def check_method(config: TrainingConfig, method: str) -> None:
     if method not in METHODS:  # auto
         return
     needs = METHODS[method]
+    if config.weighs_instances and not needs.weighs_chains:
+        raise UserError(
+            f"--hypergradient {method} finds no slope of a single chain, which --weights_for "
+            f"{config.upper.weights_for} needs: use jvp, finite_difference or auto"
+        )
     if needs.needs_forward_mode and not has_forward_mode(config.model):
         raise UserError(
             f"--hypergradient {method}: there is no forward mode through --attention flash_attention_2 or "
             "--load_in_4bit: use finite_difference"
         )
     if needs.needs_full_parameters and config.run.shard:
-        raise UserError(f"--hypergradient {method} cannot move sharded parameters: use unrolled, or leave out --shard")
+        remedy = "leave out --shard" if config.weighs_instances else "use unrolled, or leave out --shard"
+        raise UserError(f"--hypergradient {method} cannot move sharded parameters: {remedy}")
 
 
 def has_forward_mode(config: ModelConfig) -> bool:
@@ -104,6 +111,10 @@ def choose_method(config: TrainingConfig, data: RunData, model: nn.Module, free:
     """
     if config.upper.hypergradient != "auto":
         return config.upper.hypergradient, "as asked for"
+    if config.weighs_instances:
+        if has_forward_mode(config.model):
+            return "jvp", "it finds a slope for each chain"
+        return "finite_difference", "it finds a slope for each chain, and there is no forward mode through this model"
     if config.run.shard:
         return "unrolled", "each process keeps its shard of the gradients"
     params = [param for param in model.parameters() if param.requires_grad]

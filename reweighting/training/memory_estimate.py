@@ -22,7 +22,7 @@ from torch.optim import SGD, AdamW
 
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.hypergradients.base import WindowMemory, WindowSize
-from reweighting.bilevel.losses import STEP_LOSSES
+from reweighting.bilevel.losses import STEP_LOSSES, mean_loss
 from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain, candidate_chains
 from reweighting.devices import autocast
@@ -319,7 +319,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def _lower_loss(model: ProcessRewardModel, batch: Batch, precision: str, lower_loss: str = "mse") -> Tensor:
     with autocast(torch.device("cpu"), precision):
-        return STEP_LOSSES[lower_loss](model(batch), batch)
+        return mean_loss(STEP_LOSSES[lower_loss](model(batch), batch), batch)
 
 
 def _upper_loss(model: ProcessRewardModel, batch: Batch, precision: str) -> Tensor:

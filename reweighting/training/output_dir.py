@@ -26,7 +26,10 @@ from reweighting.files import atomic_write_dir, atomic_write_text, open_regular,
 from reweighting.terminal import printable
 from reweighting.training.checkpoints import HISTORY_FILE, checkpoint_name, read_manifest
 
-CHECKPOINTS, RESULTS = "checkpoints", ("domain_weights.json", "prm", "figures")
+CHECKPOINTS, RESULTS = (
+    "checkpoints",
+    ("domain_weights.json", "instance_weights.parquet", "instance_weights.html", "prm", "figures"),
+)
 OUTPUTS = (CHECKPOINTS, HISTORY_FILE, "diagnostics", *RESULTS)
 RUN_FILE = "run.json"
 

@@ -14,13 +14,16 @@ from reweighting.plots import draw_run, shown_name
 from reweighting.terminal import printable
 from reweighting.training.checkpoints import best_checkpoint
 from reweighting.training.engine import ReweightingEngine
+from reweighting.training.instance_results import save_instance_weights
+from reweighting.training.run_data import RunData
 
 
-def save_results(engine: ReweightingEngine, folder: Path) -> None:
-    """Write `prm/`, `domain_weights.json` and `figures/`, and print the weights; every process calls it, rank 0 writes.
+def save_results(engine: ReweightingEngine, data: RunData, folder: Path) -> None:
+    """Write `prm/`, the weights and `figures/`, and print the weights; every process calls it, rank 0 writes.
 
     Args:
         engine: the engine of the finished run.
+        data: what it has read.
         folder: the output folder.
 
     Raises:
@@ -37,6 +40,8 @@ def save_results(engine: ReweightingEngine, folder: Path) -> None:
         result["evidence"] = evidence
     atomic_write_text(folder / "domain_weights.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     figures = draw_run(folder)
+    if engine.reweights and (instances := engine.upper.instance_evidence) is not None:
+        save_instance_weights(folder, data, engine.upper, instances)
     if evidence is not None:
         print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")
         print(weights_table(weights, evidence["domains"]))

@@ -21,7 +21,9 @@ STARTING = (
     "resume", "resume_from", "allow_changed_settings", "dry_run", "shard", "distributed_timeout", "step_states_dir",
 )  # fmt: skip
 # Flags that name a file or folder to read, beside those of the rows.
-INPUTS = ("questions_json_file", "image_root", "reward_model", "domain_weights", "step_states_dir")
+INPUTS = (
+    "questions_json_file", "image_root", "reward_model", "domain_weights", "instance_weights", "step_states_dir",
+)  # fmt: skip
 # Settings that may differ when a run resumes: they change no number that the run computes.
 FREE_SETTINGS = (
     "weights_path", "device", "reward_model", "image_root", "train_json_file", "mixture", "meta_json_file",
@@ -66,7 +68,8 @@ def run_settings(config: TrainingConfig) -> dict[str, Any]:
     sources = reading.sources(files.train_json_file, files.mixture)
     if config.learns_weights:
         sources += reading.sources(files.meta_json_file)
-    sources += [Source(name) for name in (config.lower.domain_weights, reading.questions_json_file) if name is not None]
+    others = (config.lower.domain_weights, config.lower.instance_weights, reading.questions_json_file)
+    sources += [Source(name) for name in others if name is not None]
     validation = reading.sources(files.validation_json_file)
     try:
         if os.path.isdir(backbone):
@@ -138,7 +141,7 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
     learned, learns = (TrainingConfig.from_flags(settings | one).learns_weights for one in (saved, settings))
     if learned != learns:
-        kinds = {True: "learns the domain weights", False: "trains with fixed weights (--baseline or --domain_weights)"}
+        kinds = {True: "learns the weights", False: "trains with fixed weights (--baseline or a file)"}
         raise UserError(
             f"the checkpoint is of a run that {kinds[learned]}, and this one {kinds[learns]}: a resumed run cannot "
             "change that. Start a new run in another --weights_path"

@@ -28,6 +28,14 @@ class EvidenceState(_Strict):
     last: Tensor
 
 
+class InstancesState(_Strict):
+    """What `InstanceEvidence` saves; its `load_state_dict` checks the shapes."""
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+
+
 class ProblemState(_Strict):
     """What both levels save; `BettyProblemAdapter.load_state_dict` checks names and shapes."""
 
@@ -39,6 +47,7 @@ class ProblemState(_Strict):
     micro_steps: PositiveInt = 1
     window: dict[str, Any] = {}
     evidence: EvidenceState | None = None
+    instances: InstancesState | None = None
 
 
 class SavedState(_Strict):

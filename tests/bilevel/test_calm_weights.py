@@ -24,7 +24,7 @@ def calm(made: np.ndarray, windows_per_pass: float = 8.0) -> tuple[DomainWeights
     """The rule after a series of hypergradients [n, K]."""
     table = DomainWeights([f"domain {i}" for i in range(made.shape[1])])
     evidence = SlopeEvidence(made.shape[1], windows_per_pass)
-    rule = CalmWeights(list(table.parameters()), evidence, 3.0)
+    rule = CalmWeights(table, evidence, 3.0)
     for one in made:
         evidence.add(torch.tensor(one), 1.0)
         rule.step()

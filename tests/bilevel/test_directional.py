@@ -20,18 +20,19 @@ DERIVATIVES = {"jvp": forward_mode, "finite_difference": central_differences}
 
 
 def make(case: Case, derivative) -> DirectionalHypergradient:
-    return DirectionalHypergradient(case.optimizer, case.params, case.loss, derivative)
+    return DirectionalHypergradient(case.optimizer, case.params, case.loss, derivative, case.by_chain)
 
 
+@pytest.mark.parametrize("by_chain", [False, True], ids=["domains", "chains"])
 @pytest.mark.parametrize("loss", STEP_LOSSES)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 @pytest.mark.parametrize(
     ("kind", "momentum", "before"), [("sgd", 0.0, 10), ("sgd", 0.9, 10), ("adamw", 0.0, 100), ("adamw", 0.0, 500)]
 )
-def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, derivative, clip, loss):
+def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, derivative, clip, loss, by_chain):
     for seed in range(2):
-        case = Case(kind, momentum, before, clip=clip, seed=seed, loss_name=loss)
+        case = Case(kind, momentum, before, clip=clip, seed=seed, loss_name=loss, by_chain=by_chain)
         hypergradient = make(case, derivative)
         exact, v = case.window(hypergradient)
         resumed = make(case, derivative)
@@ -39,14 +40,14 @@ def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, deriv
         found = hypergradient.compute(v.clone(), case.weights)
         assert torch.equal(resumed.compute(v.clone(), case.weights), found)
         cosine, ratio = cosine_and_ratio(exact, found)
-        assert cosine >= 0.99 and 0.92 <= ratio <= 1.08, (cosine, ratio)
+        assert cosine >= (0.998 if by_chain else 0.99) and 0.92 <= ratio <= 1.08, (cosine, ratio)
 
 
 def test_a_weight_has_no_slope_where_its_domain_alone_is_clipped():
     optimizer = torch.optim.SGD([weight := nn.Parameter(torch.tensor([0.5, -1.0]))], lr=0.1)
 
     def loss(at, batch):
-        return (at["weight"] @ batch).square()
+        return (at["weight"] @ batch).square()[None]
 
     hypergradient = DirectionalHypergradient(optimizer, {"weight": weight}, loss, forward_mode)
     batch = torch.tensor([1.0, 2.0])

@@ -11,10 +11,10 @@ from betty.configs import Config
 from torch.func import functional_call
 
 from reweighting import main
-from reweighting.bilevel.domain_weights import DomainWeights
+from reweighting.bilevel.domain_weights import DomainWeights, FixedWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
-from reweighting.bilevel.losses import STEP_LOSSES, centering_groups, cross_entropy
+from reweighting.bilevel.losses import STEP_LOSSES, centering_groups, cross_entropy, mean_loss
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
 from reweighting.config.training import LowerLossName, parse_training_config
 from reweighting.data.chains import Chain
@@ -80,7 +80,7 @@ class Fixture:
             learning_rate=lambda step: lr,
             step_loss=STEP_LOSSES[loss],
             hypergradient=hypergradient,
-            fixed_weights=fixed_weights,
+            fixed_weights=None if fixed_weights is None else FixedWeights(fixed_weights),
         )
         upper = None
         if fixed_weights is None:
@@ -173,7 +173,7 @@ def test_cross_entropy_of_extreme_logits_is_finite():
     batch = replace(Fixture().train[0][1], num_labeled_steps=2)
     batch = replace(batch, targets=torch.tensor([[0.25, 0.25]]), target_mask=torch.ones(1, 2, dtype=torch.bool))
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
-    loss = cross_entropy(logits, batch)
+    loss = mean_loss(cross_entropy(logits, batch), batch)
     loss.backward()
     assert loss.item() == pytest.approx((0.75 * 200 + 0.25 * 200) / 2)
     assert logits.grad.tolist() == [[0.375, -0.125]]

@@ -6,7 +6,7 @@ with torch's optimizer and reports them to a `Hypergradient`.
 
 import copy
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,26 @@ from torch.func import functional_call
 from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.distributed.flat_vectors import flatten, unflatten
 
-DOMAINS, DECAY = 4, 0.01
+DOMAINS, CHAINS, DECAY = 4, 30, 0.01
 LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
-def toy_loss(model, params, batch, name="mse") -> Tensor:
-    inputs, targets = batch
-    labeled = SimpleNamespace(
-        targets=targets, target_mask=torch.ones_like(targets, dtype=torch.bool), num_labeled_steps=len(targets)
-    )
-    return STEP_LOSSES[name](functional_call(model, params, (inputs,)).squeeze(1), labeled)
+class ToyBatch(NamedTuple):
+    """Eight chains of a step."""
+
+    inputs: Tensor  # [8, 10]
+    targets: Tensor  # [8]
+    chain_ids: Tensor  # [8]
 
 
-def toy_batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(8, 10, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+def toy_parts(model, params, batch, name="mse") -> Tensor:
+    """What each chain adds to a batch's mean loss, [8]."""
+    return STEP_LOSSES[name](functional_call(model, params, (batch.inputs,)).squeeze(1), batch) / len(batch.targets)
+
+
+def toy_batch(number: int = 0) -> ToyBatch:
+    inputs, targets = torch.randn(8, 10, dtype=torch.float64), torch.rand(8, dtype=torch.float64)
+    return ToyBatch(inputs, targets, (torch.arange(8) + 5 * number) % CHAINS)
 
 
 def norm_of(grads) -> Tensor:
@@ -38,7 +44,7 @@ def norm_of(grads) -> Tensor:
 def unrolled(kind, loss_of, params, state, weights, steps, clip, momentum):
     """The parameters after the steps as a differentiable function of the weights: the optimizers by hand."""
     for micro_batches in steps:
-        loss = sum(weights[d] * loss_of(params, batch) for d, batch in micro_batches) / len(micro_batches)
+        loss = sum(loss_of(params, weights, *micro_batch) for micro_batch in micro_batches) / len(micro_batches)
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         factor = torch.clamp(clip / norm_of(grads), max=1.0) if clip else 1.0
         new = {}
@@ -66,7 +72,7 @@ class Case:
     """A window of optimizer steps.
 
     kind: sgd or adamw. before: steps before the window. count: steps in it. accumulation: micro-batches in a step.
-    clip: the largest norm of a gradient, 0 for none. loss_name: of a step.
+    clip: the largest norm of a gradient, 0 for none. loss_name: of a step. by_chain: a weight for each chain.
     """
 
     kind: str
@@ -77,21 +83,22 @@ class Case:
     clip: float = 0.0
     seed: int = 0
     loss_name: str = "mse"
+    by_chain: bool = False
     model: nn.Module = field(init=False)
 
     def __post_init__(self):
         torch.manual_seed(self.seed)
         self.model = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 1)).double()
         self.params = dict(self.model.named_parameters())
-        self.weights = torch.rand(DOMAINS, dtype=torch.float64) + 0.5
+        self.weights = torch.rand(CHAINS if self.by_chain else DOMAINS, dtype=torch.float64) + 0.5
         if self.kind == "sgd":
             more = {"momentum": self.momentum}
             self.optimizer = torch.optim.SGD(self.params.values(), lr=LR["sgd"], weight_decay=DECAY, **more)
         else:
             self.optimizer = torch.optim.AdamW(self.params.values(), lr=LR["adamw"], weight_decay=DECAY)
         self.batches = [
-            [((step * self.accumulation + i) % DOMAINS, toy_batch()) for i in range(self.accumulation)]
-            for step in range(self.before + self.count)
+            [(number % DOMAINS, toy_batch(number)) for number in range(first, first + self.accumulation)]
+            for first in range(0, (self.before + self.count) * self.accumulation, self.accumulation)
         ]
         self.meta = toy_batch()
 
@@ -100,18 +107,22 @@ class Case:
         return self.batches[micro_step // self.accumulation][micro_step % self.accumulation]
 
     def loss(self, params, batch) -> Tensor:
-        """The unweighted loss of a micro-batch at given parameters."""
-        return toy_loss(self.model, params, batch, self.loss_name)
+        """What each chain adds to the unweighted loss of a micro-batch at given parameters, [8]."""
+        return toy_parts(self.model, params, batch, self.loss_name)
+
+    def weighted_loss(self, params, weights, domain, batch) -> Tensor:
+        """The weighted loss of a micro-batch, a scalar."""
+        return (weights[batch.chain_ids if self.by_chain else domain] * self.loss(params, batch)).sum()
 
     def meta_loss(self, params) -> Tensor:
         """The upper level's loss: the squared error, whatever the lower level's is."""
-        return toy_loss(self.model, params, self.meta)
+        return toy_parts(self.model, params, self.meta).sum()
 
     def step(self, number: int, hypergradient=None) -> None:
         """Make an optimizer step, and report it."""
         total, params = 0, list(self.params.values())
         for i, (domain, batch) in enumerate(self.batches[number]):
-            loss = self.weights[domain] * self.loss(self.params, batch) / self.accumulation
+            loss = self.weighted_loss(self.params, self.weights, domain, batch) / self.accumulation
             gradient = torch.autograd.grad(loss, params)
             total = total + flatten(gradient)
             if hypergradient is not None:
@@ -134,7 +145,7 @@ class Case:
         state = {name: copy.deepcopy(self.optimizer.state[p]) for name, p in self.params.items()}
         weights = self.weights.clone().requires_grad_()
         steps = self.batches[self.before :]
-        after = unrolled(self.kind, self.loss, start, state, weights, steps, self.clip, self.momentum)
+        after = unrolled(self.kind, self.weighted_loss, start, state, weights, steps, self.clip, self.momentum)
         exact = torch.autograd.grad(self.meta_loss(after), weights)[0]
         for number in range(self.before, self.before + self.count):
             self.step(number, hypergradient)

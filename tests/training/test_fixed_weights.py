@@ -5,16 +5,15 @@ import json
 import pytest
 import torch
 
-from reweighting.config.training import LowerConfig
 from reweighting.errors import UserError
-from reweighting.training.build import read_fixed_weights
+from reweighting.training.loss_weights import read_domain_weights
 
 DOMAINS = ["a", "b", "weights", "c"]
 
 
-def read(path, content) -> torch.Tensor | None:
+def read(path, content) -> torch.Tensor:
     path.write_text(json.dumps(content))
-    return read_fixed_weights(LowerConfig(domain_weights=str(path)), DOMAINS)
+    return read_domain_weights(str(path), DOMAINS)
 
 
 def test_weights_are_scaled_to_mean_1(tmp_path):

@@ -31,14 +31,17 @@ class LowerLevel:
     Attributes:
         optimizer: Over the trained parameters.
         layout: How these lie on the processes.
-        loss: The unweighted loss of this process's part of a micro-batch at given parameters, without dropout.
+        loss: What each of this process's chains adds to a micro-batch's unweighted loss at given parameters, without
+            dropout.
         precision: Of the compute, "fp32" or "bf16".
+        by_chain: Whether each chain has a weight of its own; else each domain has one.
     """
 
     optimizer: Optimizer
     layout: Replicated
     loss: LossFunction
     precision: str
+    by_chain: bool
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class Method:
         make: Makes it for a lower level.
         needs_full_parameters: Whether it moves the parameters, which then cannot be sharded.
         needs_forward_mode: Whether the model's kernels must have a forward mode.
+        weighs_chains: Whether each chain can have a weight of its own.
     """
 
     make: Callable[[LowerLevel], Hypergradient]
     needs_full_parameters: bool = False
     needs_forward_mode: bool = False
+    weighs_chains: bool = False
 
 
 def _unrolled(lower: LowerLevel) -> Hypergradient:
@@ -62,7 +67,7 @@ def _unrolled(lower: LowerLevel) -> Hypergradient:
 
 def _directional(lower: LowerLevel, derivative: Derivative) -> Hypergradient:
     params = lower.layout.trainable_parameters()
-    return DirectionalHypergradient(lower.optimizer, params, lower.loss, derivative)
+    return DirectionalHypergradient(lower.optimizer, params, lower.loss, derivative, lower.by_chain)
 
 
 def _finite_difference(lower: LowerLevel) -> Hypergradient:
@@ -75,8 +80,13 @@ def _darts(lower: LowerLevel) -> Hypergradient:
 
 METHODS = {
     "unrolled": Method(_unrolled),
-    "jvp": Method(partial(_directional, derivative=forward_mode), needs_full_parameters=True, needs_forward_mode=True),
-    "finite_difference": Method(_finite_difference, needs_full_parameters=True),
+    "jvp": Method(
+        partial(_directional, derivative=forward_mode),
+        needs_full_parameters=True,
+        needs_forward_mode=True,
+        weighs_chains=True,
+    ),
+    "finite_difference": Method(_finite_difference, needs_full_parameters=True, weighs_chains=True),
     "darts": Method(_darts, needs_full_parameters=True),
 }
 
@@ -89,6 +99,7 @@ def make_hypergradient(
     layout: Replicated | None = None,
     precision: str = "fp32",
     step_loss: StepLoss = squared_error,
+    by_chain: bool = False,
 ) -> Hypergradient:
     """Make a method for a lower level.
 
@@ -99,10 +110,11 @@ def make_hypergradient(
         layout: How the parameters lie on the processes; by default each holds all of them.
         precision: Of the compute, "fp32" or "bf16".
         step_loss: The lower level's, of `losses.STEP_LOSSES`.
+        by_chain: Whether each chain has a weight of its own; else each domain has one. The method must weigh chains.
 
     Returns:
         The method, at the beginning of a window.
     """
     layout = layout or Replicated(module)
     loss = loss_at_parameters(module, precision, step_loss)
-    return METHODS[method].make(LowerLevel(optimizer, layout, loss, precision))
+    return METHODS[method].make(LowerLevel(optimizer, layout, loss, precision, by_chain))

@@ -148,20 +148,22 @@ def steps_in_state(state: dict, key: str) -> list[dict]:
     return state[key]
 
 
-def through_clipping(products: Tensor, along: Tensor, clip_factor: float) -> Tensor:
+def through_clipping(products: Tensor, along: Tensor, clip_factor: float, weights: Tensor | float = 1.0) -> Tensor:
     """Differentiate through gradient clipping.
 
     Clipping scales g_n by max_norm / |g_n|, and |g_n| depends on the weights too.
 
     Args:
-        products: < dL_meta / d clipped g_n , w_k g_nk > for each micro-batch of a clipped step, [M].
-        along: < g_n , w_k g_nk > for each of them, [M]; any multiple of it will do.
+        products: < dL_meta / d clipped g_n , g > for each weighted gradient g that a clipped step sums, [n].
+        along: < g_n , g > for each of them, [n]; any multiple of it will do.
         clip_factor: max_norm / |g_n|.
+        weights: What the sum multiplies each g with, [n]; 1 where g is w_k g_nk already.
 
     Returns:
-        < u_n , w_k g_nk >, [M]. They sum to 0: a larger g_n of the same direction makes the same step.
+        < u_n , g >, [n]. Multiplied with the weights they sum to 0: a larger g_n of the same direction makes the same
+        step.
     """
-    return clip_factor * (products - along * products.sum() / along.sum())
+    return clip_factor * (products - along * (weights * products).sum() / (weights * along).sum())
 
 
 def sum_by_domain(products: Tensor, domains: Sequence[int], weights: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class BettyNative(Hypergradient):
 
     Args:
         params: {name: trained parameter}; moved for a moment, and back up to rounding.
-        loss: The unweighted loss of this process's part of a micro-batch at given parameters, without dropout.
+        loss: What each of this process's chains adds to a micro-batch's unweighted loss at given parameters, without
+            dropout.
     """
 
     def __init__(self, params: Mapping[str, Tensor], loss: LossFunction):
@@ -56,7 +57,7 @@ class BettyNative(Hypergradient):
             _strategy="default",
             cur_batch=last_batch,
             meta_trainable_parameters=lambda: params,
-            training_step_exec=lambda batch: weights[domain] * self.loss(self.params, batch),
+            training_step_exec=lambda batch: weights[domain] * self.loss(self.params, batch).sum(),
         )
         upper = SimpleNamespace(trainable_parameters=lambda: [weights])
         (gradient,) = darts(unflatten(v, params), lower, upper, sync=False)

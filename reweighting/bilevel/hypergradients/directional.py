@@ -28,7 +28,6 @@ from reweighting.bilevel.hypergradients.base import (
     WindowMemory,
     WindowSize,
     steps_in_state,
-    sum_by_domain,
     through_clipping,
 )
 from reweighting.bilevel.hypergradients.derivatives import Derivative
@@ -39,6 +38,9 @@ from reweighting.distributed.flat_vectors import unflatten
 from reweighting.modeling.collate import Batch
 
 MicroBatch = tuple[int, int, Batch]  # (number of the micro-step, domain, batch)
+# Of a micro-batch, in all processes together: (indices of the weights that its loss is multiplied with [n], derivative
+# of what each of them multiplies [n]). One weight for each domain: n = 1. One for each chain: n chains.
+Slopes = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -49,13 +51,13 @@ class DirectionalStep:
         micro_batches: The step's micro-batches.
         clip_factor: What clipping multiplied their gradient with, at most 1.
         learning_rate: The step's learning rate.
-        along: The derivative of each micro-batch's loss along the step's gradient [M]; None if it was not clipped.
+        along: The slopes along the step's gradient, see `Slopes`; None if it was not clipped.
     """
 
     micro_batches: list[MicroBatch]
     clip_factor: float
     learning_rate: float
-    along: Tensor | None
+    along: list[Slopes] | None
 
 
 class DirectionalHypergradient(Hypergradient):
@@ -64,8 +66,10 @@ class DirectionalHypergradient(Hypergradient):
     Args:
         optimizer: The lower level's, SGD or AdamW over `params` in their order, see `check_optimizer`.
         params: {name: trained parameter}.
-        loss: The unweighted loss of this process's part of a micro-batch at given parameters, without dropout.
+        loss: What each of this process's chains adds to a micro-batch's unweighted loss at given parameters, without
+            dropout.
         derivative: `forward_mode` or `central_differences`.
+        by_chain: Whether each chain has a weight of its own; else each domain has one.
 
     Raises:
         ValueError: The optimizer is another one.
@@ -77,9 +81,11 @@ class DirectionalHypergradient(Hypergradient):
         params: Mapping[str, Tensor],
         loss: LossFunction,
         derivative: Derivative,
+        by_chain: bool = False,
     ):
         check_optimizer(optimizer)
         self.optimizer, self.params, self.loss, self.derivative = optimizer, params, loss, derivative
+        self.by_chain = by_chain
         self.steps: list[DirectionalStep] = []
         self._pending: list[MicroBatch] = []
 
@@ -97,10 +103,17 @@ class DirectionalHypergradient(Hypergradient):
         """Forget the micro-batches of a step that is not made."""
         self._pending = []
 
-    def _slopes(self, micro_batches: list[MicroBatch], direction: Tensor) -> Tensor:
-        """The derivative of each whole micro-batch's loss along a direction [P], at the parameters as they are now."""
+    def _slopes(self, micro_batches: list[MicroBatch], direction: Tensor) -> list[Slopes]:
+        """The slopes of each micro-batch along a direction [P], at the parameters as they are now; on the CPU."""
         batches = [batch for *_, batch in micro_batches]
-        return collectives.all_reduce_sum(self.derivative(self.loss, self.params, batches, direction))
+        parts = self.derivative(self.loss, self.params, batches, direction)  # [B] each
+        if self.by_chain:
+            own = [(batch.chain_ids, part.cpu()) for batch, part in zip(batches, parts, strict=True)]
+            gathered = zip(*collectives.all_gather_object(own), strict=True)  # for each micro-batch, of all processes
+            return [(torch.cat([ids for ids, _ in one]), torch.cat([slope for _, slope in one])) for one in gathered]
+        sums = collectives.all_reduce_sum(torch.stack([part.sum() for part in parts])).cpu()  # [micro-batches]
+        domains = torch.tensor([domain for _, domain, _ in micro_batches])
+        return list(zip(domains.split(1), sums.split(1), strict=True))
 
     def state(self) -> dict:
         """Return the numbers of the window's micro-steps and the steps' scalars; the same in every process."""
@@ -114,31 +127,37 @@ class DirectionalHypergradient(Hypergradient):
     def load(self, state: dict, fetch_batch: FetchBatch) -> None:
         """Continue the window of a state; its batches are fetched again."""
         self.steps, self._pending = [], []
-        device = self.optimizer.param_groups[0]["params"][0].device
         for saved in steps_in_state(state, "replayed"):
-            along = None if saved["along"] is None else saved["along"].to(device)
             micro_batches = [(number, *fetch_batch(number)) for number in saved["numbers"]]
-            self.steps.append(DirectionalStep(micro_batches, saved["clip"], saved["lr"], along))
+            self.steps.append(DirectionalStep(micro_batches, saved["clip"], saved["lr"], saved["along"]))
 
     @torch.no_grad()
     def compute(self, v: Tensor, weights: Tensor) -> Tensor:
-        """Return dL_meta / dw [K] from derivatives along `v`, which is overwritten, and begin the next window."""
+        """Return dL_meta / dw from derivatives along `v`, which is overwritten, and begin the next window.
+
+        Args:
+            v: dL_meta / dphi_N [P].
+            weights: That held in the window: of the domains [K], or of the chains [C].
+
+        Returns:
+            dL_meta / dw, shaped like `weights`; 0 for a chain that the window has not met.
+        """
         steps, self.steps = self.steps, []
+        total = torch.zeros(len(weights), dtype=torch.float64)
         if not steps:  # every step was left out
-            return v.new_zeros(len(weights))
+            return total.to(weights)
         micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
-        domains = [domain for _, domain, _ in micro_batches]
-        factors = self._factors([step.learning_rate for step in steps])
-        slopes = self._slopes(micro_batches, self.direction(v))
-        counts = [len(step.micro_batches) for step in steps]
-        weight_of = weights.detach()[torch.tensor(domains, device=weights.device)].to(slopes)  # of each micro-batch
-        products = []
-        for step, factor, slope, w in zip(steps, factors, slopes.split(counts), weight_of.split(counts), strict=True):
-            product = factor / len(slope) * (w * slope)  # g_nk is a gradient divided by M
+        slopes = iter(self._slopes(micro_batches, self.direction(v)))
+        weights = weights.detach()
+        on_cpu = weights.cpu()
+        for step, factor in zip(steps, self._factors([step.learning_rate for step in steps]), strict=True):
+            indices, products = _concatenated([next(slopes) for _ in step.micro_batches])  # [n] each
+            products = factor / len(step.micro_batches) * products  # g_nk is a gradient divided by M
             if step.along is not None:
-                product = through_clipping(product, w * step.along, step.clip_factor)
-            products.append(product)
-        return sum_by_domain(torch.cat(products), domains, weights)
+                _, along = _concatenated(step.along)
+                products = through_clipping(products, along, step.clip_factor, on_cpu[indices])
+            total.index_add_(0, indices, products.double())  # on the CPU: in a fixed order
+        return total.to(weights)
 
     def direction(self, v: Tensor) -> Tensor:
         """Return the direction d [P] that all u_n lie along, from the meta gradient v [P], in its place."""
@@ -165,3 +184,8 @@ class DirectionalHypergradient(Hypergradient):
     def memory_bytes(self, window: WindowSize) -> WindowMemory:
         """Return what the kept micro-batches take, and one moved copy of the parameters or of their tangents."""
         return WindowMemory(window.steps * window.micro_batches * window.batch, window.vector)
+
+
+def _concatenated(slopes: list[Slopes]) -> Slopes:
+    """The slopes of a step's micro-batches as one."""
+    return torch.cat([indices for indices, _ in slopes]), torch.cat([values for _, values in slopes])

@@ -1,0 +1,155 @@
+"""The weights of single chains: what a run leaves of them, and reading them again for `--instance_weights`.
+
+instance_weights.parquet   a row for each training chain
+instance_weights.html      the chains with the lowest and the highest weights, with their images
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reweighting.bilevel.calm_weights import CalmWeights
+from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.instance_weights import FixedChainWeights
+from reweighting.bilevel.problems import DomainReweighting
+from reweighting.data.chains import Chain
+from reweighting.data.row_files import short_repr
+from reweighting.errors import UserError
+from reweighting.files import atomic_file, atomic_write_text
+from reweighting.inference.html_page import data_uri, render
+from reweighting.terminal import printable
+from reweighting.training.run_data import RunData
+
+FILE, PAGE = "instance_weights.parquet", "instance_weights.html"
+ON_PAGE = 12  # chains of either end
+COLUMNS = ("chain", "weight")  # those that are read again
+
+
+def chain_digest(chain: Chain, domains: list[str]) -> str:
+    """Return what names a chain in the file: a digest of its domain, question and steps, wherever its rows stand."""
+    parts = (domains[chain.domain], chain.question, *chain.steps)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def save_instance_weights(folder: Path, data: RunData, upper: DomainReweighting, evidence: InstanceEvidence) -> None:
+    """Write file and page, and print how far the weights are apart.
+
+    Args:
+        folder: the output folder.
+        data: the chains.
+        upper: has learned their weights.
+        evidence: its own, of the chains.
+
+    Raises:
+        UserError: if the disk refuses, or an image can no longer be read.
+    """
+    weights = upper.module().cpu()
+    write_instance_weights(folder, data, weights, evidence)
+    atomic_write_text(folder / PAGE, instance_page(data, weights, evidence))
+    low, middle, high = weights.double().quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    print(printable(f"\ninstance weights in {folder / FILE}: from {low:.2f} (5 % are lower) by {middle:.2f} to "
+                    f"{high:.2f} (5 % are higher); the lowest and highest in {folder / PAGE}"))  # fmt: skip
+    if weights.max() - weights.min() < 1e-6 and isinstance(upper.optimizer, CalmWeights):
+        print("They are equal: what the chains' slopes differ by may be chance. A longer run tells more")
+
+
+def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, evidence: InstanceEvidence) -> None:
+    """Write `instance_weights.parquet`.
+
+    Args:
+        folder: the output folder.
+        data: the chains.
+        weights: of the chains, [C].
+        evidence: how often each chain was met, and its mean slope.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    import pyarrow  # half a second that other runs need not wait for
+    import pyarrow.parquet
+
+    mean = (evidence.total / evidence.count).nan_to_num(nan=0.0)
+    table = pyarrow.table(
+        {
+            "chain": [chain_digest(chain, data.domains) for chain in data.train],
+            "source": [chain.source for chain in data.train],
+            "rows": [list(chain.rows) for chain in data.train],
+            "domain": [data.domains[chain.domain] for chain in data.train],
+            "weight": weights.tolist(),
+            "windows": evidence.count.long().tolist(),
+            "slope": mean.tolist(),
+            "question": [chain.question for chain in data.train],
+        }
+    )
+    with atomic_file(folder / FILE) as file:
+        pyarrow.parquet.write_table(table, file)
+
+
+def instance_page(data: RunData, weights: torch.Tensor, evidence: InstanceEvidence) -> str:
+    """Return the page of the chains with the lowest and the highest weights [C], among those that were met.
+
+    Raises:
+        UserError: if an image cannot be read.
+    """
+    met = [index for index in weights.argsort(stable=True).tolist() if evidence.count[index]]
+    shown = min(ON_PAGE, len(met) // 2)
+    ends = {"Lowest weights": met[:shown], "Highest weights": met[len(met) - shown :][::-1]}
+
+    def instance(index: int) -> dict[str, Any]:
+        chain = data.train[index]
+        labels = [None if math.isnan(target) else target for target in chain.targets]
+        return {
+            "weight": weights[index].item(),
+            "domain": data.domains[chain.domain],
+            "windows": int(evidence.count[index]),
+            "source": chain.source_location,
+            "question": chain.question,
+            "pictures": [data_uri(image) for image in chain.images],
+            "steps": list(zip(chain.steps, labels, strict=True)),
+        }
+
+    groups = [(heading, [instance(index) for index in indices]) for heading, indices in ends.items()]
+    return render("instances.html.jinja", generator="reweighting/main.py", total=len(weights), groups=groups)
+
+
+def read_instance_weights(path: str, data: RunData) -> FixedChainWeights:
+    """Read the weights of the training chains from a run's `instance_weights.parquet`.
+
+    Raises:
+        UserError: if it cannot be read, lacks a chain, or holds a weight that is none.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(COLUMNS))
+        names, weights = (table.column(name).to_pylist() for name in COLUMNS)
+        found = defaultdict(list)
+        for name, weight in zip(names, weights, strict=True):
+            found[name].append(float(weight))
+    except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"--instance_weights {path}: expected a run's {FILE}: {reason}") from error
+    for same in found.values():
+        same.reverse()  # chains that are alike take theirs in order
+    values, missing = [], []
+    for chain in data.train:
+        same = found.get(chain_digest(chain, data.domains))
+        if same:
+            values.append(same.pop() if len(same) > 1 else same[0])
+        else:
+            missing.append(chain)
+    if missing:
+        raise UserError(
+            f"--instance_weights {path}: {len(missing)} of {len(data.train)} training chains have no weight in it, "
+            f"first {missing[0].source_location}, {short_repr(missing[0].question)}: name the file of a run on these"
+        )
+    chain_weights = torch.tensor(values)
+    if not (chain_weights.isfinite().all() and (chain_weights >= 0).all() and chain_weights.sum() > 0):
+        raise UserError(f"--instance_weights {path}: weights must be finite and at least 0, and one of them larger")
+    return FixedChainWeights(chain_weights, torch.tensor([chain.domain for chain in data.train]))
