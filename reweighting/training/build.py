@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
