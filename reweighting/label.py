@@ -64,13 +64,14 @@ def main(argv: list[str]) -> None:
     for note in report.notes():
         warn(note)
     if not count:
-        raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth.")
+        where = "" if config.rows.which_part.count == 1 else f" in part {config.rows.part}; use fewer parts"
+        raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth{where}.")
     policy = make_policy(config.policy, prompt)
     try:
         if config.rows.dry_run:
             asyncio.run(estimate(config, policy, count))
             return
-        with Store(Path(config.rows.store), store_settings(config, prompt)) as store:
+        with Store(config.rows.store_file(), store_settings(config, prompt)) as store:
             asyncio.run(ask(config, policy, store, count))
             write(config, store, policy.name)
     except QuestionRefused as error:  # of a dry run
@@ -96,9 +97,10 @@ def make_policy(flags: PolicyConfig, prompt: str) -> Policy:
 
 
 def questions(config: LabelConfig, report: LoadReport) -> Iterator[Question]:
-    """Read the questions."""
+    """Read the questions, those of the part that is asked for."""
     sources = config.reading.sources(config.labeling.questions)
-    return iterate_questions(sources, config.labeling.image_root, config.reading.options(), report)
+    found = iterate_questions(sources, config.labeling.image_root, config.reading.options(), report)
+    return filter(config.rows.which_part.holds, found)
 
 
 def check_outputs(config: LabelConfig) -> None:
@@ -110,7 +112,7 @@ def check_outputs(config: LabelConfig) -> None:
     read = [source.path for source in config.reading.sources(config.labeling.questions)]
     read += filter(None, [config.reading.questions_json_file, config.policy.prompt_file])
     inputs = {os.path.realpath(path): path for path in read}
-    for path in map(Path, (*config.rows.outputs(), config.rows.store)):
+    for path in (*config.rows.outputs().values(), config.rows.store_file()):
         found = inputs.get(os.path.realpath(path))
         if found is None and path.exists():  # a hard link has another name
             found = next((name for name in read if os.path.exists(name) and path.samefile(name)), None)
@@ -234,17 +236,14 @@ async def estimate(config: LabelConfig, policy: Policy, count: int) -> None:
 
 def write(config: LabelConfig, store: Store, policy: str) -> None:
     """Write the rows of each output, and print how many there are."""
-    outputs = {
-        TRAIN: config.rows.output_train, META: config.rows.output_meta, CANDIDATES: config.rows.output_candidates
-    }  # fmt: skip
-    paths = {use: Path(name) for use, name in outputs.items() if name is not None}
+    paths = config.rows.outputs()
     meta, candidates = config.rows.meta_share, config.rows.candidates_share
     shares = {TRAIN: 1 - meta - candidates, META: meta, CANDIDATES: candidates}
     made_by = {"policy": policy, "temperature": config.policy.temperature}
     selection = Selection(
         {use: path.parent for use, path in paths.items()},
         {use: shares[use] for use in paths},
-        config.rows.max_rows_per_domain,
+        config.rows.row_limit(),
         made_by,
     )
     settings = config.rollout_settings()

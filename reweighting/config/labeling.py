@@ -8,7 +8,9 @@ from urllib.parse import urlsplit
 from reweighting.config.parsing import flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
+from reweighting.labeling.parts import Part
 from reweighting.labeling.rollouts import RolloutSettings, Search
+from reweighting.labeling.selection import CANDIDATES, META, TRAIN
 
 OF_SERVERS = ("policy_model", "timeout")
 OF_LOCAL = ("seed", "device", "precision")
@@ -112,26 +114,57 @@ class RowsConfig:
     max_rows_per_domain: int = flag(
         default=1000, help="training rows of a domain, those first whose labels lie between 0 and 1; 0: all"
     )
+    part: str = flag(
+        default="1/1",
+        help="for jobs on several machines: 2/8 asks the second of eight parts of the questions, and puts that into "
+        "the names of --store and the outputs",
+    )
     dry_run: bool = flag(default=False, help="ask one question, and print how many calls all of them take")
 
     def __post_init__(self) -> None:
-        outputs = self.outputs()
-        if not outputs:
+        named = self._named()
+        if not named:
             raise UserError("nothing would be written: name --output_train, --output_meta or --output_candidates")
-        for name in outputs:
+        for name in named.values():
             if Path(name).suffix != ".jsonl":
                 raise UserError(f"found the output {name!r:.60}, allowed: a name that ends in .jsonl")
-        if len({Path(name).resolve() for name in (*outputs, self.store)}) <= len(outputs):
+        if len({Path(name).resolve() for name in (*named.values(), self.store)}) <= len(named):
             raise UserError("two outputs, or one and --store, have one name: name a file for each")
         shares = (self.meta_share, self.candidates_share)
         if not all(0 < share < 1 for share in shares) or sum(shares) >= 1:
             raise UserError("--meta_share and --candidates_share: allowed: numbers above 0 whose sum is below 1")
         if self.max_rows_per_domain < 0:
             raise UserError(f"--max_rows_per_domain: found {self.max_rows_per_domain}, allowed: a number of at least 0")
+        try:
+            part = self.which_part
+        except ValueError:
+            raise UserError(f"--part: found {self.part!r:.40}, allowed: a part and how many there are, as 2/8 for the "
+                            "second of eight") from None  # fmt: skip
+        if 0 < self.max_rows_per_domain < part.count:
+            raise UserError(f"--max_rows_per_domain: found {self.max_rows_per_domain}, allowed with {part.count} "
+                            f"parts, which share it: 0, or a number of at least {part.count}")  # fmt: skip
 
-    def outputs(self) -> list[str]:
-        """Return the files of rows that are written."""
-        return [name for name in (self.output_train, self.output_meta, self.output_candidates) if name is not None]
+    def _named(self) -> dict[str, str]:
+        """The outputs by use, as they are named on the command line."""
+        names = {TRAIN: self.output_train, META: self.output_meta, CANDIDATES: self.output_candidates}
+        return {use: name for use, name in names.items() if name is not None}
+
+    @property
+    def which_part(self) -> Part:
+        """The part of the questions that this job asks."""
+        return Part.parse(self.part)
+
+    def outputs(self) -> dict[str, Path]:
+        """Return the files of rows that are written, by what the rows are used for."""
+        return {use: self.which_part.named(Path(name)) for use, name in self._named().items()}
+
+    def store_file(self) -> Path:
+        """Return the file of what the policy has answered."""
+        return self.which_part.named(Path(self.store))
+
+    def row_limit(self) -> int:
+        """Return how many training rows of a domain this job writes, 0 for all."""
+        return self.which_part.share_of(self.max_rows_per_domain)
 
 
 @dataclass(frozen=True)
