@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,9 +32,12 @@ from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import LoadReport
 from reweighting.errors import Problems, UserError
 from reweighting.files import atomic_file, cannot_write
+from reweighting.labeling.chat import KEY_VARIABLE, ChatClient
+from reweighting.labeling.checker import Checker, compare, to_judge
+from reweighting.labeling.judge import JUDGE_PROMPT, Judge, JudgeFailure
 from reweighting.labeling.policy import Policy, PolicyFailure, QuestionRefused, Sampling, read_prompt
 from reweighting.labeling.questions import Question, iterate_questions
-from reweighting.labeling.rollouts import Tally, all_of, cut_answer, label_question, labelled_answers, task_group
+from reweighting.labeling.rollouts import Labeller, Tally, all_of, cut_answer, labelled_answers, task_group
 from reweighting.labeling.selection import CANDIDATES, META, TRAIN, Selection
 from reweighting.labeling.server import ServerPolicy
 from reweighting.labeling.store import Store
@@ -43,7 +47,9 @@ from reweighting.terminal import printable
 SUMMARY = "Make training rows, meta answers and candidates from questions, with a policy model."
 AFTER_INTERRUPT = "the same command resumes there"
 LESS_MEMORY = "Give it fewer questions at a time, or a smaller --concurrency"
+NOT_SAMPLED = "the policy does not sample, or hardly. Look at --temperature and the defaults of the server"
 SERVER_TIMEOUT = 600.0  # seconds
+JUDGE_KEY_VARIABLE = "JUDGE_API_KEY"  # where the judge has a key of its own
 ALL_REFUSED = 20  # questions: where the server refuses the first of them, it refuses more than long ones
 
 
@@ -66,18 +72,21 @@ def main(argv: list[str]) -> None:
     if not count:
         where = "" if config.rows.which_part.count == 1 else f" in part {config.rows.part}; use fewer parts"
         raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth{where}.")
-    policy = make_policy(config.policy, prompt)
+    policy, judge = make_policy(config.policy, prompt), make_judge(config)
     try:
         if config.rows.dry_run:
-            asyncio.run(estimate(config, policy, count))
+            asyncio.run(estimate(config, policy, judge, count))
             return
         with Store(config.rows.store_file(), store_settings(config, prompt)) as store:
-            asyncio.run(ask(config, policy, store, count))
-            write(config, store, policy.name)
+            checker = Checker(store, judge)
+            asyncio.run(ask(config, Labeller(policy, checker, store, config.rollout_settings()), count))
+            write(config, store, checker, policy.name)
     except QuestionRefused as error:  # of a dry run
         raise UserError(f"--policy: the policy refuses the first question ({error}).") from error
     except PolicyFailure as error:
         raise UserError(f"--policy: {error}. What was answered is kept; {AFTER_INTERRUPT}.") from error
+    except JudgeFailure as error:
+        raise UserError(f"--judge: {error}. What was answered is kept; {AFTER_INTERRUPT}.") from error
 
 
 def make_policy(flags: PolicyConfig, prompt: str) -> Policy:
@@ -88,12 +97,26 @@ def make_policy(flags: PolicyConfig, prompt: str) -> Policy:
     """
     sampling = Sampling(flags.temperature, flags.max_tokens)
     if flags.policy_model is not None:
-        timeout = flags.timeout or SERVER_TIMEOUT
-        return ServerPolicy(flags.policy, flags.policy_model, prompt, sampling, flags.concurrency, timeout)
+        client = ChatClient(flags.policy, flags.policy_model, flags.concurrency, flags.timeout or SERVER_TIMEOUT)
+        return ServerPolicy(client, prompt, sampling)
     from reweighting.labeling.local_policy import LocalPolicy  # loads torch, which a server does without
 
     name, seed = flags.policy[0], flags.seed or 0
     return LocalPolicy(name, prompt, sampling, flags.concurrency, seed, flags.device, flags.precision)
+
+
+def make_judge(config: LabelConfig) -> Judge | None:
+    """Connect to the judge's servers, if there is one.
+
+    Raises:
+        UserError: the key in the environment cannot be one.
+    """
+    flags = config.judge
+    if flags.judge is None or flags.judge_model is None:
+        return None
+    key = JUDGE_KEY_VARIABLE if JUDGE_KEY_VARIABLE in os.environ else KEY_VARIABLE
+    timeout = config.policy.timeout or SERVER_TIMEOUT
+    return Judge(ChatClient(flags.judge, flags.judge_model, config.policy.concurrency, timeout, key))
 
 
 def questions(config: LabelConfig, report: LoadReport) -> Iterator[Question]:
@@ -139,16 +162,18 @@ def store_settings(config: LabelConfig, prompt: str) -> dict[str, object]:
 
         made_by = {"policy_digest": identify(policy.policy[0]).digest, "seed": policy.seed or 0}
     asked = {"temperature": policy.temperature, "max_tokens": policy.max_tokens, "prompt": prompt}
+    if config.judge.judge_model is not None:
+        asked |= {"judge_model": config.judge.judge_model, "judge_prompt": JUDGE_PROMPT}
     return made_by | asked | asdict(config.rollout_settings())
 
 
-async def ask(config: LabelConfig, policy: Policy, store: Store, count: int) -> None:
+async def ask(config: LabelConfig, labeller: Labeller, count: int) -> None:
     """Ask for everything that the store lacks; a question's calls overlap with those of others.
 
     Raises:
-        UserError, PolicyFailure: the policy does not answer, or not as it must.
+        UserError, PolicyFailure, JudgeFailure: the policy, or the judge, does not answer, or not as it must.
     """
-    settings, tally = config.rollout_settings(), Tally()
+    policy, tally = labeller.policy, labeller.tally
     refused: list[tuple[Question, QuestionRefused]] = []
     # As many questions as calls keep the policy busy, and memory flat over any number of questions.
     room = asyncio.Semaphore(config.policy.concurrency)
@@ -156,7 +181,7 @@ async def ask(config: LabelConfig, policy: Policy, store: Store, count: int) -> 
 
     async def label(question: Question) -> None:
         try:
-            await label_question(policy, question, settings, store, tally)
+            await labeller.label(question)
         except QuestionRefused as error:
             refused.append((question, error))
         room.release()
@@ -166,15 +191,17 @@ async def ask(config: LabelConfig, policy: Policy, store: Store, count: int) -> 
                 refusals(refused, count, "Look at the policy, --prompt_file, --max_tokens and --temperature")
             )
         rate = policy.calls / max(time.monotonic() - started, 1e-9)
-        failed = tally.failed_answers + tally.failed_continuations
+        failed = tally.failed_answers + tally.failed_continuations + tally.failed_verdicts
         progress.show(calls=f"{rate:.1f} a second", tokens=str(policy.tokens), failed=str(failed))
 
-    async with policy:
+    async with policy, labeller.checker.judge or nullcontext() as judge:
         with Progress(count, unit="question") as progress:
             async with task_group() as group:
                 for number, question in enumerate(questions(config, LoadReport())):
                     if number == 0:
                         progress.write(await policy.prepare(question, progress.write))
+                        if judge is not None:
+                            progress.write(await judge.prepare(question, progress.write))
                     await room.acquire()
                     group.create_task(label(question))
     for line in missing(tally, config.policy.on_server):
@@ -188,6 +215,8 @@ def missing(tally: Tally, on_server: bool) -> Iterator[str]:
     again = "the same command asks for them again" if on_server else "another --seed with another --store gives others"
     if tally.failed_answers or tally.failed_continuations:
         yield f"{tally.failed_answers} answers and {tally.failed_continuations} continuations failed; {again}"
+    if tally.failed_verdicts:
+        yield f"{tally.failed_verdicts} verdicts of the judge failed; the same command asks for them again"
     if tally.empty_answers or tally.empty_continuations:
         yield (f"{tally.empty_answers} answers and {tally.empty_continuations} continuations are empty; {again}. "
                "Look at --max_tokens and the model")  # fmt: skip
@@ -210,31 +239,40 @@ def warn(text: str) -> None:
     print(f"warning: {printable(text)}", file=sys.stderr)
 
 
-async def estimate(config: LabelConfig, policy: Policy, count: int) -> None:
+async def estimate(config: LabelConfig, policy: Policy, judge: Judge | None, count: int) -> None:
     """Answer the first question, and print how many calls, tokens and hours all of them take."""
     settings = config.rollout_settings()
     question = next(questions(config, LoadReport()))
-    async with policy:
+    async with policy, judge or nullcontext():
         print(printable(await policy.prepare(question, warn)))
-        policy.calls = policy.tokens = 0
-        started = time.monotonic()
+        if judge is not None:
+            print(printable(await judge.prepare(question, warn)))
+        before, started = policy.tokens, time.monotonic()
         texts = await all_of(policy.complete(question, number=n) for n in range(config.policy.concurrency))
-        seconds = time.monotonic() - started
-    answered = [text for text in texts if isinstance(text, str) and text.strip()]
+        seconds, made = time.monotonic() - started, policy.tokens - before
+        answered = [text for text in texts if isinstance(text, str) and text.strip()]
+        unclear = [text for text in answered if compare(text, question) is None]
+        started = time.monotonic()
+        if judge is not None:
+            await all_of(judge.compare(question, to_judge(text)) for text in unclear)
+        judged = time.monotonic() - started
     if not answered:
         raise UserError(
             "--policy: no answer to the first question. Look at the policy, --prompt_file and --max_tokens."
         )
+    if len(set(answered)) == 1 < len(answered) and config.policy.temperature:
+        warn(f"all answers to the first question are the same: {NOT_SAMPLED}")
     steps = sum(len(cut_answer(text, settings)[1]) for text in answered) / len(answered)
     calls = count * settings.answers * (1 + steps * settings.rollouts)
     # A continuation is on average half of an answer.
-    tokens = count * settings.answers * (1 + steps * settings.rollouts / 2) * policy.tokens / len(answered)
-    hours = seconds / len(texts) * calls / 3600
-    print(f"{count} questions: at most {calls:.0f} calls, about {tokens:.3g} tokens and {hours:.2g} hours at the speed "
-          f"of {len(texts)} answers ({seconds:.1f} s, {steps + 1:.1f} steps each)")  # fmt: skip
+    tokens = count * settings.answers * (1 + steps * settings.rollouts / 2) * made / len(answered)
+    hours = (seconds / len(texts) + judged / len(answered)) * calls / 3600
+    of_judge = "" if judge is None else f", at most {calls * len(unclear) / len(answered):.0f} of the judge"
+    print(f"{count} questions: at most {calls:.0f} calls{of_judge}, about {tokens:.3g} tokens and {hours:.2g} hours at "
+          f"the speed of {len(texts)} answers ({seconds + judged:.1f} s, {steps + 1:.1f} steps each)")  # fmt: skip
 
 
-def write(config: LabelConfig, store: Store, policy: str) -> None:
+def write(config: LabelConfig, store: Store, checker: Checker, policy: str) -> None:
     """Write the rows of each output, and print how many there are."""
     paths = config.rows.outputs()
     meta, candidates = config.rows.meta_share, config.rows.candidates_share
@@ -246,9 +284,14 @@ def write(config: LabelConfig, store: Store, policy: str) -> None:
         config.rows.row_limit(),
         made_by,
     )
-    settings = config.rollout_settings()
+    settings, alike = config.rollout_settings(), set[bool]()
     for question in questions(config, LoadReport()):
-        selection.add(question, labelled_answers(question, settings, store))
+        answers = labelled_answers(question, settings, store, checker)
+        selection.add(question, answers)
+        if len(answers) > 1:
+            alike.add(len({answer.steps for answer in answers}) == 1)
+    if alike == {True} and config.policy.temperature:
+        warn(f"all answers to every question are the same: {NOT_SAMPLED}")
     for use, path in paths.items():
         rows = selection.rows(use)
         with atomic_file(path) as file:

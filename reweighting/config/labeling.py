@@ -48,9 +48,8 @@ class PolicyConfig:
             raise UserError(f"--temperature: found {self.temperature}, allowed: a number from 0")
         if len(self.policy) > 1 and not self.on_server:
             raise UserError("--policy: only servers share the work. Name one model, or several servers.")
-        for url in self.policy:
-            if self.on_server and not _is_address(url):
-                raise UserError(f"--policy: found {url!r:.60}, allowed: an address such as http://localhost:8000/v1")
+        if self.on_server:
+            _check_addresses("policy", self.policy)
         if self.on_server and self.policy_model is None:
             raise UserError("--policy_model: name the model on the server.")
         idle = OF_LOCAL if self.on_server else OF_SERVERS
@@ -62,6 +61,30 @@ class PolicyConfig:
     def on_server(self) -> bool:
         """Whether the policy is behind a server."""
         return all("://" in name for name in self.policy)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The judge."""
+
+    judge: list[str] | None = flag(
+        default=None,
+        help="addresses of OpenAI-compatible servers up to /v1, whose model is asked whether an answer is correct "
+        "where comparing it with ground_truth does not decide",
+    )
+    judge_model: str | None = flag(default=None, help="the judge's name on the servers")
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) != (self.judge_model is None):
+            raise UserError("--judge and --judge_model go together: name the servers and the model on them.")
+        _check_addresses("judge", self.judge or [])
+
+
+def _check_addresses(name: str, urls: list[str]) -> None:
+    """Raise UserError if one is not the address of a server."""
+    for url in urls:
+        if not _is_address(url):
+            raise UserError(f"--{name}: found {url!r:.60}, allowed: an address such as http://localhost:8000/v1")
 
 
 def _is_address(url: str) -> bool:
@@ -172,6 +195,7 @@ class LabelConfig:
     """All flags of label.py."""
 
     policy: PolicyConfig
+    judge: JudgeConfig
     labeling: LabelingConfig
     reading: ReadingConfig
     rows: RowsConfig

@@ -56,13 +56,19 @@ class Policy(Protocol):
 
     Attributes:
         name: of the model, as the rows will say it.
-        calls: how many calls were answered.
-        tokens: how many tokens these answers have.
     """
 
     name: str
-    calls: int
-    tokens: int
+
+    @property
+    def calls(self) -> int:
+        """How many calls were answered."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens these answers have."""
+        ...
 
     async def __aenter__(self) -> Self:
         """Start it."""

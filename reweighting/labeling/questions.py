@@ -127,7 +127,7 @@ def _from_answers(
         if not problems.count:
             id = None if answer.id is None else str(answer.id)
             place = f"{source.path}: row {answer.index}"
-            yield _question(answer.question, answer.images, final_answer(truth) or truth, answer.domain, id, place)
+            yield _question(answer.question, answer.images, truth, answer.domain, id, place)
     if problems.count:
         raise UserError(problems.message(source.path, report.rows))
 
@@ -172,6 +172,7 @@ def _from_rows(
 
 def _question(text: str, images: tuple[Path, ...], truth: str, domain: str, id: str | None, place: str) -> Question:
     asked = _digest(text, digest(*images))
+    truth = final_answer(truth) or truth  # some data sets keep the whole solution there
     return Question(text, images, truth, domain, id, place, asked, _digest(domain, truth, asked))
 
 

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from reweighting.data.answer_values import answers_match
 from reweighting.data.answers import final_answer
 from reweighting.data.steps import split_response
+from reweighting.labeling.checker import Checker
 from reweighting.labeling.policy import NoText, Policy, QuestionRefused
 from reweighting.labeling.questions import Question
 from reweighting.labeling.store import WHOLE, Store
@@ -74,7 +74,8 @@ class Tally:
     """What did not come, so that the user learns of it.
 
     Attributes:
-        failed_answers, failed_continuations: calls that failed after all tries.
+        failed_answers, failed_continuations, failed_verdicts: calls that failed after all tries; the last are the
+            judge's.
         empty_answers: answers without any text.
         empty_continuations: those of steps that have no others.
         refused_continuations: how many the policy refuses, and counts with those that cannot be judged.
@@ -83,6 +84,7 @@ class Tally:
 
     failed_answers: int = 0
     failed_continuations: int = 0
+    failed_verdicts: int = 0
     empty_answers: int = 0
     empty_continuations: int = 0
     refused_continuations: int = 0
@@ -106,111 +108,107 @@ async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def label_question(
-    policy: Policy, question: Question, settings: RolloutSettings, store: Store, tally: Tally
-) -> None:
-    """Ask for all that the store lacks of a question, and write it as it comes. What fails is counted, not written.
+class Labeller:
+    """Asks a policy for answers and continuations, and writes what comes.
 
-    Raises:
-        PolicyFailure: the policy cannot be used any more.
-        QuestionRefused: the policy refuses the question.
+    Args:
+        policy: answers and continues.
+        checker: decides what is correct.
+        store: holds what came.
+        settings: how answers are labelled.
+
+    Attributes:
+        tally: what did not come.
     """
-    await all_of(_label_answer(policy, question, place, settings, store, tally) for place in range(settings.answers))
 
+    def __init__(self, policy: Policy, checker: Checker, store: Store, settings: RolloutSettings):
+        self.policy, self.checker, self.store, self.settings = policy, checker, store, settings
+        self.tally = Tally()
 
-async def _label_answer(
-    policy: Policy, question: Question, place: int, settings: RolloutSettings, store: Store, tally: Tally
-) -> None:
-    """One answer to a question, and its steps."""
-    entry = store.get(question.key, place, WHOLE)
-    if entry is None:
-        text = await policy.complete(question, number=place)
-        if text is NoText.FAILED:
-            tally.failed_answers += 1
+    async def label(self, question: Question) -> None:
+        """Ask for all that the store lacks of a question, and write it as it comes. What fails is counted, not written.
+
+        Raises:
+            PolicyFailure, JudgeFailure: the policy, or the judge, cannot be used any more.
+            QuestionRefused: the policy refuses the question.
+        """
+        await all_of(self._label_answer(question, place) for place in range(self.settings.answers))
+
+    async def _label_answer(self, question: Question, place: int) -> None:
+        """One answer to a question, and its steps."""
+        entry = self.store.get(question.key, place, WHOLE)
+        if entry is None:
+            text = await self.policy.complete(question, number=place)
+            if text is NoText.FAILED:
+                self.tally.failed_answers += 1
+                return
+            if isinstance(text, str) and not any(cut_answer(text, self.settings)[0]):
+                self.tally.empty_answers += 1
+                return
+            entry = {"text": text if isinstance(text, str) else None}
+            self.store.put(question.key, place, WHOLE, entry)
+        text = entry["text"]
+        if text is None:
             return
-        if isinstance(text, str) and not any(cut_answer(text, settings)[0]):
-            tally.empty_answers += 1
-            return
-        entry = {"text": text if isinstance(text, str) else None}
-        store.put(question.key, place, WHOLE, entry)
-    text = entry["text"]
-    if text is not None and settings.rollouts:
-        label = _label_all if settings.search == "full" else _label_by_halves
-        await label(policy, question, place, text, settings, store, tally)
+        correct = await self.checker.check(text, question)
+        self.tally.failed_verdicts += correct is NoText.FAILED
+        prefixes = cut_answer(text, self.settings)[1] if self.settings.rollouts else []
+        if self.settings.search == "full":
+            await all_of(self._label_step(question, place, step, prefix) for step, prefix in enumerate(prefixes))
+        elif correct is False:
+            await self._label_by_halves(question, place, prefixes)
 
+    async def _label_by_halves(self, question: Question, place: int, prefixes: list[str]) -> None:
+        """Find the first step of an incorrect answer from which no continuation is correct."""
+        low, high = -1, len(prefixes)  # from low on, something is still correct; from high on, nothing is
+        while high - low > 1:
+            middle = (low + high) // 2
+            counts = await self._label_step(question, place, middle, prefixes[middle])
+            if counts is None:  # where the search goes on is known when its continuations have come
+                return
+            score, times = counts
+            if times and not score:
+                high = middle
+            else:
+                low = middle
 
-async def _label_all(
-    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store, tally: Tally
-) -> None:
-    _, prefixes = cut_answer(text, settings)
-    await all_of(
-        _label_step(policy, question, place, step, prefix, settings, store, tally)
-        for step, prefix in enumerate(prefixes)
-    )
+    async def _label_step(self, question: Question, place: int, step: int, prefix: str) -> list[int] | None:
+        """Continue an answer behind a step, and count: [correct, judged]; None if something is missing."""
+        found = self.store.get(question.key, place, step)
+        if found is not None:
+            return found
+        score = times = 0
+        rollouts = self.settings.rollouts
+        first = min(self.settings.enough or rollouts, rollouts)
+        for numbers in (range(first), range(first, rollouts)):
+            # Answers that begin alike have continuations of their own.
+            rests = await all_of(self._continue(question, prefix, place * rollouts + number) for number in numbers)
+            if failed := rests.count(NoText.FAILED):
+                self.tally.failed_continuations += failed
+                return None
+            if rests and all(isinstance(rest, str) and not rest.strip() for rest in rests):
+                self.tally.empty_continuations += len(rests)
+                return None
+            texts = [f"{prefix}{rest}" for rest in rests if isinstance(rest, str)]
+            verdicts = await all_of(self.checker.check(text, question) for text in texts)
+            if failed := verdicts.count(NoText.FAILED):
+                self.tally.failed_verdicts += failed
+                return None
+            score += verdicts.count(True)
+            times += len(verdicts) - verdicts.count(None)
+            if times == first and score in (0, times):  # all agree
+                break
+        self.store.put(question.key, place, step, [score, times])
+        return [score, times]
 
-
-async def _label_by_halves(
-    policy: Policy, question: Question, place: int, text: str, settings: RolloutSettings, store: Store, tally: Tally
-) -> None:
-    """Find the first step from which no continuation is correct. The end of the answer counts by its own answer."""
-    _, prefixes = cut_answer(text, settings)
-    if judge(text, question) is not False:
-        return
-    low, high = -1, len(prefixes)  # from low on, something is still correct; from high on, nothing is
-    while high - low > 1:
-        middle = (low + high) // 2
-        counts = await _label_step(policy, question, place, middle, prefixes[middle], settings, store, tally)
-        if counts is None:  # where the search goes on is known when its continuations have come
-            return
-        score, times = counts
-        if times and not score:
-            high = middle
-        else:
-            low = middle
-
-
-async def _label_step(
-    policy: Policy, question: Question, place: int, step: int, prefix: str, settings: RolloutSettings, store: Store,
-    tally: Tally,
-) -> list[int] | None:  # fmt: skip
-    """Continue an answer behind a step, and count: [correct, judged]; None if one failed, or all are empty."""
-    found = store.get(question.key, place, step)
-    if found is not None:
-        return found
-    score = times = 0
-    first = min(settings.enough or settings.rollouts, settings.rollouts)
-    for numbers in (range(first), range(first, settings.rollouts)):
-        # Answers that begin alike have continuations of their own.
-        calls = (place * settings.rollouts + number for number in numbers)
-        rests = await all_of(_continue(policy, question, prefix, number, tally) for number in calls)
-        if failed := rests.count(NoText.FAILED):
-            tally.failed_continuations += failed
-            return None
-        if rests and all(isinstance(rest, str) and not rest.strip() for rest in rests):
-            tally.empty_continuations += len(rests)
-            return None
-        verdicts = [judge(f"{prefix}{rest}", question) for rest in rests if isinstance(rest, str)]
-        score += verdicts.count(True)
-        times += len(verdicts) - verdicts.count(None)
-        if times == first and score in (0, times):  # all agree
-            break
-    store.put(question.key, place, step, [score, times])
-    return [score, times]
-
-
-async def _continue(policy: Policy, question: Question, prefix: str, number: int, tally: Tally) -> str | NoText:
-    """One continuation. The policy refuses one whose prefix is too long, and would do so again."""
-    try:
-        return await policy.complete(question, prefix, number)
-    except QuestionRefused as error:
-        tally.refused_continuations += 1
-        tally.why = str(error)
-        return NoText.WITHHELD
-
-
-def judge(answer: str, question: Question) -> bool | None:
-    """Return whether an answer ends in the correct final answer, None if that cannot be decided."""
-    return answers_match(final_answer(answer), question.ground_truth)
+    async def _continue(self, question: Question, prefix: str, number: int) -> str | NoText:
+        """One continuation. The policy refuses one whose prefix is too long, and would do so again."""
+        try:
+            return await self.policy.complete(question, prefix, number)
+        except QuestionRefused as error:
+            self.tally.refused_continuations += 1
+            self.tally.why = str(error)
+            return NoText.WITHHELD
 
 
 def cut_answer(text: str, settings: RolloutSettings) -> tuple[list[str], list[str]]:
@@ -231,7 +229,9 @@ def cut_answer(text: str, settings: RolloutSettings) -> tuple[list[str], list[st
     return steps, [text[:start].rstrip() for start in starts[1:]]
 
 
-def labelled_answers(question: Question, settings: RolloutSettings, store: Store) -> list[LabelledAnswer]:
+def labelled_answers(
+    question: Question, settings: RolloutSettings, store: Store, checker: Checker
+) -> list[LabelledAnswer]:
     """Return the answers to a question that the store has, with what it knows of their steps.
 
     The last step of an answer is labelled by the answer itself.
@@ -241,7 +241,7 @@ def labelled_answers(question: Question, settings: RolloutSettings, store: Store
         text = (store.get(question.key, place, WHOLE) or {"text": None})["text"]
         if text is None:
             continue
-        steps, correct = cut_answer(text, settings)[0], judge(text, question)
+        steps, correct = cut_answer(text, settings)[0], checker.known(text, question)
         counts = [store.get(question.key, place, step) for step in range(len(steps) - 1)]
         counts.append(None if correct is None else [int(correct), 1])
         score = tuple(None if entry is None else entry[0] for entry in counts)

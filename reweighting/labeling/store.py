@@ -4,6 +4,7 @@
         store.put(question.key, 2, WHOLE, {"text": "Step 1: ..."})  # the third answer
         store.put(question.key, 2, 0, [3, 16])  # its first step: 3 of 16 continuations are correct
         store.get(question.key, 2, 0)
+    store.put_verdict(question.key, "a dozen", True)  # the judge: it means the same as the correct answer
 
 An SQLite file: each entry is written whole or not at all, whatever ends the process.
 """
@@ -21,6 +22,7 @@ from reweighting.files import cannot_write
 
 WHOLE = -1  # in the place of a step's number: the answer itself, as {"text": ...}, null if the server withholds it
 VERSION = 2  # of these entries
+VERDICTS = {True: "correct", False: "incorrect", None: "unknown"}
 
 
 class Store:
@@ -52,6 +54,10 @@ class Store:
             self._file.execute(
                 "CREATE TABLE IF NOT EXISTS entries (question TEXT, answer INTEGER, step INTEGER, value TEXT, "
                 "PRIMARY KEY (question, answer, step)) WITHOUT ROWID"
+            )
+            self._file.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (question TEXT, given TEXT, verdict TEXT, "
+                "PRIMARY KEY (question, given)) WITHOUT ROWID"
             )
             self._check(settings)
         except sqlite3.Error as error:
@@ -108,6 +114,29 @@ class Store:
             UserError: it cannot be written.
         """
         self._run("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?)", (question, answer, step, json.dumps(value)))
+
+    def verdict(self, question: str, given: str) -> tuple[bool | None, bool]:
+        """Return the judge's verdict about an answer, and whether there is one: it may be None, for unknown.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        row = self._run("SELECT verdict FROM verdicts WHERE question = ? AND given = ?", (question, given))
+        if row is None:
+            return None, False
+        if row[0] not in VERDICTS.values():
+            raise UserError(
+                f"{self.path}: is damaged (unexpected {row[0]!r:.40}). Move it away, or name another --store."
+            )
+        return next(verdict for verdict, name in VERDICTS.items() if name == row[0]), True
+
+    def put_verdict(self, question: str, given: str, verdict: bool | None) -> None:
+        """Write the judge's verdict about an answer.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._run("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (question, given, VERDICTS[verdict]))
 
     def _run(self, command: str, values: tuple[Any, ...]) -> Any:
         """The first row that a command gives."""

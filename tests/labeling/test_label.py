@@ -104,7 +104,7 @@ def test_a_server_that_begins_anew_is_refused(folder):
 
 
 def test_what_passes_is_tried_again_and_what_does_not_ends_with_the_remedy(folder, monkeypatch):
-    monkeypatch.setattr("reweighting.labeling.server._wait", lambda state: 0.0)
+    monkeypatch.setattr("reweighting.labeling.chat._wait", lambda state: 0.0)
     with PolicyServer() as server:
         server.replies = [0, 0, 0, 503, 429, 500]
         main(few(server, "--output_train", "train.jsonl"))

@@ -26,7 +26,7 @@ from tests.labeling.policy_server import PolicyServer
 def folder(tmp_path, monkeypatch):
     """Four questions in the working folder, and no pauses between tries."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reweighting.labeling.server._wait", lambda state: 0.0)
+    monkeypatch.setattr("reweighting.labeling.chat._wait", lambda state: 0.0)
     write([{"question": f"{n} + {n + 3}?", "ground_truth": 2 * n + 3, "dataset": "sums"} for n in range(10, 14)])
     return tmp_path
 
@@ -290,3 +290,15 @@ def test_answers_that_cannot_be_judged_are_counted(capsys):
     with PolicyServer() as server:
         label(server)
     assert "warning: 2 of 4 answers cannot be judged\n" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_sample_is_told(capsys):
+    same = "all answers to {} are the same: the policy does not sample, or hardly"
+    with PolicyServer() as server:
+        label(server)
+        assert same.format("every question") not in capsys.readouterr().err
+        server.hook = lambda body: reply("Step 1: x\nFinal answer: 3") if asks(body, "+") else None
+        label(server, "--store", "same.sqlite")
+        assert same.format("every question") in capsys.readouterr().err
+        label(server, "--dry_run")
+        assert same.format("the first question") in capsys.readouterr().err
