@@ -1,6 +1,6 @@
 """Do weights of single chains find wrong labels, do they pay, and what do they cost?
 
-    python benchmarks/instance_weights.py --work /tmp/instance_weights        # resumable: finished runs are not repeated
+    python benchmarks/instance_weights.py --work /tmp/instance_weights     # resumable: finished runs are not repeated
 
 In the domains of the shipped demo whose quality is at least 0.6, 30 % of the chains get the labels of others among
 them, dealt at random. Many labels hardly change by that, since two correct answers have similar labels: the AUC of
@@ -32,7 +32,7 @@ RULES = {
 
 
 def make_world(folder: Path) -> None:
-    """The demo with shuffled labels, and for each row of `train.json` how much its label has changed; None: not dealt."""
+    """The demo with shuffled labels, and how much the label of each row of `train.json` has changed; None: not dealt."""
     if (folder / "changes.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
