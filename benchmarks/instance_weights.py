@@ -32,7 +32,7 @@ RULES = {
 
 
 def make_world(folder: Path) -> None:
-    """The demo with shuffled labels, and how much the label of each row of `train.json` has changed; None: not dealt."""
+    """The demo with shuffled labels, and how much each row's label has changed; None: not dealt."""
     if (folder / "changes.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
