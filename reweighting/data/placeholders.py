@@ -2,11 +2,17 @@
 
 question_parts("Compare <image> and <image>.", 2)  # ["Compare ", None, " and ", None, "."]
 question_parts("How many?", 2)                      # [None, None, "How many?"]
+
+Numbered ones, `<image 1>` as in MMMU or `<image1>` as in MATH-Vision, are the same where each image has one and the
+first mentions are in order. Otherwise they are text: MATH-Vision's number the parts of a single picture.
 """
+
+import re
 
 from reweighting.errors import UserError
 
 PLACEHOLDER = "<image>"
+NUMBERED = re.compile(r"<image ?(\d{1,3})>")
 ALLOWED = f"one `{PLACEHOLDER}` for each image, or none; write the text otherwise where it names no image"
 
 
@@ -33,11 +39,22 @@ def place_images(question: str, images: int) -> str:
     Returns:
         The question, stripped.
     """
-    question = question.strip()
+    question = _without_numbers(question.strip(), images)
     if images and question.count(PLACEHOLDER) == images:
         before, _, after = question.rpartition(PLACEHOLDER)
         if not without_placeholders(before):
             return after.strip()
+    return question
+
+
+def _without_numbers(question: str, images: int) -> str:
+    """The question with numbered placeholders as plain ones, if they fit; an image's later mentions are words."""
+    numbers = list(dict.fromkeys(map(int, NUMBERED.findall(question))))
+    if not numbers or numbers != list(range(1, images + 1)) or PLACEHOLDER in question:
+        return question
+    for number in numbers:
+        first, *later = re.split(f"<image ?0*{number}>", question)
+        question = first + PLACEHOLDER + f"image {number}".join(later)
     return question
 
 

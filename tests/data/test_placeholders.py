@@ -25,6 +25,11 @@ from reweighting.errors import UserError
         ("How many?\n<image>", 1, "How many?\n<image>", ["How many?\n", None]),
         ("<image>", 1, "", [None, ""]),
         ("A:<image><image>", 2, "A:<image><image>", ["A:", None, None]),
+        ("<image 1> Is it in <image2>?", 2, "<image> Is it in <image>?", [None, " Is it in ", None, "?"]),
+        ("Is <image1> as in <image 1>?", 1, "Is <image> as in image 1?", ["Is ", None, " as in image 1?"]),
+        ("<image 1>\nHow many?", 1, "How many?", [None, "How many?"]),
+        ("Which? <image1> or <image2>?", 1, "Which? <image1> or <image2>?", [None, "Which? <image1> or <image2>?"]),
+        ("<image2>, then <image1>", 2, "<image2>, then <image1>", [None, None, "<image2>, then <image1>"]),
     ],
 )
 def test_images_stand_at_their_placeholders_or_before_the_question(question, images, placed, parts):
