@@ -31,7 +31,7 @@ SCRIPTS = {f"reweighting/{module}.py": module for module, _ in COMMANDS.values()
 OTHERS_FLAGS = {  # of pip, torchrun, accelerate, sbatch, vLLM and llama.cpp
     "--no-deps", "--ignore-requires-python", "--nproc_per_node", "--shutdown_timeout", "--signals-to-handle",
     "--multi_gpu", "--mpirun_hostfile", "--num_processes", "--nodes", "--mixed_precision", "--cpu", "--help",
-    "--array", "--data-parallel-size", "--top-k", "--top-p", "--min-p",
+    "--array", "--data-parallel-size",
 }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ NOUN_UNIT = re.compile(r"\s[^\W\d_]{3,20}(?:\s[^\W\d_]{3,20})?")
 NO_UNIT = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|dozen|score|half|halves|third|quarter|and|plus|"
                      r"minus|times|over|mod|squared|cubed|sqrt|log|sin|cos|tan|not)s?\b")  # fmt: skip
 
+SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")  # results, of an equation
 # `B`, `(B)`, `B.`, `B) 4 apples`, `option B`
 OPTION = re.compile(r"(?:the )?(?:correct )?(?:option|choice|answer)?(?: is)? ?"
                     r"(?:[(\[{]([a-z])[)\]}][.:]?|([a-z])(?:[.):](?= |$)|$))(?P<rest>.*)")  # fmt: skip
@@ -97,6 +98,8 @@ def answers_match(stated: str | None, truth: str) -> bool | None:
     if stated is None or given is None or true is None:
         return None
     a, b = _number(_plain(stated)), _number(_plain(truth))
+    if b and a is None:
+        a = _result(_plain(stated))
     if a and b:
         return _same_number(a, b)
     if given == true:
@@ -170,6 +173,14 @@ def _number(text: str) -> _Number | None:
     return _Number(-value if found["sign"] == "-" else value, (found["currency"] or found["unit"]).strip())
 
 
+def _result(text: str) -> _Number | None:
+    """The number that an equation ends in, with its unit: 7 apples of `3 + 4 = 7 apples`; None if there may be more."""
+    left, equals, right = text.rpartition("=")
+    if not equals or left.rstrip().endswith(("<", ">", "!")) or SEVERAL.search(left):
+        return None
+    return _number(right.strip())
+
+
 def _may_be_unit(text: str) -> bool:
     """Whether this may stand behind a number without changing it."""
     if not text or SIGN_UNIT.fullmatch(text) or SHORT_UNIT.fullmatch(text):
@@ -206,7 +217,13 @@ def _same_formula(a: str, b: str) -> bool | None:
     """Whether two formulas have the same value; None if that cannot be computed, or one of them is prose."""
     for text in (a, b):
         commands = set(re.findall(r"\\([a-z]+)", text))
-        if len(text) > MAX_FORMULA or not commands <= FORMULA_COMMANDS or TOO_MUCH.search(text) or PROSE.search(text):
+        if (
+            len(text) > MAX_FORMULA
+            or text.endswith("=")
+            or not commands <= FORMULA_COMMANDS
+            or TOO_MUCH.search(text)
+            or PROSE.search(text)
+        ):
             return None
     import math_verify  # a second, for those who need it
 

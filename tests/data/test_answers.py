@@ -113,6 +113,11 @@ def test_stated_answers_are_found(response, answer):
         ("(1, 2)", "(1,2)", True),
         (r"\int_0^1 x dx", "x", None),  # is not computed
         ("10!", "3628800", None),
+        ("3 + 4 = 7 apples", "7", True),  # an equation with a unit
+        ("$16 - $2 = 14 dollars", "13", False),
+        ("3 + 4 = 7 apples", "7 pears", None),
+        ("1 x 2 =", "2", None),  # is cut off
+        ("x >= 7 apples", "7", None),
         ("", "7", None),
         (None, "7", None),
         ("7", " ", None),
