@@ -167,7 +167,8 @@ def iterate_answers(
     """
     name = format_of(source)
     reader = None if name == CANONICAL else READERS[str(name)]
-    questions = _questions(options.questions_json_file)
+    joins = reader is not None and reader.joins_questions
+    questions = _questions(options.questions_json_file) if joins else {}
     images = RowImages(source.folder, image_root_folder(image_root), decode)
     report.formats[source.path] = str(name)
     problems, count = Problems(), 0

@@ -61,9 +61,15 @@ class ReadingOptions:
 
 
 class RawRow(FromFile):
-    """One row of a public format, as it stands in the file."""
+    """One row of a public format, as it stands in the file.
+
+    Attributes:
+        name: the format's.
+        joins_questions: whether a row may hold an answer only, whose question is in `--questions_json_file`.
+    """
 
     name: ClassVar[str]
+    joins_questions: ClassVar[bool] = False
 
     @classmethod
     def matches(cls, raw: Any) -> bool:

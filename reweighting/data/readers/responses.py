@@ -30,6 +30,7 @@ class Responses(RawRow):
     """A response and what is known about it."""
 
     name = "responses"
+    joins_questions = True
     response: AnyText
     question: OptionalText = None
     options: list[AnyText] | None = Field(None, description="a list of texts, or null")

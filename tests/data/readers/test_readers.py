@@ -163,6 +163,11 @@ def test_questions_of_one_id_are_one_question(folder):
         read("responses", questions_json_file="q.jsonl")
 
 
+def test_rows_with_questions_of_their_own_are_read_beside_a_questions_file(folder):
+    (folder / "q.jsonl").write_text('{"id": "gsm8k-0", "question": "Another one?"}')
+    assert read("processbench", questions_json_file="q.jsonl") == read("processbench")
+
+
 def test_questions_from_another_file(folder):
     (folder / "questions").mkdir()
     Image.new("RGB", (5, 4), "red").save("questions/b.png")
