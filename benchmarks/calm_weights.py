@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, ROOT, agreement, learned_weights, make_data, share_cores, train, write_results
+from common import RESULTS, ROOT, agreement, learned_weights, make_data, train, use_one_thread, write_results
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["calm"])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    share_cores(1)
+    use_one_thread()
     path = RESULTS / "calm_weights.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     found.pop("machine", None)

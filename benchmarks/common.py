@@ -10,6 +10,8 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded: a benchmark may share its cores
+
 import numpy as np
 import torch
 import transformers
@@ -49,6 +51,11 @@ def share_cores(runs: int) -> None:
     threads = max(1, os.cpu_count() // runs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the runs
     torch.set_num_threads(threads)  # of the scoring
+
+
+def use_one_thread() -> None:
+    """Let runs and scoring take one core: processor seconds are then what a run takes, whatever else goes on."""
+    share_cores(os.cpu_count() or 1)
 
 
 def make_data(folder: Path, seed: int, *flags: str) -> None:

@@ -17,7 +17,7 @@ from random import Random
 
 import numpy as np
 import pyarrow.parquet
-from common import RESULTS, ROOT, auc, learned_weights, share_cores, write_results
+from common import RESULTS, ROOT, auc, learned_weights, use_one_thread, write_results
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     args = parser.parse_args()
-    share_cores(1)
+    use_one_thread()
     path = RESULTS / "instance_weights.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     found.pop("machine", None)
