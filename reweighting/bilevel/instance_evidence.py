@@ -2,7 +2,8 @@
 
 A window meets some of the chains. The slope x of a chain in it is what more weight on the chain would have done to the
 meta loss, -dL_meta / dw, against the other chains: less the mean of its group in this window, divided by the root mean
-square over all chains of the window, so that every window counts alike.
+square over all chains of the window, so that every window counts alike. A chain that is the only one of its group in a
+window cannot be compared, and the window does not count for it.
 
 A chain is met a few times only. Its mean slope m over n windows says little by itself, but all chains together tell how
 much of the spread of the means is real. The model is the random-effects analysis of variance: chain i has a true slope
@@ -30,7 +31,7 @@ class InstanceEvidence:
         group_of: The group of each chain, [C] int64: a chain's slope is compared with the group's others.
 
     Attributes:
-        count: In how many windows each chain was met, [C].
+        count: In how many windows each chain was met and compared, [C].
         total: The sum of its slopes, [C].
         squares: The sum of all squared slopes, a scalar.
     """
@@ -48,9 +49,12 @@ class InstanceEvidence:
             hypergradient: dL_meta / dw of each chain, [C]; 0 for the chains that the window has not met.
         """
         hypergradient = hypergradient.detach().to("cpu", torch.float64)
-        met = hypergradient.nonzero().squeeze(1)  # [m]
+        met = hypergradient.nonzero().squeeze(1)
+        sizes = torch.bincount(self.group_of[met])  # [G]
+        met = met[sizes[self.group_of[met]] > 1]  # [m]
+        if not len(met):
+            return
         x, groups = -hypergradient[met], self.group_of[met]
-        sizes = torch.bincount(groups).clamp(min=1)  # [G]
         x -= (torch.zeros(len(sizes), dtype=x.dtype).index_add_(0, groups, x) / sizes)[groups]
         scale = x.square().mean().sqrt()
         if not scale > 0:
@@ -61,7 +65,7 @@ class InstanceEvidence:
         self.squares += x.square().sum()
 
     def true_slopes(self) -> Tensor:
-        """Return the best guess of each chain's true slope in units of tau, [C]; 0 for chains that were never met."""
+        """Return the best guess of each chain's true slope in units of tau, [C]; 0 for those never compared."""
         seen = self.count > 0
         count, mean = self.count[seen], self.total[seen] / self.count[seen]
         chains, windows = len(count), count.sum().item()

@@ -110,7 +110,7 @@ class PRMFineTuning(BettyProblemAdapter):
             return loss
         weights = self.weights().detach()
         if self.weights.by_chain:
-            return weights[chains.chain_ids] @ loss_parts(errors, chains)
+            return (weights[chains.chain_ids] * loss_parts(errors, chains)).sum()  # autocast would round a dot product
         return weights[domain] * loss
 
     def differentiate(self, loss: Tensor) -> None:

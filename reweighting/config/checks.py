@@ -98,6 +98,12 @@ USELESS = (
         "with --baseline, --domain_weights or --instance_weights: no weights are learned",
         from_recipes=False,
     ),
+    Useless(
+        ("min_weight", "max_weight"),
+        lambda c: c.upper.weights_for == "instance",
+        "with --weights_for instance: it bounds the weights of domains, and these have none of their own",
+        from_recipes=False,
+    ),
 )
 
 

@@ -21,7 +21,7 @@ from reweighting.data.row_files import short_repr
 from reweighting.errors import UserError
 from reweighting.files import atomic_file, atomic_write_text
 from reweighting.inference.html_page import data_uri, render
-from reweighting.terminal import printable
+from reweighting.terminal import first_line, printable
 from reweighting.training.run_data import RunData
 
 FILE, PAGE = "instance_weights.parquet", "instance_weights.html"
@@ -30,8 +30,11 @@ COLUMNS = ("chain", "weight")  # those that are read again
 
 
 def chain_digest(chain: Chain, domains: list[str]) -> str:
-    """Return what names a chain in the file: a digest of its domain, question and steps, wherever its rows stand."""
-    parts = (domains[chain.domain], chain.question, *chain.steps)
+    """Return what names a chain in the file, wherever its rows and images stand.
+
+    It is a digest of the chain's domain, its question, its images' file names and its steps.
+    """
+    parts = (domains[chain.domain], chain.question, *(image.name for image in chain.images), *chain.steps)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -46,16 +49,17 @@ def save_instance_weights(folder: Path, data: RunData, upper: DomainReweighting,
         evidence: its own, of the chains.
 
     Raises:
-        UserError: if the disk refuses, or an image can no longer be read.
+        UserError: if the disk refuses.
     """
     weights = upper.module().cpu()
     write_instance_weights(folder, data, weights, evidence)
     atomic_write_text(folder / PAGE, instance_page(data, weights, evidence))
     low, middle, high = weights.double().quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-    print(printable(f"\ninstance weights in {folder / FILE}: from {low:.2f} (5 % are lower) by {middle:.2f} to "
-                    f"{high:.2f} (5 % are higher); the lowest and highest in {folder / PAGE}"))  # fmt: skip
-    if weights.max() - weights.min() < 1e-6 and isinstance(upper.optimizer, CalmWeights):
-        print("They are equal: what the chains' slopes differ by may be chance. A longer run tells more")
+    print(printable(f"\ninstance weights in {folder / FILE}: median {middle:.2f}, 5 % below {low:.2f}, 5 % above "
+                    f"{high:.2f}; the chains with the lowest and highest in {folder / PAGE}"))  # fmt: skip
+    if isinstance(upper.optimizer, CalmWeights) and not evidence.true_slopes().any():
+        print("No chain differs from the others that it is compared with: chance may explain the differences between "
+              "the slopes. A longer run tells more")  # fmt: skip
 
 
 def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, evidence: InstanceEvidence) -> None:
@@ -65,7 +69,7 @@ def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, e
         folder: the output folder.
         data: the chains.
         weights: of the chains, [C].
-        evidence: how often each chain was met, and its mean slope.
+        evidence: in how many windows each chain was compared, and its mean slope.
 
     Raises:
         UserError: if the disk refuses.
@@ -91,10 +95,9 @@ def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, e
 
 
 def instance_page(data: RunData, weights: torch.Tensor, evidence: InstanceEvidence) -> str:
-    """Return the page of the chains with the lowest and the highest weights [C], among those that were met.
+    """Return the page of the chains with the lowest and the highest weights [C], among those that were compared.
 
-    Raises:
-        UserError: if an image cannot be read.
+    An image that cannot be read any more is replaced by the reason.
     """
     met = [index for index in weights.argsort(stable=True).tolist() if evidence.count[index]]
     shown = min(ON_PAGE, len(met) // 2)
@@ -109,12 +112,23 @@ def instance_page(data: RunData, weights: torch.Tensor, evidence: InstanceEviden
             "windows": int(evidence.count[index]),
             "source": chain.source_location,
             "question": chain.question,
-            "pictures": [data_uri(image) for image in chain.images],
+            "pictures": [_picture(image) for image in chain.images],
             "steps": list(zip(chain.steps, labels, strict=True)),
         }
 
     groups = [(heading, [instance(index) for index in indices]) for heading, indices in ends.items()]
-    return render("instances.html.jinja", generator="reweighting/main.py", total=len(weights), groups=groups)
+    alike = not evidence.true_slopes().any()
+    return render(
+        "instances.html.jinja", generator="reweighting/main.py", total=len(weights), groups=groups, alike=alike
+    )
+
+
+def _picture(image: Path) -> tuple[str | None, str]:
+    """The image as the page holds it, and what stands there without it."""
+    try:
+        return data_uri(image), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def read_instance_weights(path: str, data: RunData) -> FixedChainWeights:
@@ -133,8 +147,7 @@ def read_instance_weights(path: str, data: RunData) -> FixedChainWeights:
         for name, weight in zip(names, weights, strict=True):
             found[name].append(float(weight))
     except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"--instance_weights {path}: expected a run's {FILE}: {reason}") from error
+        raise UserError(f"--instance_weights {path}: expected a run's {FILE}: {first_line(error)}") from error
     for same in found.values():
         same.reverse()  # chains that are alike take theirs in order
     values, missing = [], []
@@ -149,7 +162,7 @@ def read_instance_weights(path: str, data: RunData) -> FixedChainWeights:
             f"--instance_weights {path}: {len(missing)} of {len(data.train)} training chains have no weight in it, "
             f"first {missing[0].source_location}, {short_repr(missing[0].question)}: name the file of a run on these"
         )
-    chain_weights = torch.tensor(values)
+    chain_weights = torch.tensor(values)  # [C]
     if not (chain_weights.isfinite().all() and (chain_weights >= 0).all() and chain_weights.sum() > 0):
         raise UserError(f"--instance_weights {path}: weights must be finite and at least 0, and one of them larger")
     return FixedChainWeights(chain_weights, torch.tensor([chain.domain for chain in data.train]))

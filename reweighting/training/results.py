@@ -87,6 +87,8 @@ def weights_table(weights: dict[str, float], evidence: dict[str, dict[str, Any]]
 
 def verdict_note(evidence: SlopeEvidence) -> str:
     """Say in a sentence how far the verdicts can be trusted."""
+    if len(evidence.mean) == 1:
+        return "There is a single domain: nothing to compare it with"
     if evidence.windows_per_pass <= 1:
         return (
             "Nothing can be told of a single domain: each update read the whole meta set. A --meta_batch_size of an "

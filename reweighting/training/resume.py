@@ -126,8 +126,8 @@ def find_checkpoint(
 def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_changes: bool) -> None:
     """Compare a checkpoint's settings and data with those of this run: continuing would match neither otherwise.
 
-    Files may have moved: the content of the data and of a local backbone counts. Whether weights are learned can never
-    change.
+    Files may have moved: the content of the data and of a local backbone counts. What is weighted, and whether the
+    weights are learned, can never change; nor can the data where each chain has a weight.
 
     Args:
         state: the checkpoint's state.
@@ -139,12 +139,16 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
     """
     # A flag that did not exist when the run was started had the effect of its default.
     saved, step = with_defaults(flag_defaults() | state["settings"]), state["step"]
-    learned, learns = (TrainingConfig.from_flags(settings | one).learns_weights for one in (saved, settings))
-    if learned != learns:
-        kinds = {True: "learns the weights", False: "trains with fixed weights (--baseline or a file)"}
+    then, config = (TrainingConfig.from_flags(settings | one) for one in (saved, settings))
+    if (kind := _kind(then)) != (new_kind := _kind(config)):
         raise UserError(
-            f"the checkpoint is of a run that {kinds[learned]}, and this one {kinds[learns]}: a resumed run cannot "
-            "change that. Start a new run in another --weights_path"
+            f"the checkpoint is of a run that {kind}, and this one {new_kind}: a resumed run cannot change that. Start "
+            "a new run in another --weights_path"
+        )
+    if config.weighs_instances and saved.get("data") != settings.get("data"):
+        raise UserError(
+            f"the content of the {BY_CONTENT['data']} has changed since the checkpoint, and its weights belong to the "
+            "chains that it was then: give the same data, or start a new run in another --weights_path"
         )
     if settings["iteration_num"] < step:
         raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
@@ -161,6 +165,13 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
                         " or --allow_changed_settings to resume all the same")  # fmt: skip
     for change in changes:
         print(f"--allow_changed_settings: since step {step}, {printable(change)}", file=sys.stderr)
+
+
+def _kind(config: TrainingConfig) -> str:
+    """What a run does about weights, in words that follow "a run that"."""
+    if config.learns_weights:
+        return f"learns the weights (--weights_for {config.upper.weights_for})"
+    return "trains with fixed weights (--baseline or a file)"
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Weights of single chains: their arithmetic, what the windows tell of them, and the command with them."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -11,11 +13,16 @@ from torch.nn.functional import softplus
 from reweighting.bilevel import instance_evidence
 from reweighting.bilevel.instance_evidence import InstanceEvidence
 from reweighting.bilevel.instance_weights import FixedChainWeights, InstanceWeights
+from reweighting.bilevel.losses import loss_parts, squared_error
+from reweighting.bilevel.problems import PRMFineTuning
+from reweighting.data.chains import Chain
+from reweighting.devices import autocast
 from reweighting.errors import UserError
 from reweighting.main import main
+from reweighting.training.instance_results import chain_digest, instance_page
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, flags, history, same_results, weights
-from tests.tiny import tiny_backbone
+from tests.tiny import draw_cells, tiny_backbone
 
 DOMAIN_OF = torch.tensor([0, 1, 0, 1, 1, 2])
 
@@ -53,6 +60,21 @@ def test_fixed_weights_are_scaled_to_mean_1():
     fixed = FixedChainWeights(torch.tensor([1.0, 0.0, 3.0, 2.0, 4.0, 1.0]), DOMAIN_OF)
     assert fixed.by_domain().tolist() == pytest.approx([1.2, 1.2, 0.6])
     assert fixed()[1] == 0
+
+
+def test_the_weighted_loss_is_not_rounded_in_bf16():
+    logits, fixed = torch.randn(3, 4), FixedChainWeights(torch.rand(6) + 0.5, DOMAIN_OF)
+    batch = SimpleNamespace(
+        targets=torch.rand(3, 4),
+        target_mask=torch.ones(3, 4, dtype=torch.bool),
+        num_labeled_steps=12,
+        chain_ids=torch.tensor([4, 1, 1]),
+    )
+    lower = SimpleNamespace(module=lambda _: logits, step_loss=squared_error, warming_up=False, weights=fixed)
+    with autocast(torch.device("cpu"), "bf16"):
+        loss = PRMFineTuning.training_step(lower, (0, batch))
+    parts = loss_parts(squared_error(logits, batch), batch)
+    torch.testing.assert_close(loss, sum(fixed()[i] * part for i, part in zip((4, 1, 1), parts, strict=True)))
 
 
 def made_windows(true: np.ndarray, windows: int, share: float, noise: float, seed: int) -> list[torch.Tensor]:
@@ -117,6 +139,33 @@ def test_chains_that_were_met_once_tell_nothing():
         InstanceEvidence(torch.zeros(5, dtype=torch.int64)).load_state_dict(evidence.state_dict())
 
 
+def test_a_chain_without_others_of_its_group_is_not_compared():
+    evidence = InstanceEvidence(torch.tensor([0, 0, 1, 1]))
+    evidence.add(torch.tensor([1.0, -2.0, 5.0, 0.0]))
+    evidence.add(torch.tensor([1.0, 0.0, 5.0, 0.0]))
+    assert evidence.count.tolist() == [1, 1, 0, 0] and evidence.total.tolist() == [-1, 1, 0, 0]
+
+
+def test_chains_are_named_by_their_images_too():
+    def digest(*images: str) -> str:
+        return chain_digest(Chain("How many?", ("Two.",), tuple(map(Path, images)), domain=0), ["a"])
+
+    assert digest("here/1.png") == digest("there/1.png")
+    assert len({digest("1.png"), digest("2.png"), digest(), digest("1.png", "2.png")}) == 4
+
+
+def test_the_page_shows_what_can_still_be_read(tmp_path):
+    image = draw_cells(tmp_path / "cells.png")
+    pictures = ((image,), (tmp_path / "gone.png",))
+    chains = [Chain("One\ntwo?", ("Two.",), one, targets=(0.5,), domain=0) for one in pictures]
+    evidence = InstanceEvidence(torch.zeros(2, dtype=torch.int64))
+    evidence.add(torch.tensor([1.0, -2.0]))
+    page = instance_page(SimpleNamespace(train=chains, domains=["a"]), torch.tensor([0.5, 1.5]), evidence)
+    assert page.count("<section>") == 2 and page.count("data:image/png") == 1
+    assert "image 1 of the question: " in page and "gone.png" in page and "compared in 1 window<" in page
+    assert "chance may explain all differences" in page
+
+
 @pytest.fixture
 def run(demo, monkeypatch):
     """Flags of a run of 6 windows with the tiny backbone, in which chance moves the chains' weights too."""
@@ -151,7 +200,7 @@ def test_a_run_learns_saves_and_resumes(run, tmp_path, monkeypatch, what, capsys
     assert means == pytest.approx(weights(tmp_path / "whole"), rel=1e-5)
     page = (tmp_path / "whole" / "instance_weights.html").read_text()
     assert page.count("<section>") == 24 and page.count("data:image/png") == 24
-    assert "Lowest weights" in page and f"{min(found['weight']):.2f} · " in page
+    assert "chance may explain" not in page and "Lowest weights" in page and f"{min(found['weight']):.2f} · " in page
 
 
 def test_learned_weights_train_again(run, demo, tmp_path, capsys):
@@ -162,6 +211,9 @@ def test_learned_weights_train_again(run, demo, tmp_path, capsys):
     again = ("--reward_model", str(tiny_backbone()), "--instance_weights", str(path), "--image_root", str(demo))
     main(flags(demo, tmp_path / "again", *again, "--train_json_file", str(tmp_path / "turned.json")))
     assert weights(tmp_path / "again") == pytest.approx(weights(tmp_path / "first"), rel=1e-5)
+    turned = ("--train_json_file", str(tmp_path / "turned.json"), "--image_root", str(demo))
+    with pytest.raises(UserError, match="content of the training or meta data has changed .* belong to the chains"):
+        main(run(tmp_path / "first", "--weights_for", "both", *turned, "--resume", "--allow_changed_settings"))
     (tmp_path / "more.json").write_text(json.dumps([rows[0] | {"input": "Question: A new one?"}, *rows[1:]]))
     with pytest.raises(UserError, match=r"1 of 41 training chains have no weight in it, first .*: rows? 0"):
         main(flags(demo, tmp_path / "lacks", *again, "--train_json_file", str(tmp_path / "more.json")))
@@ -179,6 +231,7 @@ def test_learned_weights_train_again(run, demo, tmp_path, capsys):
     ("more", "message"),
     [
         (("--hypergradient", "unrolled"), "unrolled finds no slope of a single chain, which --weights_for both needs"),
+        (("--weights_for", "instance", "--min_weight", "0.2"), "--min_weight does nothing with --weights_for instance"),
         (("--hypergradient", "darts"), "darts finds no slope of a single chain"),
         (("--instance_weights", "w.parquet"), "--weights_for does nothing with .*--instance_weights"),
     ],
@@ -196,11 +249,12 @@ def test_flags_that_contradict_each_other(demo, tmp_path, more, message):
             )
 
 
-def test_instances_of_a_single_domain_can_be_weighted(run, demo, tmp_path):
+def test_instances_of_a_single_domain_can_be_weighted(run, demo, tmp_path, capsys):
     rows = [row | {"dataset": "all"} for row in json.loads((demo / "train.json").read_text())]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     one = ("--train_json_file", str(tmp_path / "train.json"), "--image_root", str(demo))
     main(run(tmp_path / "run", *one, "--weights_for", "instance"))
     assert weights(tmp_path / "run") == {"all": pytest.approx(1)} and len(history(tmp_path / "run")) == 6
+    assert "There is a single domain: nothing to compare it with" in capsys.readouterr().out
     with pytest.raises(UserError, match="domain"):
         main(run(tmp_path / "both", *one, "--weights_for", "both"))

@@ -43,12 +43,15 @@ def test_auto_keeps_the_method_of_the_run_so_far(tiny, tmp_path, finished, monke
     assert state["settings"]["planned_hypergradient"] == "unrolled"
 
 
-def test_whether_weights_are_learned_cannot_be_changed_on_the_way(tiny, tmp_path, finished):
+def test_what_is_learned_cannot_be_changed_on_the_way(tiny, tmp_path, finished):
     learned, fixed = shutil.copytree(finished, tmp_path / "learned"), tmp_path / "fixed"
     main(tiny(fixed, "--baseline"))
-    to_fixed, to_learned = "learns the weights, and this one trains with fixed", "fixed .* this one learns"
+    to_fixed, to_learned = "learns the weights .*, and this one trains with fixed", "fixed .* this one learns"
     given = ("--domain_weights", str(finished / "domain_weights.json"))
-    cases = ((learned, ("--baseline",), to_fixed), (learned, given, to_fixed), (fixed, (), to_learned))
+    instances = ("--weights_for", "instance")
+    to_instances = r"learns the weights \(--weights_for domain\), and this one .* \(--weights_for instance\)"
+    cases = ((learned, ("--baseline",), to_fixed), (learned, given, to_fixed), (fixed, (), to_learned),
+             (learned, instances, to_instances))  # fmt: skip
     for folder, more, words in cases:
         for how in (("--resume",), ("--resume_from", str(folder))):
             before = sorted(folder.rglob("*"))
