@@ -1,9 +1,11 @@
 """What the windows tell of single chains: a mean slope for each, shrunk by how much the slopes of a chain scatter.
 
 A window meets some of the chains. The slope x of a chain in it is what more weight on the chain would have done to the
-meta loss, -dL_meta / dw, against the other chains: less the mean of its group in this window, divided by the root mean
-square over all chains of the window, so that every window counts alike. A chain that is the only one of its group in a
-window cannot be compared, and the window does not count for it.
+meta loss, -dL_meta / dw, against the other chains. It is divided by how often the window met the chain: chains of small
+domains come more often, and would differ from the others by that alone. Then the mean of the chain's group in this
+window is taken off, and all is divided by the root mean square over all chains of the window, so that every window
+counts alike. A chain that is the only one of its group in a window cannot be compared, and the window does not count
+for it.
 
 A chain is met a few times only. Its mean slope m over n windows says little by itself, but all chains together tell how
 much of the spread of the means is real. The model is the random-effects analysis of variance: chain i has a true slope
@@ -42,13 +44,14 @@ class InstanceEvidence:
         self.total = torch.zeros(len(group_of), dtype=torch.float64)
         self.squares = torch.zeros((), dtype=torch.float64)
 
-    def add(self, hypergradient: Tensor) -> None:
+    def add(self, hypergradient: Tensor, times_met: Tensor) -> None:
         """Count a window.
 
         Args:
             hypergradient: dL_meta / dw of each chain, [C]; 0 for the chains that the window has not met.
+            times_met: How often it has met each of them, [C] on the CPU.
         """
-        hypergradient = hypergradient.detach().to("cpu", torch.float64)
+        hypergradient = hypergradient.detach().to("cpu", torch.float64) / times_met.clamp(min=1)
         met = hypergradient.nonzero().squeeze(1)
         sizes = torch.bincount(self.group_of[met])  # [G]
         met = met[sizes[self.group_of[met]] > 1]  # [m]

@@ -274,8 +274,8 @@ class DomainReweighting(BettyProblemAdapter):
             with torch.no_grad():
                 toward_domains = self.module.slopes_by_domain(toward_weights)  # [K]
             self.window_slopes = self.evidence.add(toward_domains, learning_rate)
-            if self.instance_evidence is not None:
-                self.instance_evidence.add(toward_weights)
+            if self.instance_evidence is not None and self.hypergradient.times_met is not None:
+                self.instance_evidence.add(toward_weights, self.hypergradient.times_met)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """Update alpha."""

@@ -39,6 +39,8 @@ def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, deriv
         resumed.load(hypergradient.state(), case.fetch_batch)
         found = hypergradient.compute(v.clone(), case.weights)
         assert torch.equal(resumed.compute(v.clone(), case.weights), found)
+        met = [number for step in case.batches[before:] for _, batch in step for number in batch.chain_ids.tolist()]
+        assert not by_chain or hypergradient.times_met.tolist() == [met.count(chain) for chain in range(len(found))]
         cosine, ratio = cosine_and_ratio(exact, found)
         assert cosine >= (0.998 if by_chain else 0.99) and 0.92 <= ratio <= 1.08, (cosine, ratio)
 

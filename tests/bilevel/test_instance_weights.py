@@ -94,7 +94,7 @@ def test_running_sums_equal_plain_ones():
     evidence = InstanceEvidence(torch.tensor(groups))
     slopes = [[] for _ in range(300)]
     for window in windows:
-        evidence.add(window)
+        evidence.add(window, torch.ones(len(window)))
         window = -window.numpy()
         met = np.flatnonzero(window)
         x = np.array([window[i] - np.mean([window[j] for j in met if groups[j] == groups[i]]) for i in met])
@@ -116,7 +116,7 @@ def test_true_slopes_are_found_and_chance_is_none():
     for noise, correlation in ((1.0, 0.85), (3.0, 0.5)):
         evidence = InstanceEvidence(torch.zeros(1000, dtype=torch.int64))
         for window in made_windows(true, 20, 0.3, noise, 4):
-            evidence.add(window)
+            evidence.add(window, torch.ones(len(window)))
         guesses = evidence.true_slopes().numpy()
         assert np.corrcoef(guesses, true)[0, 1] > correlation
         assert guesses.std() < 1.1  # shrunk: no larger than the true ones, which have the standard deviation 1
@@ -124,16 +124,16 @@ def test_true_slopes_are_found_and_chance_is_none():
     for seed in range(30):
         evidence = InstanceEvidence(torch.zeros(1000, dtype=torch.int64))
         for window in made_windows(0 * true, 20, 0.3, 1.0, seed):
-            evidence.add(window)
+            evidence.add(window, torch.ones(len(window)))
         zero += not evidence.true_slopes().any()
     assert zero >= 27
 
 
 def test_chains_that_were_met_once_tell_nothing():
     evidence = InstanceEvidence(torch.zeros(4, dtype=torch.int64))
-    evidence.add(torch.tensor([1.0, -2.0, 0.0, 0.0]))
-    evidence.add(torch.tensor([0.0, 0.0, 1.0, 3.0]))
-    evidence.add(torch.zeros(4))
+    evidence.add(torch.tensor([1.0, -2.0, 0.0, 0.0]), torch.ones(4))
+    evidence.add(torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.ones(4))
+    evidence.add(torch.zeros(4), torch.ones(4))
     assert not evidence.true_slopes().any() and evidence.count.tolist() == [1, 1, 1, 1]
     with pytest.raises(ValueError, match="of the instances"):
         InstanceEvidence(torch.zeros(5, dtype=torch.int64)).load_state_dict(evidence.state_dict())
@@ -141,9 +141,18 @@ def test_chains_that_were_met_once_tell_nothing():
 
 def test_a_chain_without_others_of_its_group_is_not_compared():
     evidence = InstanceEvidence(torch.tensor([0, 0, 1, 1]))
-    evidence.add(torch.tensor([1.0, -2.0, 5.0, 0.0]))
-    evidence.add(torch.tensor([1.0, 0.0, 5.0, 0.0]))
+    evidence.add(torch.tensor([1.0, -2.0, 5.0, 0.0]), torch.ones(4))
+    evidence.add(torch.tensor([1.0, 0.0, 5.0, 0.0]), torch.ones(4))
     assert evidence.count.tolist() == [1, 1, 0, 0] and evidence.total.tolist() == [-1, 1, 0, 0]
+
+
+def test_a_chain_that_a_window_meets_often_gains_nothing_by_that():
+    times = torch.tensor([5, 5, 1, 1, 0])
+    slopes = torch.tensor([1.0, 2.0, 1.0, 2.0, 0.0])
+    often, once = (InstanceEvidence(torch.zeros(5, dtype=torch.int64)) for _ in range(2))
+    often.add(times * slopes, times)
+    once.add(slopes, (times > 0).long())
+    assert often.total.tolist() == once.total.tolist() == [1, -1, 1, -1, 0]
 
 
 def test_chains_are_named_by_their_images_too():
@@ -159,7 +168,7 @@ def test_the_page_shows_what_can_still_be_read(tmp_path):
     pictures = ((image,), (tmp_path / "gone.png",))
     chains = [Chain("One\ntwo?", ("Two.",), one, targets=(0.5,), domain=0) for one in pictures]
     evidence = InstanceEvidence(torch.zeros(2, dtype=torch.int64))
-    evidence.add(torch.tensor([1.0, -2.0]))
+    evidence.add(torch.tensor([1.0, -2.0]), torch.ones(2))
     page = instance_page(SimpleNamespace(train=chains, domains=["a"]), torch.tensor([0.5, 1.5]), evidence)
     assert page.count("<section>") == 2 and page.count("data:image/png") == 1
     assert "image 1 of the question: " in page and "gone.png" in page and "compared in 1 window<" in page

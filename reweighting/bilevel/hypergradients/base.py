@@ -74,7 +74,13 @@ class Hypergradient(Protocol):
 
     The lower level reports each micro-batch and each step; the upper level asks for the result. Add a method as a file
     of its own and a line in `hypergradients/__init__.py`.
+
+    Attributes:
+        times_met: After `compute`, how often the window met each chain, [C] int64 on the CPU; None where domains
+            have the weights.
     """
+
+    times_met: Tensor | None = None
 
     @abstractmethod
     def add_micro_batch(self, micro_step: int, domain: int, batch: Batch, gradient: Sequence[Tensor]) -> None:

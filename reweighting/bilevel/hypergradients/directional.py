@@ -144,6 +144,8 @@ class DirectionalHypergradient(Hypergradient):
         """
         steps, self.steps = self.steps, []
         total = torch.zeros(len(weights), dtype=torch.float64)
+        if self.by_chain:
+            self.times_met = torch.zeros(len(weights), dtype=torch.int64)
         if not steps:  # every step was left out
             return total.to(weights)
         micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
@@ -157,6 +159,8 @@ class DirectionalHypergradient(Hypergradient):
                 _, along = _concatenated(step.along)
                 products = through_clipping(products, along, step.clip_factor, on_cpu[indices])
             total.index_add_(0, indices, products.double())  # on the CPU: in a fixed order
+            if self.times_met is not None:
+                self.times_met += torch.bincount(indices, minlength=len(weights))
         return total.to(weights)
 
     def direction(self, v: Tensor) -> Tensor:
