@@ -92,8 +92,10 @@ def prepare_process() -> None:
 
 
 def machine_is_busy() -> bool:
-    """Tell whether other processes take half a core or more at this moment."""
-    return psutil.cpu_percent(interval=0.2) * (psutil.cpu_count() or 1) >= 50
+    """Tell whether others take half a core or more, of those that this process may use, at this moment."""
+    percent = psutil.cpu_percent(interval=0.2, percpu=True)
+    own = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else range(len(percent))
+    return sum(percent[core] for core in own if core < len(percent)) >= 50
 
 
 def _recorded(run: Callable[[str], ProcessLost | None]) -> Callable[[str], ProcessLost | None]:
