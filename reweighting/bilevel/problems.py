@@ -89,6 +89,14 @@ class PRMFineTuning(BettyProblemAdapter):
         self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
 
+    def domain_loss(self, batch: Batch) -> Tensor:
+        """Compute the mean loss of the labeled steps of a batch, a scalar."""
+        return mean_loss(self.step_loss(self.module(batch), batch), batch)
+
+    def chain_losses(self, batch: Batch) -> Tensor:
+        """Compute what each chain adds to that, [B]."""
+        return loss_parts(self.step_loss(self.module(batch), batch), batch)
+
     @property
     def weights(self) -> LossWeights:
         """The weights, fixed or learned."""
@@ -103,15 +111,13 @@ class PRMFineTuning(BettyProblemAdapter):
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
         """Compute w_k times the domain's loss, or the sum of each chain's weight times its part of it; a scalar."""
         domain, chains = batch
-        errors = self.step_loss(self.module(chains), chains)  # [B, S]
-        loss = mean_loss(errors, chains)
-        self.loss = loss.detach()  # reported without the weight, so that runs with different weights can be compared
+        by_chain = self.weights.by_chain and not self.warming_up
+        losses = self.chain_losses(chains) if by_chain else self.domain_loss(chains)  # [B] or a scalar
+        self.loss = losses.detach().sum()  # reported without weights, so that runs with different ones can be compared
         if self.warming_up:
-            return loss
-        weights = self.weights().detach()
-        if self.weights.by_chain:
-            return (weights[chains.chain_ids] * loss_parts(errors, chains)).sum()  # autocast would round a dot product
-        return weights[domain] * loss
+            return losses
+        weights = self.weights().detach()[chains.chain_ids if by_chain else domain]
+        return (weights * losses).sum()  # autocast would round a dot product
 
     def differentiate(self, loss: Tensor) -> None:
         """Add the micro-batch's gradient to the step's, and report it to the hypergradient."""

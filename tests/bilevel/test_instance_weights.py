@@ -1,6 +1,7 @@
 """Weights of single chains: their arithmetic, what the windows tell of them, and the command with them."""
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,6 +72,7 @@ def test_the_weighted_loss_is_not_rounded_in_bf16():
         chain_ids=torch.tensor([4, 1, 1]),
     )
     lower = SimpleNamespace(module=lambda _: logits, step_loss=squared_error, warming_up=False, weights=fixed)
+    lower.chain_losses = partial(PRMFineTuning.chain_losses, lower)
     with autocast(torch.device("cpu"), "bf16"):
         loss = PRMFineTuning.training_step(lower, (0, batch))
     parts = loss_parts(squared_error(logits, batch), batch)
