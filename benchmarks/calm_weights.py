@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, ROOT, agreement, learned_weights, make_data, train, use_one_thread, write_results
+from common import ROOT, agreement, learned_weights, make_data, read_results, train, use_one_thread, write_results
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -109,9 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     use_one_thread()
-    path = RESULTS / "calm_weights.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found.pop("machine", None)
+    found = read_results("calm_weights")
     for case in args.cases:
         for seed in args.seeds:
             for rule in args.rules:

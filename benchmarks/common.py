@@ -164,6 +164,14 @@ def run_case(command: list[str], env: dict[str, str] | None = None) -> dict:
     return json.loads(line.removeprefix("RESULT "))
 
 
+def read_results(name: str) -> dict:
+    """What an earlier run of a benchmark has written, without the machine; empty if there is nothing."""
+    path = RESULTS / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    content.pop("machine", None)
+    return content
+
+
 def write_results(name: str, content: dict) -> Path:
     """Write `benchmarks/results/<name>.json` with the machine in its head."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from random import Random
 
 import numpy as np
 import pyarrow.parquet
-from common import RESULTS, ROOT, auc, learned_weights, use_one_thread, write_results
+from common import ROOT, auc, learned_weights, read_results, use_one_thread, write_results
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -99,9 +99,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     args = parser.parse_args()
     use_one_thread()
-    path = RESULTS / "instance_weights.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found.pop("machine", None)
+    found = read_results("instance_weights")
     for seed in args.seeds:
         for rule in args.rules:
             found.setdefault(rule, {})[str(seed)] = result = one(args.work, rule, seed)

@@ -28,12 +28,15 @@ class ChainWeights(LossWeights):
     def slopes_by_domain(self, slopes: Tensor) -> Tensor:
         """Turn derivatives with respect to the chains' weights [C] into those for scaling a domain's weights, [K]."""
         weights = self()
-        sums = torch.zeros_like(self.sizes, dtype=slopes.dtype).index_add(0, self.domain_of, weights * slopes)
-        return sums / self.domain_means(weights)
+        return self._domain_sums(weights * slopes) / self.domain_means(weights)
 
     def domain_means(self, values: Tensor) -> Tensor:
         """Compute the mean over each domain's chains of values [C], [K]."""
-        return torch.zeros_like(self.sizes, dtype=values.dtype).index_add(0, self.domain_of, values) / self.sizes
+        return self._domain_sums(values) / self.sizes
+
+    def _domain_sums(self, values: Tensor) -> Tensor:
+        """The sum over each domain's chains of values [C], [K]."""
+        return torch.zeros_like(self.sizes, dtype=values.dtype).index_add(0, self.domain_of, values)
 
 
 class FixedChainWeights(ChainWeights):

@@ -116,7 +116,8 @@ class PRMFineTuning(BettyProblemAdapter):
         self.loss = losses.detach().sum()  # reported without weights, so that runs with different ones can be compared
         if self.warming_up:
             return losses
-        weights = self.weights().detach()[chains.chain_ids if by_chain else domain]
+        with torch.no_grad():  # of all chains: no graph of that size in every micro-step
+            weights = self.weights()[chains.chain_ids if by_chain else domain]
         return (weights * losses).sum()  # autocast would round a dot product
 
     def differentiate(self, loss: Tensor) -> None:

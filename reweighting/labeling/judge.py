@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from reweighting.data.placeholders import PLACEHOLDER
+from reweighting.data.placeholders import without_placeholders
 from reweighting.errors import UserError
 from reweighting.labeling.chat import Body, ChatClient, TryAgain
 from reweighting.labeling.policy import NoText, PolicyFailure, QuestionRefused, Sampling
@@ -110,7 +110,7 @@ class Judge:
 
     def _body(self, question: Question, given: str) -> Body:
         """The request."""
-        asked = question.text.replace(PLACEHOLDER, "").strip()
+        asked = without_placeholders(question.text)
         text = JUDGE_PROMPT.format(question=asked, correct=question.ground_truth, given=given)
         return self.client.request([{"role": "user", "content": text}], SAMPLING)
 

@@ -144,11 +144,6 @@ def test_a_beginning_is_tokenized_in_its_place(monkeypatch):
     assert tokenizer.eos_token_id not in plain[plain.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) :]
 
 
-@pytest.fixture(scope="module")
-def coin(tmp_path_factory):
-    return build_coin_policy(tmp_path_factory.mktemp("coin") / "coin-policy")
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Questions whose answer is 7, in the working folder."""

@@ -12,15 +12,8 @@ from reweighting.data.sources import expand
 from reweighting.errors import UserError
 from reweighting.label import main
 from reweighting.labeling.parts import Part
-from tests.labeling.coin_policy import build_coin_policy
 
 OUTPUTS = ("train", "meta", "candidates")
-
-
-@pytest.fixture(scope="module")
-def coin(tmp_path_factory):
-    """A policy whose text is the same in every job: seed, question, beginning and number determine it."""
-    return build_coin_policy(tmp_path_factory.mktemp("coin") / "coin-policy")
 
 
 @pytest.fixture
