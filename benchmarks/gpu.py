@@ -63,7 +63,7 @@ def rows_seen(engine) -> int:
 
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     """Print estimate and measurement of one run, as JSON. In a process of its own."""
-    from reweighting.config.training import parse_training_config
+    from reweighting.config.training import TrainingConfig
     from reweighting.devices import choose_device, choose_precision
     from reweighting.main import build_engine
     from reweighting.training.hypergradient_choice import estimate_memory
@@ -74,7 +74,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     if "--baseline" not in flags:
         files += ["--meta_json_file", str(data / "meta.json")]
     with TemporaryDirectory() as folder:
-        config = parse_training_config([*files, "--weights_path", folder, *flags])
+        config = TrainingConfig.parse([*files, "--weights_path", folder, *flags])
         window = config.upper.unroll_steps
         config = config.with_changes(iteration_num=(WARM_UP + TIMED) * window)
         rows, device = read_run_data(config), choose_device(None)

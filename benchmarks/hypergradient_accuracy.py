@@ -20,7 +20,7 @@ from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.hypergradients.derivatives import RADIUS, central_differences, forward_mode
 from reweighting.bilevel.hypergradients.directional import DirectionalHypergradient
 from reweighting.bilevel.losses import loss_at_parameters
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.distributed.flat_vectors import flatten
 from reweighting.main import build_engine
 from reweighting.training.resume import run_settings
@@ -64,7 +64,7 @@ def derivatives_on_the_backbone() -> dict:
     torch.set_num_threads(1)
     data, result = ROOT / "data", {}
     with TemporaryDirectory() as folder:
-        config = parse_training_config(["--train_json_file", str(data / "train.json"), "--meta_json_file",
+        config = TrainingConfig.parse(["--train_json_file", str(data / "train.json"), "--meta_json_file",
                                         str(data / "meta.json"), "--weights_path", folder, "--iteration_num", "20",
                                         "--hypergradient", "jvp", "--device", "cpu"])  # fmt: skip
         engine = build_engine(config, run_settings(config), read_run_data(config), Path(folder))

@@ -22,7 +22,6 @@ from random import Random
 from common import ROOT, write_results
 
 from reweighting.config.labeling import LabelConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import LoadReport
 from reweighting.label import questions
 from reweighting.labeling.rollouts import cut_answer
@@ -74,7 +73,7 @@ class Bench:
 
     def stands_for(self, entries: Entries) -> Counter[Call]:
         """The calls whose answers some entries hold."""
-        config = parse_config(LabelConfig, self.flags, description="", first="questions")
+        config = LabelConfig.parse(self.flags)
         texts = {question.key: question.text for question in questions(config, LoadReport())}
         found: Counter[Call] = Counter()
         for question, answer, step in entries:

@@ -60,7 +60,7 @@ def status(name: str) -> int:
 def one_case(backbone: str, data: Path, flags: list[str]) -> None:
     """Print estimate and measurement of one run, as JSON, of process 0 if there are two. In a process of its
     own."""
-    from reweighting.config.training import EMBEDDED_BACKBONE, parse_training_config
+    from reweighting.config.training import EMBEDDED_BACKBONE, TrainingConfig
     from reweighting.devices import choose_device
     from reweighting.distributed.collectives import process_group
     from reweighting.distributed.rank0_output import rank0_output
@@ -75,7 +75,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         files = ["--train_json_file", str(data / "train.json"), "--weights_path", folder]
         if "--baseline" not in more:
             files += ["--meta_json_file", str(data / "meta.json")]
-        return parse_training_config([*files, *more])
+        return TrainingConfig.parse([*files, *more])
 
     def run(config, rows) -> None:
         engine = build_engine(config, run_settings(config), rows, Path(config.data.weights_path))

@@ -119,7 +119,7 @@ class Meter:
 
 def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     """The command, or its batches in a bare loop."""
-    from reweighting.config.training import parse_training_config
+    from reweighting.config.training import TrainingConfig
     from reweighting.main import build_engine
     from reweighting.training.resume import run_settings
     from reweighting.training.run_data import read_run_data
@@ -131,7 +131,7 @@ def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
     else:
         files += ["--baseline"]
         flags = flags[:-2]  # without the meta batch size
-    config = parse_training_config([*files, *flags, "--iteration_num", str(warm_up + steps)])
+    config = TrainingConfig.parse([*files, *flags, "--iteration_num", str(warm_up + steps)])
     engine = build_engine(config, run_settings(config), read_run_data(config), folder)
     lower = engine.lower
     if case == "bare loop":

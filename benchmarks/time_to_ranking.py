@@ -47,13 +47,13 @@ class Course:
 
 def ours(seed: int) -> Course:
     """The command with its defaults."""
-    from reweighting.config.training import parse_training_config
+    from reweighting.config.training import TrainingConfig
     from reweighting.main import build_engine
     from reweighting.training.resume import run_settings
     from reweighting.training.run_data import read_run_data
 
     with TemporaryDirectory() as folder:
-        config = parse_training_config(["--train_json_file", str(DATA / "train.json"), "--meta_json_file",
+        config = TrainingConfig.parse(["--train_json_file", str(DATA / "train.json"), "--meta_json_file",
                                 str(DATA / "meta.json"), "--weights_path", folder, "--seed", str(seed)])  # fmt: skip
         engine = build_engine(config, run_settings(config), read_run_data(config), Path(folder))
         engine.save = lambda **_: None

@@ -13,14 +13,11 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from reweighting.cli import COMMANDS  # noqa: E402
-from reweighting.config.conversion import ConvertConfig  # noqa: E402
-from reweighting.config.inference import BestOfNConfig, EvaluateConfig, ShowConfig  # noqa: E402
-from reweighting.config.labeling import LabelConfig  # noqa: E402
-from reweighting.config.training import EMBEDDED_BACKBONE, TrainingConfig  # noqa: E402
+from reweighting.config.commands import CONFIGS  # noqa: E402
+from reweighting.config.parsing import groups_of  # noqa: E402
+from reweighting.config.training import EMBEDDED_BACKBONE  # noqa: E402
 
-CONFIGS = {"train": TrainingConfig, "best-of-n": BestOfNConfig, "evaluate": EvaluateConfig, "convert": ConvertConfig,
-           "label": LabelConfig, "show": ShowConfig}  # fmt: skip
-GROUPS_OF = {name: [field.type for field in dataclasses.fields(config)] for name, config in CONFIGS.items()}
+GROUPS_OF = {name: list(groups_of(CONFIGS[f"reweighting.{module}"]).values()) for name, (module, _) in COMMANDS.items()}
 PAGE = ROOT / "docs" / "cli.md"
 INTRODUCTION = """\
 <!-- Written by docs/generate_cli_reference.py: change the flags in reweighting/config/ instead. -->

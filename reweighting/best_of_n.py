@@ -20,7 +20,6 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 from reweighting.config.inference import BestOfNConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
 from reweighting.data.schema import CandidateRow
@@ -37,7 +36,6 @@ from reweighting.progress import Progress
 from reweighting.tables import print_table
 from reweighting.terminal import printable
 
-SUMMARY = "Choose the best of N candidate answers to each question, and report how well that works."
 AFTER_INTERRUPT = "the same command resumes there"
 LESS_MEMORY = "Lower --batch_size"
 BATCHES_IN_A_BLOCK = 8  # batches between two writes: enough for questions of like length to meet
@@ -53,7 +51,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_config(BestOfNConfig, argv, description=SUMMARY)
+    config = BestOfNConfig.parse(argv)
     output = Path(config.selections.output)
     sources = config.reading.sources(config.candidates.candidates_json_file)
     candidates = CandidateFile.read(sources, config.reading.options(), config.scoring.image_root)

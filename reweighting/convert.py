@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from reweighting.config.conversion import ConvertConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import Answer, LoadReport
 from reweighting.data.published_answers import iterate_any_answers
 from reweighting.data.summary import Summary
@@ -28,7 +27,6 @@ from reweighting.errors import UserError
 from reweighting.files import atomic_file
 from reweighting.terminal import printable
 
-SUMMARY = "Convert answers of any known format to canonical rows, and report what is in them."
 AFTER_INTERRUPT = "nothing has been written"
 LESS_MEMORY = "Convert fewer files at a time"
 TABLE_ROWS = 1024  # of a Parquet file that are written at a time
@@ -43,7 +41,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_config(ConvertConfig, argv, description=SUMMARY, first="inputs")
+    config = ConvertConfig.parse(argv)
     report, summary = LoadReport(), Summary()
     output = None if config.conversion.output is None else Path(config.conversion.output)
     if output is not None:

@@ -42,19 +42,21 @@ class CommandError(Exception):
 def run_command(module: str) -> None:
     """Run a command and end this process with its exit code; of several processes, only process 0 prints.
 
-    The module is imported here, so that errors and Ctrl-C while packages load end without a traceback too.
+    The module is imported here, so that errors and Ctrl-C while packages load end without a traceback too; before it,
+    its flags, which load in a fraction of the time.
 
     Args:
-        module: name of the command's module. It has `main(argv)`; `AFTER_INTERRUPT`: what to do after Ctrl-C or a
-            full disk, in words that follow a semicolon; and `LESS_MEMORY`: what to do where memory runs out.
+        module: name of the command's module; its flags are in `config/commands.py`. It has `main(argv)`;
+            `AFTER_INTERRUPT`: what to do after Ctrl-C or a full disk, in words that follow a semicolon; and
+            `LESS_MEMORY`: what to do where memory runs out.
 
     Raises:
         SystemExit: with 2 for a UserError, for what the system reports of a file or disk and where memory runs out;
             with 128 + its number for a signal.
     """
-    prepare_process()
     several = dist_env().world_size > 1
     try:
+        prepare_process()
         with rank0_output():
             lost = _recorded(_run)(module)
     except CommandError as end:
@@ -62,6 +64,9 @@ def run_command(module: str) -> None:
             end_process(end.code, str(end))
         print(f"error: {end}" if end.code == 2 else end, file=STDERR)
         sys.exit(end.code)
+    except KeyboardInterrupt:  # before the command's own code
+        print("interrupted", file=STDERR)
+        sys.exit(128 + signal.SIGINT)
     except SystemExit as error:  # argparse has printed
         if several and error.code:
             message = f"its flags cannot be parsed: {printable(shlex.join(sys.argv[1:])[:500], one_line=True)}"
@@ -118,6 +123,9 @@ def _run(module: str) -> ProcessLost | None:
     try:
         if quits:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C inside an import would end in a traceback
+        from reweighting.config.commands import CONFIGS
+
+        CONFIGS[module].parse(sys.argv[1:]).check_files()  # an error, or `--help`, need not wait for the next line
         command = importlib.import_module(module)
         if quits:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from reweighting.config.inference import EvaluateConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.load_chains import LabelledChain, load_evaluation, shared_questions
 from reweighting.errors import ChainTooLong, UserError
 from reweighting.files import atomic_write_text
@@ -40,7 +39,6 @@ from reweighting.plots import draw_reliability
 from reweighting.tables import print_table
 from reweighting.terminal import printable
 
-SUMMARY = "Evaluate a reward model step by step, on rows with step labels."
 AFTER_INTERRUPT = "nothing has been written"
 FILES = ("evaluation.json", "reliability.png")  # that it writes
 LESS_MEMORY = "Lower --batch_size"
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_config(EvaluateConfig, argv, description=SUMMARY)
+    config = EvaluateConfig.parse(argv)
     batch_size = config.scoring.batch_size
     json_path, figure_path = output_files(config)
     labelled = load(config, config.evaluation.eval_json_file)

@@ -28,7 +28,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from reweighting.config.labeling import LabelConfig, PolicyConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.load_answers import LoadReport
 from reweighting.errors import Problems, UserError
 from reweighting.files import atomic_file, cannot_write
@@ -44,7 +43,6 @@ from reweighting.labeling.store import Store
 from reweighting.progress import Progress
 from reweighting.terminal import printable
 
-SUMMARY = "Make training rows, meta answers and candidates from questions, with a policy model."
 AFTER_INTERRUPT = "the same command resumes there"
 LESS_MEMORY = "Give it fewer questions at a time, or a smaller --concurrency"
 NOT_SAMPLED = "the policy does not sample, or hardly. Look at --temperature and the defaults of the server"
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_config(LabelConfig, argv, description=SUMMARY, first="questions", recipes=True)
+    config = LabelConfig.parse(argv)
     prompt = read_prompt(config.policy.prompt_file)
     check_outputs(config)
     report = LoadReport()

@@ -31,7 +31,7 @@ from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.losses import STEP_LOSSES
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
-from reweighting.config.training import TrainingConfig, parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.devices import choose_device, choose_precision
 from reweighting.distributed.collectives import check_same_on_all_ranks, process_group
 from reweighting.training import build, loss_weights, preflight
@@ -51,7 +51,7 @@ AFTER_INTERRUPT = "the same command with --resume continues from the last checkp
 
 def main(argv: list[str]) -> None:
     """Run the command: flags, rows, the two levels, training, results. Raises UserError for what the user can fix."""
-    config = parse_training_config(argv)
+    config = TrainingConfig.parse(argv)
     with process_group(choose_device(config.run.device), config.run.distributed_timeout):
         data = preflight.check_data(config, read_run_data(config))  # all of them, before a weight is read
         with lock_output_dir(config.data.weights_path, run_inputs(config)) as folder:

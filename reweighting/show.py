@@ -15,7 +15,6 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 from pathlib import Path
 
 from reweighting.config.inference import ShowConfig
-from reweighting.config.parsing import parse_config
 from reweighting.data.answers import candidate_correctness
 from reweighting.data.chains import candidate_chains
 from reweighting.data.load_answers import LoadReport
@@ -29,7 +28,6 @@ from reweighting.inference.scorer import Scorer
 from reweighting.modeling.aggregation import aggregate
 from reweighting.terminal import printable
 
-SUMMARY = "Look at one question: its candidates, their steps coloured by score, and the choice, as one HTML page."
 AFTER_INTERRUPT = "nothing has been written"
 LESS_MEMORY = "Lower --batch_size"
 
@@ -43,7 +41,7 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: for what the user can fix.
     """
-    config = parse_config(ShowConfig, argv, description=SUMMARY)
+    config = ShowConfig.parse(argv)
     output, source = Path(config.page.output), config.candidates.candidates_json_file[0]
     row = find_row(config)
     try:

@@ -15,8 +15,7 @@ import yaml
 
 from reweighting.cli import COMMANDS
 from reweighting.config.labeling import LabelConfig
-from reweighting.config.parsing import parse_config
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.data.load_answers import LoadReport, iterate_answers
 from reweighting.data.load_rows import iterate_candidate_rows, load_meta_rows, load_training_rows
 from reweighting.data.readers.base import ReadingOptions
@@ -86,10 +85,10 @@ def follow(command: list[str]) -> str:
         assert words[0] == "python", command
         module, flags = SCRIPTS[words[1]], words[2:]
     if module == "label":  # needs a server: tests/labeling has one
-        parse_config(LabelConfig, flags, description="", first="questions", recipes=True)
+        LabelConfig.parse(flags)
         return "parsed"
     if module == "main":
-        config = parse_training_config(flags)
+        config = TrainingConfig.parse(flags)
         if launcher or not Path(config.model.reward_model).is_dir():
             return "parsed"
         flags = [*flags, *SMALL]

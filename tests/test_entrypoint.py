@@ -11,11 +11,21 @@ import pytest
 import torch
 
 from reweighting import entrypoint
+from reweighting.config.commands import CONFIGS
+from reweighting.config.parsing import CommandConfig
 from reweighting.entrypoint import run_command
 from reweighting.errors import UserError
 from reweighting.training.signals import Stopped
 from tests.forked import Command
 from tests.runs import ROOT, flags, history
+
+
+class NoFlags(CommandConfig):
+    """A command that takes whatever it is given."""
+
+    @classmethod
+    def parse(cls, argv):
+        return cls()
 
 
 @pytest.fixture
@@ -26,6 +36,7 @@ def ending(monkeypatch, capsys):
         command = types.ModuleType("reweighting.made_up")
         command.main, command.AFTER_INTERRUPT, command.LESS_MEMORY = work, "then resume", "Lower --batch_size"
         monkeypatch.setitem(sys.modules, command.__name__, command)
+        monkeypatch.setitem(CONFIGS, command.__name__, NoFlags)
         for stream in ("stdout", "stderr"):
             monkeypatch.setattr(sys, stream, getattr(sys, stream))  # which the command replaces
         with pytest.raises(SystemExit) as ended:
@@ -36,7 +47,7 @@ def ending(monkeypatch, capsys):
 
 
 def raising(error: BaseException):
-    def work(argv: list[str]) -> None:
+    def work(*_) -> None:
         raise error
 
     return work
@@ -103,6 +114,38 @@ def test_torch_is_loaded_after_the_policy_is_set():
     """libgomp reads the environment when it is loaded."""
     script = "import sys, reweighting.entrypoint as e; e.prepare_process(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_flags_and_missing_files_do_not_wait_for_torch():
+    """Each command's `--help`, a wrong flag and a file that is not there end before its own imports."""
+    script = """
+import sys
+from reweighting.config.commands import CONFIGS
+from reweighting.entrypoint import run_command
+needed = {"evaluate": ["--eval_json_file"], "show": ["--id", "0", "--candidates_json_file"],
+          "best_of_n": ["--candidates_json_file"], "main": ["--baseline", "--train_json_file"]}
+ends = []
+for module in CONFIGS:
+    name = module.removeprefix("reweighting.")
+    for given in (["--help"], ["--no_such_flag"], [*needed[name], "nowhere.json"] if name in needed else ["--help"]):
+        sys.argv = [name, *given]
+        try:
+            run_command(module)
+        except SystemExit as end:
+            ends.append(end.code)
+assert ends == [0, 2, 2] * 3 + [0, 2, 0] * 2 + [0, 2, 2], ends
+assert "torch" not in sys.modules
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("error: nowhere.json: no such file. Check the path.") == 4
+
+
+def test_ctrl_c_before_the_command_is_one_line(ending, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(entrypoint, "machine_is_busy", raising(KeyboardInterrupt()))
+    assert ending(raising(AssertionError())) == (130, "interrupted\n")
 
 
 def test_a_reader_that_goes_away_and_pythons_options(demo, tmp_path):

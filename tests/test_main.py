@@ -99,25 +99,25 @@ def test_other_ways_to_train(demo, tmp_path, more):
 
 
 def test_recipes_and_their_overrides(demo, tmp_path, monkeypatch):
-    from reweighting.config.training import parse_training_config
+    from reweighting.config.training import TrainingConfig
 
-    published = parse_training_config(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
+    published = TrainingConfig.parse(["--recipe", str(ROOT / "recipes" / "qwen2_vl_2b.yaml"), "--train_json_file", "t",
                                  "--meta_json_file", "m", "--lr", "1e-6"])  # fmt: skip
     assert published.model.reward_model == "Qwen/Qwen2-VL-2B-Instruct" and published.run.precision == "bf16"
     assert published.lower.weight_decay == 0 and published.upper.meta_weight_decay == 1e-3
     assert published.lower.lr == 1e-6 and published.lower.batch_size == 1
     for path in (ROOT / "recipes").iterdir():
-        parse_training_config(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
+        TrainingConfig.parse(["--recipe", str(path), "--train_json_file", "t", "--meta_json_file", "m"])
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"train_json_file": "t", "baseline": True, "gradient_accumulation": 4}))
-    config = parse_training_config(["--recipe", str(recipe)])
+    config = TrainingConfig.parse(["--recipe", str(recipe)])
     recipe.write_text(json.dumps({"train_json_file": "t", "meta_lr": 0.5, "seed": 9007199254740993}))
-    fixed = parse_training_config(
+    fixed = TrainingConfig.parse(
         ["--recipe", str(recipe), "--baseline"]
     )  # what it says of the upper level is not wanted
     assert fixed.lower.baseline and fixed.run.seed == 9007199254740993
     with pytest.raises(UserError, match="--meta_lr does nothing with --baseline"):
-        parse_training_config(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
+        TrainingConfig.parse(["--recipe", str(recipe), "--baseline", "--meta_lr=0.1"])
     assert (
         config.lower.baseline is True
         and config.lower.gradiant_accumulation == 4

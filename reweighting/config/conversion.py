@@ -1,12 +1,13 @@
 """The flags of convert.py.
 
-config = parse_config(ConvertConfig, ["a.json", "--output", "rows.jsonl"], description="…", first="inputs")
+config = ConvertConfig.parse(["a.json", "--output", "rows.jsonl"])
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from reweighting.config.parsing import flag
+from reweighting.config.parsing import CommandConfig, flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 
@@ -33,8 +34,11 @@ class ConversionConfig:
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(CommandConfig):
     """All flags of convert.py."""
+
+    summary: ClassVar[str] = "Convert answers of any known format to canonical rows, and report what is in them."
+    first: ClassVar[str | None] = "inputs"
 
     conversion: ConversionConfig
     reading: ReadingConfig

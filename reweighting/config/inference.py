@@ -1,6 +1,6 @@
 """The flags of the commands that use a trained reward model: best_of_n.py, evaluate.py and show.py.
 
-    config = parse_config(BestOfNConfig, sys.argv[1:], description="Choose the best …")
+    config = BestOfNConfig.parse(sys.argv[1:])
     config.scoring.batch_size, config.candidates.aggregation_function
 
 To add a flag, add a field to a group: the parser, `--help` and the command-line reference follow from it.
@@ -8,12 +8,12 @@ To add a flag, add a field to a group: the parser, `--help` and the command-line
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from reweighting.config.parsing import flag
+from reweighting.config.parsing import CommandConfig, flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
-from reweighting.modeling.aggregation import AggregationName
+from reweighting.modeling.config import AggregationName
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,10 @@ GROUPS = (ScoringConfig, CandidateConfig, SelectionsConfig, EvaluationConfig, Pa
 
 
 @dataclass(frozen=True)
-class BestOfNConfig:
+class BestOfNConfig(CommandConfig):
     """All flags of best_of_n.py."""
+
+    summary: ClassVar[str] = "Choose the best of N candidate answers to each question, and report how well that works."
 
     candidates: CandidateConfig
     selections: SelectionsConfig
@@ -123,8 +125,10 @@ class BestOfNConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(CommandConfig):
     """All flags of evaluate.py."""
+
+    summary: ClassVar[str] = "Evaluate a reward model step by step, on rows with step labels."
 
     evaluation: EvaluationConfig
     reading: ReadingConfig
@@ -132,8 +136,12 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(CommandConfig):
     """All flags of show.py."""
+
+    summary: ClassVar[str] = (
+        "Look at one question: its candidates, their steps coloured by score, and the choice, as one HTML page."
+    )
 
     candidates: CandidateConfig
     page: PageConfig

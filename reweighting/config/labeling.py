@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 from urllib.parse import urlsplit
 
-from reweighting.config.parsing import flag
+from reweighting.config.parsing import CommandConfig, flag
 from reweighting.config.reading import FILES, ReadingConfig
 from reweighting.errors import UserError
 from reweighting.labeling.parts import Part
@@ -191,8 +191,12 @@ class RowsConfig:
 
 
 @dataclass(frozen=True)
-class LabelConfig:
+class LabelConfig(CommandConfig):
     """All flags of label.py."""
+
+    summary: ClassVar[str] = "Make training rows, meta answers and candidates from questions, with a policy model."
+    first: ClassVar[str | None] = "questions"
+    recipes: ClassVar[bool] = True
 
     policy: PolicyConfig
     judge: JudgeConfig

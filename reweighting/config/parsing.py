@@ -1,18 +1,18 @@
-"""Command-line flags from groups of dataclass fields."""
+"""Command-line flags from groups of dataclass fields. Nothing here, or in the other modules of flags, loads torch."""
 
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from reweighting.config.recipe import read_recipe
+from reweighting.data.sources import expand
 from reweighting.errors import UserError
 
-AnyConfig = TypeVar("AnyConfig")
 MAY_BE_BLANK = ("step_separator",)  # a blank line, for example
 
 
@@ -87,30 +87,70 @@ def parse_groups(
     return flags, {action.dest for action in parser._actions if words & set(action.option_strings)}
 
 
-def parse_config(
-    kind: type[AnyConfig], argv: Sequence[str], *, description: str, first: str | None = None, recipes: bool = False
-) -> AnyConfig:
-    """Parse a command's flags into its config, a dataclass whose fields are groups of flags.
+class CommandConfig:
+    """All flags of a command: the base of dataclasses whose fields are groups of flags.
 
-    Args:
-        kind: the config.
-        argv: the command line without the program's name.
-        description: for `--help`.
+    Attributes:
+        summary: what the command does, for `--help`.
         first: the flag that takes what stands before the first flag.
         recipes: whether `--config` exists.
-
-    Returns:
-        The config.
-
-    Raises:
-        UserError: if a value is out of range.
-        SystemExit: with code 2, from argparse, for unknown flags and choices.
     """
-    if first is not None and argv and not argv[0].startswith("-"):
-        argv = [f"--{first}", *argv]
-    groups = get_type_hints(kind)
-    flags, _ = parse_groups(tuple(groups.values()), argv, description=description, recipes=recipes)
-    return kind(**{name: group(**{f.name: flags[f.name] for f in fields(group)}) for name, group in groups.items()})
+
+    summary: ClassVar[str]
+    first: ClassVar[str | None] = None
+    recipes: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        """Parse a command line.
+
+        Args:
+            argv: the command line without the program's name.
+
+        Returns:
+            The config.
+
+        Raises:
+            UserError: if a value is out of range.
+            SystemExit: with code 2, from argparse, for unknown flags and choices.
+        """
+        if cls.first is not None and argv and not argv[0].startswith("-"):
+            argv = [f"--{cls.first}", *argv]
+        groups = groups_of(cls)
+        flags, _ = parse_groups(tuple(groups.values()), argv, description=cls.summary, recipes=cls.recipes)
+        return cls.from_flags(flags)
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> Self:
+        """Build a config from {flag: value}; a missing flag takes its default, an unknown one is left out.
+
+        Raises:
+            TypeError: if a flag without a default is missing.
+        """
+        groups = {
+            name: group(**{field.name: flags[field.name] for field in fields(group) if field.name in flags})
+            for name, group in groups_of(cls).items()
+        }
+        return cls(**groups)
+
+    def flags(self) -> dict[str, Any]:
+        """Return {flag: value} over all groups."""
+        return {name: value for group in vars(self).values() for name, value in vars(group).items()}
+
+    def check_files(self) -> None:
+        """Look for the files of rows.
+
+        Raises:
+            UserError: one of them is not there.
+        """
+        for name, value in self.flags().items():
+            if name.endswith("_json_file") and isinstance(value, list):
+                expand(value)
+
+
+def groups_of(config: Any) -> dict[str, Any]:
+    """Return the groups of flags that a `CommandConfig` has, by name."""
+    return {field.name: field.type for field in fields(config)}
 
 
 def _check_texts(flags: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The flags of `main.py`: one frozen dataclass for each group, and `TrainingConfig`, which holds them all.
 
-    config = parse_training_config(sys.argv[1:])
+    config = TrainingConfig.parse(sys.argv[1:])
     config.lower.lr, config.upper.unroll_steps, config.learns_weights
 
 To add a flag, add a field to a group: the parser, `--help`, recipes and the command-line reference follow from it.
@@ -8,16 +8,15 @@ Ranges and flags that contradict each other are in `checks.py`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from reweighting.config.checks import check_training_config
-from reweighting.config.parsing import flag, parse_groups
+from reweighting.config.parsing import CommandConfig, flag, groups_of, parse_groups
 from reweighting.config.reading import FILES, ReadingConfig
-from reweighting.modeling.aggregation import AggregationName
-from reweighting.modeling.config import ScoreHead, TrainMode, with_defaults
+from reweighting.modeling.config import AggregationName, ScoreHead, TrainMode, with_defaults
 from reweighting.modeling.saved_model import flags_of_saved
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -223,8 +222,10 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(CommandConfig):
     """All settings of a training run, by group."""
+
+    summary: ClassVar[str] = "Learn domain weights and a process reward model from two JSON files."
 
     data: DataConfig
     reading: ReadingConfig
@@ -249,53 +250,36 @@ class TrainingConfig:
         """Whether domains get weights."""
         return self.learns_weights and self.upper.weights_for != "instance"
 
-    def flags(self) -> dict[str, Any]:
-        """Return {flag: value} over all groups."""
-        return {name: value for group in vars(self).values() for name, value in vars(group).items()}
-
     def with_changes(self, **changes: Any) -> "TrainingConfig":
         """Return a copy in which some flags have other values, whatever groups they belong to."""
         return TrainingConfig.from_flags(self.flags() | changes)
 
     @classmethod
-    def from_flags(cls, flags: Mapping[str, Any]) -> "TrainingConfig":
-        """Build a config from {flag: value}; a missing flag takes its default, an unknown one is left out.
+    def parse(cls, argv: Sequence[str]) -> "TrainingConfig":
+        """Read the flags from the command line, and from the recipe file that it names.
+
+        Args:
+            argv: the command line without the program's name.
+
+        Returns:
+            The settings, with those filled in that follow from others.
 
         Raises:
-            TypeError: if a flag without a default is missing.
+            UserError: for values that make no sense or contradict each other.
+            SystemExit: with code 2, from argparse, for unknown flags and choices.
         """
-        groups = {
-            name: group(**{field.name: flags[field.name] for field in fields(group) if field.name in flags})
-            for name, group in get_type_hints(cls).items()
-        }
-        return cls(**groups)
+        flags, given = parse_groups(
+            GROUPS,
+            argv,
+            description=cls.summary,
+            inherited=lambda flags: flags_of_saved(flags["reward_model"], flags["train"]),
+        )
+        config = cls.from_flags(with_defaults(flags))
+        check_training_config(config, given)
+        return config
 
 
-GROUPS = tuple(get_type_hints(TrainingConfig).values())
-
-
-def parse_training_config(argv: Sequence[str]) -> TrainingConfig:
-    """Read the flags from the command line, and from the recipe file that it names.
-
-    Args:
-        argv: the command line without the program's name.
-
-    Returns:
-        The settings, with those filled in that follow from others.
-
-    Raises:
-        UserError: for values that make no sense or contradict each other.
-        SystemExit: with code 2, from argparse, for unknown flags and choices.
-    """
-    flags, given = parse_groups(
-        GROUPS,
-        argv,
-        description="Learn domain weights and a process reward model from two JSON files.",
-        inherited=lambda flags: flags_of_saved(flags["reward_model"], flags["train"]),
-    )
-    config = TrainingConfig.from_flags(with_defaults(flags))
-    check_training_config(config, given)
-    return config
+GROUPS = tuple(groups_of(TrainingConfig).values())
 
 
 def flag_defaults() -> dict[str, Any]:

@@ -192,6 +192,8 @@ def _paths(path: str) -> list[str]:
             raise UserError(f"{shown}: no {', '.join(ENDINGS)} file in this folder, and `datasets` has not saved it. "
                             "Name the file.")  # fmt: skip
         return found
+    if not os.path.exists(path):
+        raise UserError(f"{shown}: no such file. Check the path.")
     return [path]
 
 

@@ -15,13 +15,12 @@ Every aggregate is returned as a logit, so that `sigmoid(aggregate)` is the prob
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-AggregationName = Literal["mean_logit", "sum_logit", "mean", "min", "max", "product", "last"]
+from reweighting.modeling.config import AggregationName
 
 
 def _logit_from_log_probability(log_p: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from reweighting.errors import UserError
-from reweighting.modeling.aggregation import AggregationName
 
 TrainMode = Literal["full", "lora", "dora", "head"]
+AggregationName = Literal["mean_logit", "sum_logit", "mean", "min", "max", "product", "last"]  # see aggregation.py
 ScoreHead = Literal["linear", "mlp", "token", "linear_from_token"]
 FrozenDtype = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(gt=0)]

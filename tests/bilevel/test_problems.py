@@ -16,7 +16,7 @@ from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients import make_hypergradient
 from reweighting.bilevel.losses import STEP_LOSSES, centering_groups, cross_entropy, mean_loss
 from reweighting.bilevel.problems import DomainReweighting, PRMFineTuning
-from reweighting.config.training import LowerLossName, parse_training_config
+from reweighting.config.training import LowerLossName, TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
@@ -239,6 +239,6 @@ def test_a_weight_that_has_become_0_stays_0(tmp_path):
 def test_the_weights_lie_where_the_model_computes(demo, tmp_path, monkeypatch):
     """On a GPU, that is; the device without memory stands for it here."""
     monkeypatch.setattr(main, "choose_device", lambda name: torch.device("meta"))
-    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), "--optimizer", "sgd"))
+    config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), "--optimizer", "sgd"))
     engine = main.build_engine(config, {"precision": "fp32", "validation": None}, read_run_data(config), tmp_path)
     assert engine.upper.module.alpha.device.type == "meta"

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reweighting.config.recipe import MAX_BYTES, read_recipe
-from reweighting.config.training import GROUPS, flag_defaults, parse_training_config
+from reweighting.config.training import GROUPS, TrainingConfig, flag_defaults
 from reweighting.errors import UserError
 
 NEEDED = ["--train_json_file", "t", "--meta_json_file", "m"]
@@ -24,7 +24,7 @@ def refused(path: Path) -> str:
     """The one line that a recipe is refused with, within two seconds."""
     started = time.monotonic()
     with pytest.raises(UserError) as caught:
-        parse_training_config(["--config", str(path), *NEEDED])
+        TrainingConfig.parse(["--config", str(path), *NEEDED])
     message = str(caught.value)
     assert time.monotonic() - started < 2 and "\n" not in message and len(message) < len(str(path)) + 300, message
     return message
@@ -93,7 +93,7 @@ def test_any_values_are_flags_or_one_error(tmp_path, recipe):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe))
     try:
-        parse_training_config(["--config", str(path), *NEEDED])
+        TrainingConfig.parse(["--config", str(path), *NEEDED])
     except UserError as error:
         assert len(str(error)) < len(str(path)) + 500
 
@@ -107,9 +107,9 @@ def test_an_empty_value_is_refused(tmp_path, monkeypatch, name, value):
     """An empty --weights_path would be the working folder."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"--{name}: found an empty value: name one, or leave the flag out"):
-        parse_training_config([*NEEDED, f"--{name}", value])
+        TrainingConfig.parse([*NEEDED, f"--{name}", value])
     (tmp_path / "recipe.json").write_text(json.dumps({name: value}))
     rest = [word for flag in ("train_json_file", "meta_json_file") if flag != name for word in (f"--{flag}", "x")]
     with pytest.raises(UserError, match=f"--{name}: found an empty value"):
-        parse_training_config(["--config", "recipe.json", *rest])
+        TrainingConfig.parse(["--config", "recipe.json", *rest])
     assert os.listdir(tmp_path) == ["recipe.json"]

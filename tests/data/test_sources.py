@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from reweighting.config.reading import ReadingConfig
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.data.load_answers import LoadReport, iterate_answers
 from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.sources import Source, expand, identity
@@ -81,7 +81,7 @@ def test_a_mixture_in_a_config_file(folder):
         write(name, *[ROW] * 5)
     mixture = [{"path": "*.jsonl", "max_rows": 2, "format": "canonical"}, {"path": "a.jsonl", "domain": "d"}]
     (folder / "config.json").write_text(json.dumps({"mixture": mixture, "baseline": True}))
-    config = parse_training_config(["--config", "config.json"])
+    config = TrainingConfig.parse(["--config", "config.json"])
     sources = config.reading.sources(config.data.train_json_file, config.data.mixture)
     assert sources == [
         Source("a.jsonl", None, "canonical", 2),
@@ -89,9 +89,9 @@ def test_a_mixture_in_a_config_file(folder):
         Source("a.jsonl", "d"),
     ]
     assert [len(list(source.rows())) for source in sources] == [2, 2, 5]
-    assert parse_training_config(["--mixture", json.dumps(mixture), "--baseline"]).data.mixture == config.data.mixture
+    assert TrainingConfig.parse(["--mixture", json.dumps(mixture), "--baseline"]).data.mixture == config.data.mixture
     with pytest.raises(UserError, match="--train_json_file is needed"):
-        parse_training_config(["--baseline"])
+        TrainingConfig.parse(["--baseline"])
     for wrong in ("{", '["a"]', "{}", "[]"):
         with pytest.raises(UserError, match="--mixture: allowed: a list of objects"):
             ReadingConfig().sources(None, wrong)

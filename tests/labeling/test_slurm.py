@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from reweighting.config.labeling import LabelConfig
-from reweighting.config.parsing import parse_config
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "label.sh"
 SERVER = "#!/bin/bash\necho $@ > served; trap 'echo > ended; exit' TERM; while true; do sleep 0.02; done\n"
@@ -42,7 +41,7 @@ def test_a_job_serves_the_policy_and_asks_it(machine):
     assert (folder / "served").read_text().startswith("serve owner/model --host 127.0.0.1 --port 23456 --data-parallel")
     assert (folder / "ended").exists()
     script, *flags = shlex.split((folder / "labelled").read_text())
-    config = parse_config(LabelConfig, flags, description="", first="questions", recipes=True)
+    config = LabelConfig.parse(flags)
     assert script == "reweighting/label.py"
     assert config.policy.policy == ["http://127.0.0.1:23456/v1"] and config.policy.policy_model == "owner/model"
     assert config.labeling.questions == ["questions.jsonl"] and config.policy.concurrency == 256

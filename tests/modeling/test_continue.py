@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel
 
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
@@ -124,26 +124,26 @@ def test_the_command_takes_the_settings_of_the_saved_model_where_no_flag_is_give
     settings = {"train": "lora", "lora_rank": 2, "lora_alpha": 8.0, "freeze_vision": True, "max_image_side": 40,
                 "aggregation": "min", "max_length": 500}  # fmt: skip
     first = trained(tmp_path / "prm", **settings)
-    config = parse_training_config([*FLAGS, str(tmp_path / "prm")])
+    config = TrainingConfig.parse([*FLAGS, str(tmp_path / "prm")])
     assert config.upper.aggregation_function == "min" and config.model.lora_rank == 2
     second = load_backbone(config, torch.device("cpu"), "fp32")
     assert second.config == first.config and score(second) == score(first)
 
     (tmp_path / "recipe.json").write_text('{"max_length": 300, "aggregation_function": "last"}')
     flags = [*FLAGS, str(tmp_path / "prm"), "--config", str(tmp_path / "recipe.json"), "--max_length", "200"]
-    config = parse_training_config(flags)
+    config = TrainingConfig.parse(flags)
     second = load_backbone(config, torch.device("cpu"), "fp32")
     assert second.config == PRMConfig(**{**vars(first.config), "max_length": 200, "aggregation": "last"})
 
     for more in (["--train", "full"], ["--train", "head"], ["--lora_rank", "4"]):
         with pytest.raises(UserError, match=f"{more[0]} {more[1]}: the reward model in .* has"):
-            load_backbone(parse_training_config([*FLAGS, str(tmp_path / "prm"), *more]), torch.device("cpu"), "fp32")
+            load_backbone(TrainingConfig.parse([*FLAGS, str(tmp_path / "prm"), *more]), torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize("train", ["full", "head", "lora"])
 def test_the_command_continues_a_fully_trained_model_in_any_way(tmp_path, train):
     first = trained(tmp_path / "prm", aggregation="min")  # all of it, the vision tower too
-    config = parse_training_config([*FLAGS, str(tmp_path / "prm"), "--train", train])
+    config = TrainingConfig.parse([*FLAGS, str(tmp_path / "prm"), "--train", train])
     second = load_backbone(config, torch.device("cpu"), "fp32")
     assert second.config.train == train and second.config.aggregation == "min"
     assert second.config.freeze_vision == (train != "full")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, ProcessorMixin
 
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.data.placeholders import without_placeholders
 from reweighting.errors import UserError
@@ -92,7 +92,7 @@ def arguments(family: str, way: str, world: Path) -> Namespace:
     """A run of 4 steps and two updates of the weights."""
     text_only = family in TEXT_FAMILIES
     flags = [*TEXT_MODES[way], "--ignore_images"] if text_only else TRAIN_MODES[way]
-    return parse_training_config([
+    return TrainingConfig.parse([
         "--train_json_file", str(world / "train.json"), "--meta_json_file", str(world / "meta.json"),
         "--reward_model", str(tiny_family(family)), "--iteration_num", "4", "--unroll_steps", "2", "--batch_size", "2",
         "--meta_batch_size", "4", "--save_every_iterations", "4", "--lr", "0.01", "--resume", *flags,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 from transformers.utils import is_bitsandbytes_available
 
-from reweighting.config.training import EMBEDDED_BACKBONE, parse_training_config
+from reweighting.config.training import EMBEDDED_BACKBONE, TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate
@@ -184,18 +184,16 @@ def test_the_flags_reach_the_model(tied):
     flags = ["--train_json_file", "t", "--meta_json_file", "m", "--reward_model", str(tied), "--attention", "eager",
              "--train", "dora", "--lora_alpha", "8", "--no_freeze_projector", "--score_head", "token",
              "--correct_token", "S", "--incorrect_token", "t"]  # fmt: skip
-    model = load_backbone(parse_training_config(flags), torch.device("cpu"), "bf16")
+    model = load_backbone(TrainingConfig.parse(flags), torch.device("cpu"), "bf16")
     assert model.base.config._attn_implementation == "eager"
     assert model.config == PRMConfig(
         backbone=str(tied), train="dora", lora_rank=16, lora_alpha=8.0, freeze_vision=True, freeze_projector=False,
         dtype="bfloat16", score_head="token", correct_token="S", incorrect_token="t",
     )  # fmt: skip
+    assert TrainingConfig.parse([*flags[:6], "--freeze_projector", "--no_freeze_vision"]).model.freeze_projector is True
     assert (
-        parse_training_config([*flags[:6], "--freeze_projector", "--no_freeze_vision"]).model.freeze_projector is True
-    )
-    assert (
-        parse_training_config(flags[:6]).model.freeze_projector is None
-        and parse_training_config(flags[:6]).model.train == "full"
+        TrainingConfig.parse(flags[:6]).model.freeze_projector is None
+        and TrainingConfig.parse(flags[:6]).model.train == "full"
     )
 
 

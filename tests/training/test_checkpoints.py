@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.errors import UserError
 from reweighting.main import build_engine, main
 from reweighting.training.checkpoints import (
@@ -248,7 +248,7 @@ def test_any_json_value_anywhere_loads_or_is_one_error(finished, tmp_path, data)
 
 def test_any_value_in_the_state_of_a_level_resumes_or_is_one_error(run, state, tmp_path):
     """What `load_checkpoint` lets through meets the engine, which says that it does not fit."""
-    config = parse_training_config(run)
+    config = TrainingConfig.parse(run)
     engine = build_engine(config, run_settings(config), read_run_data(config), tmp_path)
     rng, outcomes = random.Random(0), set()
     candidates = [path for path in paths_in(state) if path[0] in ("problems", "domains", "warned")]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from reweighting.config.training import ModelConfig, parse_training_config
+from reweighting.config.training import ModelConfig, TrainingConfig
 from reweighting.data.chains import Chain, candidate_chains
 from reweighting.errors import UserError
 from reweighting.main import main
@@ -143,7 +143,7 @@ def estimated(demo, tmp_path):
     """(flags) -> the estimate of a run on the demo, the model it is for, its arguments."""
 
     def estimate(*more):
-        config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
+        config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
         model = load_backbone(config, CPU, "fp32")
         return estimate_memory(config, read_run_data(config), CPU, "fp32"), model
 
@@ -176,7 +176,7 @@ def test_step_states_take_what_is_estimated(demo, tmp_path):
     """Those of all chains, and the pass that computes one chain's, to the byte."""
     more = ("--reward_model", str(tiny_backbone()), "--train", "head")
     more += ("--validation_json_file", str(demo / "test.json"))
-    config = parse_training_config(flags(demo, tmp_path, *more))
+    config = TrainingConfig.parse(flags(demo, tmp_path, *more))
     data, model = read_run_data(config), load_backbone(config, CPU, "fp32")
     estimate = estimate_memory(config, data, CPU, "fp32")
     candidates = [chain for row in data.validation for chain in candidate_chains(row)]
@@ -206,7 +206,7 @@ def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
     all_of_them, _ = estimated("--meta_batch_size", "20")
     more, _ = estimated("--meta_batch_size", "64")
     assert more == all_of_them
-    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     data = read_run_data(config)
     text = Chain("How many words are there? " * 20, ("Step 1: one hundred",), targets=(0.5,))
     with_text = estimate_memory(config, replace(data, train=[*data.train, text]), CPU, "fp32")
@@ -220,7 +220,7 @@ def test_an_estimate_is_of_what_is_drawn(estimated, demo, tmp_path):
 
 
 def test_an_estimate_loads_no_weights_and_draws_nothing(demo, tmp_path, monkeypatch):
-    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     before = torch.get_rng_state()
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", None)
     estimate_memory(config, read_run_data(config), CPU, "fp32")
@@ -252,10 +252,10 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
 
 def test_auto_takes_unrolled_while_half_of_the_free_memory_holds_it(demo, tmp_path):
     def choose(free: int, *more: str):
-        config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
+        config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
         return choose_method(config, data, model, free)
 
-    config = parse_training_config(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
+    config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     data, model = read_run_data(config), load_backbone(config, torch.device("meta"), "fp32")
     vector = 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
     kept = vector * (5 * 2 + 2)  # gradients of five steps of two micro-batches, and AdamW's moments

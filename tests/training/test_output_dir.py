@@ -158,10 +158,10 @@ def test_an_input_among_the_outputs_is_refused_before_anything_moves(demo, tiny,
 
 
 def output_dir_inputs(argv: list[str]) -> dict[str, str | None]:
-    from reweighting.config.training import parse_training_config
+    from reweighting.config.training import TrainingConfig
     from reweighting.training.resume import run_inputs
 
-    return run_inputs(parse_training_config(argv))
+    return run_inputs(TrainingConfig.parse(argv))
 
 
 def test_a_model_folder_is_no_output_folder(tiny, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.errors import UserError
 from reweighting.training.preflight import check_data
 from reweighting.training.run_data import read_run_data
@@ -25,7 +25,7 @@ def config(folder):
             write([row | {"input": "Which?"} for row in validation], "validation.json")
             more = ("--validation_json_file", "validation.json", *more)
         run = flags(folder, folder / "out", "--reward_model", str(tiny_backbone()), "--batch_size", "1", *more)
-        return parse_training_config([word.replace(f"{folder}/", "") for word in run])
+        return TrainingConfig.parse([word.replace(f"{folder}/", "") for word in run])
 
     return make
 
