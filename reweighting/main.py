@@ -38,6 +38,7 @@ from reweighting.training import build, loss_weights, preflight
 from reweighting.training.batches import BatchSource
 from reweighting.training.dry_run import dry_run
 from reweighting.training.engine import ReweightingEngine
+from reweighting.training.fixed_weights import make_fixed_weights
 from reweighting.training.hypergradient_choice import resolve_hypergradient
 from reweighting.training.last_step import LESS_MEMORY as LESS_MEMORY
 from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
@@ -83,7 +84,7 @@ def build_engine(
     device = choose_device(config.run.device)
     precision = choose_precision(config.run.precision, device)
     preflight.check_possible(config, device, precision)
-    fixed_weights = loss_weights.make_fixed_weights(config.lower, data)  # None where they are learned
+    fixed_weights = make_fixed_weights(config.lower, data)  # None where they are learned
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)

@@ -18,10 +18,22 @@ class LossWeights(nn.Module):
     """
 
     by_chain = False
+    _held: Tensor | None = None
 
     def forward(self) -> Tensor:
         """Compute the weights: of the domains, [K], or of the chains, [C]."""
         raise NotImplementedError
+
+    def held(self) -> Tensor:
+        """Return the weights without a graph; they are computed once between two updates."""
+        if self._held is None:
+            with torch.no_grad():
+                self._held = self().detach()  # no buffer, where the weights are one
+        return self._held
+
+    def begin_window(self) -> None:
+        """Note that the parameters have changed: after each update, and when a state was loaded."""
+        self._held = None
 
     def by_domain(self) -> Tensor:
         """Compute the weights of the domains, [K] with mean 1: what is reported."""
@@ -100,16 +112,18 @@ def collapsed(weights: dict[str, float]) -> dict[str, str]:
     """Find the domains whose weight has lost or won nearly everything.
 
     Args:
-        weights: {domain: weight}, mean 1.
+        weights: {domain: weight}.
 
     Returns:
         {domain: a message about its weight}.
     """
-    half = len(weights) / 2
+    total = sum(weights.values())
     words = {}
     for domain, weight in weights.items():
-        if weight < MIN_WEIGHT:
+        if weight < 0:
+            words[domain] = f"the weight of {domain} is negative ({weight:.2f})"
+        elif weight < MIN_WEIGHT:
             words[domain] = f"the weight of {domain} has nearly vanished ({weight:.3f})"
-        elif weight > half and len(weights) > 2:  # of two domains, one always has half or more
-            words[domain] = f"{domain} has more than half of the total weight ({weight:.2f} of {len(weights)})"
+        elif weight > total / 2 > 0 and len(weights) > 2:  # of two domains, one always has half or more
+            words[domain] = f"{domain} has more than half of the total weight ({weight:.2f} of {total:.3g})"
     return words

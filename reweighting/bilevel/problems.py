@@ -116,8 +116,7 @@ class PRMFineTuning(BettyProblemAdapter):
         self.loss = losses.detach().sum()  # reported without weights, so that runs with different ones can be compared
         if self.warming_up:
             return losses
-        with torch.no_grad():  # of all chains: no graph of that size in every micro-step
-            weights = self.weights()[chains.chain_ids if by_chain else domain]
+        weights = self.weights.held()[chains.chain_ids if by_chain else domain]
         return (weights * losses).sum()  # autocast would round a dot product
 
     def differentiate(self, loss: Tensor) -> None:
@@ -288,6 +287,7 @@ class DomainReweighting(BettyProblemAdapter):
         """Update alpha."""
         self.optimizer.step()
         self.module.bound_(*self.weight_bounds)
+        self.module.begin_window()
 
     def state_dict(self) -> dict:
         """Return the state of every problem, and the evidence. Every process calls it."""
@@ -301,6 +301,7 @@ class DomainReweighting(BettyProblemAdapter):
             ValueError: It does not fit what is trained now.
         """
         super().load_state_dict(state_dict)
+        self.module.begin_window()
         self.evidence.load_state_dict(state_dict["evidence"])
         if self.instance_evidence is not None:
             self.instance_evidence.load_state_dict(state_dict["instances"])

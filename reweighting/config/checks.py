@@ -10,7 +10,7 @@ from reweighting.errors import UserError
 from reweighting.modeling.config import ADAPTERS, check_settings
 
 if TYPE_CHECKING:
-    from reweighting.config.training import TrainingConfig
+    from reweighting.config.training import TrainingConfig, UpperConfig
 
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
             "lora_alpha", "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
@@ -91,12 +91,18 @@ USELESS = (
             "meta_optimizer",
             "meta_range",
             "weights_for",
+            "instance_activation",
             "min_weight",
             "max_weight",
         ),
         lambda c: not c.learns_weights,
         "with --baseline, --domain_weights or --instance_weights: no weights are learned",
         from_recipes=False,
+    ),
+    Useless(
+        ("instance_activation",),
+        lambda c: c.upper.weights_for == "domain",
+        "without --weights_for instance or both",
     ),
     Useless(
         ("min_weight", "max_weight"),
@@ -158,6 +164,8 @@ def _check_useless(config: TrainingConfig, flags: dict, given: set[str]) -> None
 
 def _check_upper_level(config: TrainingConfig) -> None:
     upper, steps = config.upper, config.upper.unroll_steps
+    if upper.instance_activation != "softplus":
+        _check_published_table(upper)
     for name, number, window in (
         ("warmup_iterations", upper.warmup_iterations, "first"),
         ("iteration_num", config.lower.iteration_num, "last"),
@@ -187,3 +195,14 @@ def _check_upper_level(config: TrainingConfig) -> None:
         raise UserError(
             "--meta_json_file is needed to learn the weights (or --baseline to train without learning them)"
         )
+
+
+def _check_published_table(upper: UpperConfig) -> None:
+    activation = f"--instance_activation {upper.instance_activation}"
+    if upper.weights_for != "instance":
+        raise UserError(
+            f"{activation} leaves the weights unscaled, so they cannot stand around a domain's: use --weights_for "
+            "instance, or softplus"
+        )
+    if upper.meta_optimizer != "adamw":
+        raise UserError(f"{activation} is trained by gradient steps: use --meta_optimizer adamw, or softplus")

@@ -26,6 +26,7 @@ if not EMBEDDED_BACKBONE.is_dir():
 
 LowerLossName = Literal["mse", "bce"]
 WeightsFor = Literal["domain", "instance", "both"]
+ActivationName = Literal["softplus", "clip", "relu", "leaky_relu"]
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
 
@@ -156,6 +157,11 @@ class UpperConfig:
         default="domain",
         help="what is weighted: each domain, each instance (a chain: the steps of one answer), or both: the instances "
         "of a domain around its weight",
+    )
+    instance_activation: ActivationName = flag(
+        default="softplus",
+        help="from an instance's number to its weight: softplus, scaled to mean 1; or as published, unscaled, with "
+        "--weights_for instance: clip (from -1 to 3), relu, leaky_relu",
     )
     warmup_iterations: int = flag(
         default=0,

@@ -1,4 +1,4 @@
-"""The weights of single chains: what a run leaves of them, and reading them again for `--instance_weights`.
+"""The weights of single chains: what a run leaves of them.
 
 instance_weights.parquet   a row for each training chain
 instance_weights.html      the chains with the lowest and the highest weights, with their images
@@ -6,7 +6,6 @@ instance_weights.html      the chains with the lowest and the highest weights, w
 
 import hashlib
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import torch
 
 from reweighting.bilevel.calm_weights import CalmWeights
 from reweighting.bilevel.instance_evidence import InstanceEvidence
-from reweighting.bilevel.instance_weights import FixedChainWeights
 from reweighting.bilevel.problems import DomainReweighting
 from reweighting.data.chains import Chain
-from reweighting.data.row_files import short_repr
 from reweighting.errors import UserError
 from reweighting.files import atomic_file, atomic_write_text
 from reweighting.inference.html_page import data_uri, render
-from reweighting.terminal import first_line, printable
+from reweighting.terminal import printable
 from reweighting.training.run_data import RunData
 
 FILE, PAGE = "instance_weights.parquet", "instance_weights.html"
@@ -129,40 +126,3 @@ def _picture(image: Path) -> tuple[str | None, str]:
         return data_uri(image), ""
     except UserError as error:
         return None, str(error)
-
-
-def read_instance_weights(path: str, data: RunData) -> FixedChainWeights:
-    """Read the weights of the training chains from a run's `instance_weights.parquet`.
-
-    Raises:
-        UserError: if it cannot be read, lacks a chain, or holds a weight that is none.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, columns=list(COLUMNS))
-        names, weights = (table.column(name).to_pylist() for name in COLUMNS)
-        found = defaultdict(list)
-        for name, weight in zip(names, weights, strict=True):
-            found[name].append(float(weight))
-    except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--instance_weights {path}: expected a run's {FILE}: {first_line(error)}") from error
-    for same in found.values():
-        same.reverse()  # chains that are alike take theirs in order
-    values, missing = [], []
-    for chain in data.train:
-        same = found.get(chain_digest(chain, data.domains))
-        if same:
-            values.append(same.pop() if len(same) > 1 else same[0])
-        else:
-            missing.append(chain)
-    if missing:
-        raise UserError(
-            f"--instance_weights {path}: {len(missing)} of {len(data.train)} training chains have no weight in it, "
-            f"first {missing[0].source_location}, {short_repr(missing[0].question)}: name the file of a run on these"
-        )
-    chain_weights = torch.tensor(values)  # [C]
-    if not (chain_weights.isfinite().all() and (chain_weights >= 0).all() and chain_weights.sum() > 0):
-        raise UserError(f"--instance_weights {path}: weights must be finite and at least 0, and one of them larger")
-    return FixedChainWeights(chain_weights, torch.tensor([chain.domain for chain in data.train]))

@@ -43,7 +43,8 @@ def save_results(engine: ReweightingEngine, data: RunData, folder: Path) -> None
     if engine.reweights and (instances := engine.upper.instance_evidence) is not None:
         save_instance_weights(folder, data, engine.upper, instances)
     if evidence is not None:
-        print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean 1):")
+        mean = sum(weights.values()) / len(weights)  # other than 1 only where an activation leaves it so
+        print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean {mean:.3g}):")
         print(weights_table(weights, evidence["domains"]))
         print(f"\n{verdict_note(engine.upper.evidence)}")
     best = best_checkpoint(folder / "checkpoints", engine.score_name)

@@ -13,13 +13,16 @@ from torch.nn.functional import softplus
 
 from reweighting.bilevel import instance_evidence
 from reweighting.bilevel.instance_evidence import InstanceEvidence
-from reweighting.bilevel.instance_weights import FixedChainWeights, InstanceWeights
+from reweighting.bilevel.instance_weights import FixedChainWeights, InstanceWeights, PublishedInstanceWeights
 from reweighting.bilevel.losses import loss_parts, squared_error
 from reweighting.bilevel.problems import PRMFineTuning
+from reweighting.config.training import parse_training_config
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.errors import UserError
 from reweighting.main import main
+from reweighting.training.build import make_meta_optimizer
+from reweighting.training.fixed_weights import read_instance_weights
 from reweighting.training.instance_results import chain_digest, instance_page
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, flags, history, same_results, weights
@@ -57,10 +60,39 @@ def test_slopes_of_the_domains_are_those_of_scaling_their_chains():
     torch.testing.assert_close(both.slopes_by_domain(slopes).detach(), by_scale / both.by_domain().detach())
 
 
-def test_fixed_weights_are_scaled_to_mean_1():
-    fixed = FixedChainWeights(torch.tensor([1.0, 0.0, 3.0, 2.0, 4.0, 1.0]), DOMAIN_OF)
-    assert fixed.by_domain().tolist() == pytest.approx([1.2, 1.2, 0.6])
-    assert fixed()[1] == 0
+PUBLISHED = {
+    "clip": lambda raw: min(max(raw, -1.0), 3.0),
+    "relu": lambda raw: max(raw, 0.0),
+    "leaky_relu": lambda raw: raw if raw > 0 else 0.01 * raw,
+}
+
+
+@pytest.mark.parametrize("activation", PUBLISHED)
+def test_the_published_table_is_not_scaled(activation):
+    made = PublishedInstanceWeights(DOMAIN_OF, activation)
+    assert (made() == 1).all() and (made.by_domain() == 1).all()
+    raw = [-2.5, -0.5, 0.5, 1.0, 2.5, 4.0]
+    made.beta.data = torch.tensor(raw) - 1
+    wanted = torch.tensor([PUBLISHED[activation](one) for one in raw])
+    torch.testing.assert_close(made().detach(), wanted)
+    torch.testing.assert_close(made.by_domain()[0].item(), (wanted[0] + wanted[2]).item() / 2)
+    made().sum().backward()
+    small = torch.tensor([PUBLISHED[activation](one + 1e-3) for one in raw])
+    torch.testing.assert_close(made.beta.grad, (small - wanted) / 1e-3, atol=1e-2, rtol=0)
+    assert made.slopes_by_domain(torch.arange(6.0)).tolist() == [2, 8, 5]  # finite where weights are 0 on average
+
+
+def test_an_update_of_the_published_table_is_a_step_of_adamw():
+    made, config = (
+        PublishedInstanceWeights(DOMAIN_OF, "clip"),
+        parse_training_config(
+            ["--train_json_file", "a", "--meta_json_file", "b", "--meta_lr", "0.005", "--weights_for", "instance"]
+        ),
+    )
+    optimizer = make_meta_optimizer(config.upper, made, None)
+    made.beta.grad = torch.tensor([1e-9, -3.0, 0.0, 2e-4, -1e-7, 5.0])
+    optimizer.step()
+    torch.testing.assert_close(made().detach(), 1 - 0.005 * made.beta.grad.sign(), atol=1e-6, rtol=0)
 
 
 def test_the_weighted_loss_is_not_rounded_in_bf16():
@@ -238,9 +270,61 @@ def test_learned_weights_train_again(run, demo, tmp_path, capsys):
             main(flags(demo, tmp_path / "bad", *again, "--instance_weights", str(bad)))
 
 
+def test_the_published_form_learns_resumes_and_trains_again(demo, tmp_path, monkeypatch, capsys):
+    """With steps so large that some weights are negative."""
+    tiny = ("--reward_model", str(tiny_backbone()))
+    published = (*tiny, "--weights_for", "instance", "--instance_activation", "clip", "--meta_lr", "1.2")
+    main(flags(demo, tmp_path / "whole", *published))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("reweighting.main.StopSignals", lambda: StopAtStep(7))
+        main(flags(demo, tmp_path / "cut", *published))
+    main(flags(demo, tmp_path / "cut", *published, "--resume"))
+    same_results(tmp_path / "whole", tmp_path / "cut")
+    found = saved(tmp_path / "whole")
+    assert min(found["weight"]) == -1 and max(found["weight"]) == 3
+    mean = np.mean(list(weights(tmp_path / "whole").values()))
+    printed = capsys.readouterr()
+    assert mean != pytest.approx(1, abs=1e-3) and f"updates (mean {mean:.3g})" in printed.out
+    lowest = min(weights(tmp_path / "whole").values())
+    assert lowest < 0 and f"is negative ({lowest:.2f})" in printed.err
+    path = tmp_path / "whole" / "instance_weights.parquet"
+    main(flags(demo, tmp_path / "again", *tiny, "--instance_weights", str(path), "--iteration_num", "5"))
+    scaled = {domain: weight / mean for domain, weight in weights(tmp_path / "whole").items()}
+    assert weights(tmp_path / "again") == pytest.approx(scaled, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [(-1.0, -2.0, -1.0), (0.0, 0.0, 0.0), (1.0, float("nan"), 1.0)])
+def test_weights_of_no_positive_mean_are_refused(tmp_path, values):
+    chains = [Chain(str(number), ("One.",), domain=0) for number in range(3)]
+    names = [chain_digest(chain, ["a"]) for chain in chains]
+    pyarrow.parquet.write_table(pyarrow.table({"chain": names, "weight": values}), tmp_path / "w.parquet")
+    with pytest.raises(UserError, match="w.parquet: weights must be finite, and their mean more than 0"):
+        read_instance_weights(str(tmp_path / "w.parquet"), SimpleNamespace(train=chains, domains=["a"]))
+
+
+def test_weights_are_computed_once_between_two_updates(run, tmp_path, monkeypatch):
+    computed = []
+    forward = InstanceWeights.forward
+    monkeypatch.setattr(InstanceWeights, "forward", lambda table: computed.append(table) or forward(table))
+    main(run(tmp_path / "held", "--weights_for", "both"))
+    assert len(computed) < 6 * 2 * 5  # 6 windows of 10 micro-batches
+    monkeypatch.setattr(InstanceWeights, "held", lambda table: table().detach())
+    main(run(tmp_path / "anew", "--weights_for", "both"))
+    same_results(tmp_path / "held", tmp_path / "anew")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--instance_activation", "relu"), "--instance_activation relu leaves the weights unscaled, .* instance, or"),
+        (
+            ("--weights_for", "instance", "--instance_activation", "clip", "--meta_optimizer", "calm"),
+            "--instance_activation clip is trained by gradient steps: use --meta_optimizer adamw",
+        ),
+        (
+            ("--weights_for", "domain", "--instance_activation", "softplus"),
+            "--instance_activation does nothing without --weights_for instance or both",
+        ),
         (("--hypergradient", "unrolled"), "unrolled finds no slope of a single chain, which --weights_for both needs"),
         (("--weights_for", "instance", "--min_weight", "0.2"), "--min_weight does nothing with --weights_for instance"),
         (("--hypergradient", "darts"), "darts finds no slope of a single chain"),

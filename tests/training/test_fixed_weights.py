@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reweighting.errors import UserError
-from reweighting.training.loss_weights import read_domain_weights
+from reweighting.training.fixed_weights import read_domain_weights
 
 DOMAINS = ["a", "b", "weights", "c"]
 
