@@ -23,7 +23,7 @@ from reweighting.config.inference import BestOfNConfig
 from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import iterate_rows
 from reweighting.data.schema import CandidateRow
-from reweighting.errors import ChainTooLong, UserError
+from reweighting.errors import UserError
 from reweighting.files import atomic_write_text
 from reweighting.inference.best_of_n_metrics import BestOfNResults, measure, results_table, warnings
 from reweighting.inference.candidate_file import CandidateFile
@@ -81,10 +81,8 @@ def check(scorer: Scorer, candidates: CandidateFile, done: int = 0) -> None:
     """Check that the model can take every answer of the rows behind the first `done`."""
     todo = islice(candidates.rows(), done, None)
     tokenizer = scorer.model.chain_tokenizer
-    try:
-        check_chains(tokenizer, (chain for row in todo for chain in candidate_chains(row, candidates.path)))
-    except ChainTooLong as error:
-        raise UserError(f"{error}\nTo choose without these questions: --drop_too_long") from error
+    chains = (chain for row in todo for chain in candidate_chains(row, candidates.path))
+    check_chains(tokenizer, chains, purpose="choose without these questions")
 
 
 def score(scorer: Scorer, candidates: CandidateFile, selections: Selections, batch_size: int) -> None:

@@ -24,7 +24,7 @@ from reweighting.data.load_answers import Answer, LoadReport
 from reweighting.data.published_answers import iterate_any_answers
 from reweighting.data.summary import Summary
 from reweighting.errors import UserError
-from reweighting.files import atomic_file
+from reweighting.files import atomic_file, check_not_inputs
 from reweighting.terminal import printable
 
 AFTER_INTERRUPT = "nothing has been written"
@@ -75,10 +75,8 @@ def canonical_rows(
         UserError: anything is wrong, or there is no answer.
     """
     sources = config.reading.sources(config.conversion.inputs)
-    files = [one.path for one in sources if os.path.exists(one.path)]
-    files += [config.reading.questions_json_file] if config.reading.questions_json_file else []
-    if output is not None and output.exists() and any(map(output.samefile, files)):
-        raise UserError(f"--output {output}: is one of the inputs. Name another file.")
+    if output is not None:
+        check_not_inputs([output], [*(one.path for one in sources), config.reading.questions_json_file])
     for source in sources:
         for answer in iterate_any_answers(source, config.conversion.image_root, config.reading.options(), report):
             if summary.answers < config.conversion.sample:

@@ -21,8 +21,8 @@ from typing import Any
 
 from reweighting.config.inference import EvaluateConfig
 from reweighting.data.load_chains import LabelledChain, load_evaluation, shared_questions
-from reweighting.errors import ChainTooLong, UserError
-from reweighting.files import atomic_write_text
+from reweighting.errors import UserError
+from reweighting.files import atomic_write_text, check_not_inputs
 from reweighting.inference.metrics import reliability
 from reweighting.inference.scorer import Scorer
 from reweighting.inference.step_metrics import (
@@ -115,10 +115,8 @@ def fitting(model: ProcessRewardModel, chains: list[LabelledChain], drop_too_lon
     Raises:
         UserError: if an answer cannot be scored; without `drop_too_long`, also if one is too long.
     """
-    try:
-        too_long = set(check_chains(model.chain_tokenizer, [one.chain for one in chains], drop_too_long))
-    except ChainTooLong as error:
-        raise UserError(f"{error}\nTo evaluate without the answers that are too long: --drop_too_long") from error
+    purpose = "evaluate without the answers that are too long"
+    too_long = set(check_chains(model.chain_tokenizer, [one.chain for one in chains], drop_too_long, purpose))
     if too_long:
         print(f"--drop_too_long: {len(too_long)} of {len(chains)} answers are left out, which are longer than "
               f"{model.chain_tokenizer.max_length} tokens")  # fmt: skip
@@ -140,10 +138,8 @@ def output_files(config: EvaluateConfig) -> list[Path]:
     """
     folder = Path(config.evaluation.output)
     paths = [folder / name for name in FILES]
-    inputs = config.reading.sources(config.evaluation.eval_json_file)
-    for name in (source.path for source in [*inputs, *config.reading.sources(config.evaluation.dev_json_file)]):
-        if any(path.exists() and Path(name).exists() and path.samefile(name) for path in paths):
-            raise UserError(f"--output {folder}: would overwrite the input {name}. Name another folder.")
+    inputs = (config.evaluation.eval_json_file, config.evaluation.dev_json_file)
+    check_not_inputs(paths, [source.path for files in inputs for source in config.reading.sources(files)])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,7 +19,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO, TextIO
@@ -186,6 +186,24 @@ def remove_temporaries(folder: Path) -> None:
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def check_not_inputs(outputs: Iterable[Path], inputs: Iterable[str | None]) -> None:
+    """Check that no file to write is one that is read, whatever it is called there.
+
+    Args:
+        outputs: the files to write; they need not exist.
+        inputs: what is read: files, folders or names of data sets; None is left out.
+
+    Raises:
+        UserError: naming the two.
+    """
+    read = [name for name in inputs if name is not None]
+    for path in outputs:
+        for name in read:
+            linked = path.exists() and os.path.exists(name) and path.samefile(name)  # a hard link has another path
+            if linked or os.path.realpath(path) == os.path.realpath(name):
+                raise UserError(f"{path}: would overwrite the input {name}. Name another output.")
 
 
 def cannot_write(path: Path, error: Exception) -> UserError:

@@ -30,7 +30,7 @@ from pathlib import Path
 from reweighting.config.labeling import LabelConfig, PolicyConfig
 from reweighting.data.load_answers import LoadReport
 from reweighting.errors import Problems, UserError
-from reweighting.files import atomic_file, cannot_write
+from reweighting.files import atomic_file, cannot_write, check_not_inputs
 from reweighting.labeling.chat import KEY_VARIABLE, ChatClient
 from reweighting.labeling.checker import Checker, compare, to_judge
 from reweighting.labeling.judge import JUDGE_PROMPT, Judge, JudgeFailure
@@ -130,15 +130,10 @@ def check_outputs(config: LabelConfig) -> None:
     Raises:
         UserError: it is, or cannot.
     """
+    outputs = [*config.rows.outputs().values(), config.rows.store_file()]
     read = [source.path for source in config.reading.sources(config.labeling.questions)]
-    read += filter(None, [config.reading.questions_json_file, config.policy.prompt_file])
-    inputs = {os.path.realpath(path): path for path in read}
-    for path in (*config.rows.outputs().values(), config.rows.store_file()):
-        found = inputs.get(os.path.realpath(path))
-        if found is None and path.exists():  # a hard link has another name
-            found = next((name for name in read if os.path.exists(name) and path.samefile(name)), None)
-        if found is not None:
-            raise UserError(f"{path}: would be written, and is one of the inputs. Name another file.")
+    check_not_inputs(outputs, [*read, config.reading.questions_json_file, config.policy.prompt_file])
+    for path in outputs:
         if path.is_dir():
             raise UserError(f"{path}: is a folder. Name a file in it.")
         if config.rows.dry_run:

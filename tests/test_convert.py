@@ -141,10 +141,10 @@ def test_missing_images_are_counted(folder, capsys):
     ("argv", "said"),
     [
         (["unknown.jsonl"], "unknown.jsonl: row 0 is of no known format: {'what': 1}"),
-        (["canonical.jsonl", "--output", "canonical.jsonl"], "is one of the inputs"),
+        (["canonical.jsonl", "--output", "canonical.jsonl"], "would overwrite the input"),
         (
             ["canonical.jsonl", "--output", "stepwise.jsonl", "--questions_json_file", "stepwise.jsonl"],
-            "is one of the inputs",
+            "would overwrite the input",
         ),
         (["canonical.jsonl", "--output", "rows.txt"], "allowed: a name that ends in .jsonl or .parquet"),
         (["canonical.jsonl", "--sample", "-1"], "--sample: found -1"),

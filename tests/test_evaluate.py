@@ -19,7 +19,6 @@ from reweighting.errors import UserError
 from reweighting.evaluate import main
 from reweighting.inference.step_metrics import (
     ScoredChain,
-    by_length,
     check_labels,
     choose_thresholds,
     evaluate_domains,
@@ -27,6 +26,7 @@ from reweighting.inference.step_metrics import (
     split_dev,
 )
 from reweighting.modeling.reward_model import ProcessRewardModel
+from reweighting.modeling.scoring_batches import by_length
 from tests.forked import run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,7 +176,7 @@ def test_no_input_is_overwritten(demo, weights_path, tmp_path):
     for name in ("evaluation.json", "reliability.png"):
         (tmp_path / name).write_bytes((demo / "train.json").read_bytes())
         for flag in ("--eval_json_file", "--dev_json_file"):
-            with pytest.raises(UserError, match=f"would overwrite the input .*{name}. Name another folder"):
+            with pytest.raises(UserError, match=f"would overwrite the input .*{name}. Name another output"):
                 main(flags(demo, weights_path, tmp_path, flag, str(tmp_path / name)))
         assert (tmp_path / name).read_bytes() == (demo / "train.json").read_bytes()
 
@@ -260,7 +260,7 @@ def test_chains_are_scored_by_length_and_given_back_in_their_order(weights_path)
     images = (Path("a.png"),), (Path("b.png"),)
     chains = [Chain("Q", ("x" * length,), of) for length, of in ((9, ()), (3, images[0]), (1, ()), (5, images[1]),
                                                                  (20, images[0]), (5, ()))]  # fmt: skip
-    assert by_length(chains) == [2, 5, 3, 0, 1, 4]
+    assert by_length(chains) == [3, 2, 5, 0, 1, 4]
     rows = [LabelledChain(Chain(f"Q {n}", ("two " * (7 * n % 5 + 1),), targets=(1.0,)), "d", [1.0], [True], "k")
             for n in range(7)]  # fmt: skip
     model = ProcessRewardModel.from_pretrained(weights_path / "prm")

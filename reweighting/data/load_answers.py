@@ -10,7 +10,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ PUBLISHED = {  # formats with a loader of their own, in load_rows.py, and their 
     "meta": {"input", "true_false"},
 }
 FORMATS = (CANONICAL, *PUBLISHED, *READERS)
-ROWS_AT_A_TIME = 256  # read before their images are checked
 
 
 @dataclass(frozen=True)
@@ -167,52 +165,58 @@ def iterate_answers(
     """
     name = format_of(source)
     reader = None if name == CANONICAL else READERS[str(name)]
-    joins = reader is not None and reader.joins_questions
-    questions = _questions(options.questions_json_file) if joins else {}
     images = RowImages(source.folder, image_root_folder(image_root), decode)
     report.formats[source.path] = str(name)
-    problems, count = Problems(), 0
-    stream = source.rows(_columns(reader, options))
-    while True:
-        first, rows = count, []  # rows: canonical rows, and references to their images
-        for raw in islice(stream, ROWS_AT_A_TIME):
-            index, count = count, count + 1
+    problems, rows_before = Problems(), report.rows
+    rows = _rows(source, reader, images, options, report, problems)
+    for row, found in images.find(rows):
+        broken = [image.problem for image in found if image.problem]
+        for kind, text in broken if require_images else ():
+            problems.add(f"row {row.index}", f"images: {text}", ("images", kind))
+        report.missing_images += bool(broken)
+        if broken and report.first_missing is None:
+            report.first_missing = f"{source.path}: row {row.index}: {broken[0][1]}"
+        if text := placeholder_problem(row.question, len(found)):
+            problems.add(f"row {row.index}", f"question: {text}", ("question", "placeholders"))
+        if not problems.count:
             try:
-                found, row_problems = _read(reader, _joined(raw, questions), source, options, index, report)
+                answer = _answer(row, found, source, options)
             except LeftOut as left_out:
                 report.left_out[source.path, str(left_out)] += 1
                 continue
-            for row in found:
-                references = images.references([] if options.ignore_images else row.image_references)
-                if options.ignore_images:
-                    row = row.model_copy(update={"question": without_placeholders(row.question)})
-                if any(reference.is_stored for reference in references):  # the row need not hold them any more
-                    row = row.model_copy(update={"images": None, "image_path": None})
-                rows.append((row, references))
-            for place, (kind, text) in row_problems.items():
-                problems.add(f"row {index}", f"{place}: {text}", (place.partition("[")[0], kind))
-        for (row, references), found_images in zip(rows, images.find([names for _, names in rows]), strict=True):
-            broken = [image.problem for image in found_images if image.problem]
-            for kind, text in broken if require_images else ():
-                problems.add(f"row {row.index}", f"images: {text}", ("images", kind))
-            report.missing_images += bool(broken)
-            if broken and report.first_missing is None:
-                report.first_missing = f"{source.path}: row {row.index}: {broken[0][1]}"
-            if text := placeholder_problem(row.question, len(references)):
-                problems.add(f"row {row.index}", f"question: {text}", ("question", "placeholders"))
-            if not problems.count:
-                try:
-                    answer = _answer(row, references, found_images, source, options)
-                except LeftOut as left_out:
-                    report.left_out[source.path, str(left_out)] += 1
-                    continue
-                report.answers += 1
-                yield answer
-        if count < first + ROWS_AT_A_TIME:
-            break
-    report.rows += count
+            report.answers += 1
+            yield answer
     if problems.count:
-        raise UserError(problems.message(source.path, count))
+        raise UserError(problems.message(source.path, report.rows - rows_before))
+
+
+def _rows(
+    source: Source,
+    reader: type[RawRow] | None,
+    images: RowImages,
+    options: ReadingOptions,
+    report: LoadReport,
+    problems: Problems,
+) -> Iterator[tuple[CanonicalRow, list[Reference]]]:
+    """The canonical rows in a source and the images that each names. What is wrong goes into `problems`."""
+    joins = reader is not None and reader.joins_questions
+    questions = _questions(options.questions_json_file) if joins else {}
+    for index, raw in enumerate(source.rows(_columns(reader, options))):
+        report.rows += 1
+        try:
+            found, row_problems = _read(reader, _joined(raw, questions), source, options, index, report)
+        except LeftOut as left_out:
+            report.left_out[source.path, str(left_out)] += 1
+            continue
+        for row in found:
+            references = images.references([] if options.ignore_images else row.image_references)
+            if options.ignore_images:
+                row = row.model_copy(update={"question": without_placeholders(row.question)})
+            if any(reference.is_stored for reference in references):  # the row need not hold them any more
+                row = row.model_copy(update={"images": None, "image_path": None})
+            yield row, references
+        for place, (kind, text) in row_problems.items():
+            problems.add(f"row {index}", f"{place}: {text}", (place.partition("[")[0], kind))
 
 
 def _read(
@@ -243,14 +247,12 @@ def _read(
     return found, problems
 
 
-def _answer(
-    row: CanonicalRow, references: list[Reference], images: list[FoundImage], source: Source, options: ReadingOptions
-) -> Answer:
+def _answer(row: CanonicalRow, images: list[FoundImage], source: Source, options: ReadingOptions) -> Answer:
     """A checked row as an answer. Raises LeftOut."""
     steps, labels = row.labelled_steps(options.after_first_error)
     files = tuple(image.file for image in images if image.file is not None)
     return Answer(
-        place_images(row.question, len(references)),
+        place_images(row.question, len(images)),
         files,
         tuple(steps),
         tuple(labels),
@@ -261,7 +263,7 @@ def _answer(
         row.ground_truth,
         row.index,
         source.path,
-        tuple(reference.path for reference in references),
+        tuple(image.name for image in images),
     )
 
 

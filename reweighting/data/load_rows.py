@@ -7,7 +7,6 @@ has are left out. All wrong fields and images of a file go into one `UserError`,
 """
 
 from collections.abc import Collection, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,6 @@ from reweighting.data.sources import Source
 from reweighting.data.steps import split_response
 from reweighting.errors import Problems, UserError
 
-ROWS_AT_A_TIME = 256  # read before their images are checked
 DEFAULT_OPTIONS = ReadingOptions()
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -143,25 +141,23 @@ def _checked_rows(
     """The rows of a source. `decode` and `remember`: as in `RowImages`."""
     source = source if isinstance(source, Source) else Source(str(source))
     images = RowImages(source.folder, image_root_folder(image_root), decode, remember)
-    count = 0
-    problems = Problems()
-    stream = source.rows({*file_fields(row_type), *options.domain_columns})
-    while raw_rows := [_own_fields(raw, source, options, images) for raw in islice(stream, ROWS_AT_A_TIME)]:
-        for (raw, _), found in zip(raw_rows, images.find([references for _, references in raw_rows]), strict=True):
-            index, count = count, count + 1
-            files = tuple(image.file for image in found if image.file is not None)
-            row, row_problems = check_fields(row_type, raw, {"index": index, "image_files": files})
-            for image in found:
-                if image.problem:
-                    row_problems.setdefault("image_path", image.problem)
-            if row is not None and (text := placeholder_problem(row.asked(options.step_separator), len(found))):
-                row_problems["input"] = ("placeholders", text)
-            for field, (kind, text) in row_problems.items():
-                problems.add(f"row {index}", f"{field}: {text}", (field.partition("[")[0], kind))
-            if row is not None and not problems.count:
-                yield row
+    problems, index = Problems(), 0
+    raw_rows = source.rows({*file_fields(row_type), *options.domain_columns})
+    named = (_own_fields(raw, source, options, images) for raw in raw_rows)
+    for index, (raw, found) in enumerate(images.find(named)):
+        files = tuple(image.file for image in found if image.file is not None)
+        row, row_problems = check_fields(row_type, raw, {"index": index, "image_files": files})
+        for image in found:
+            if image.problem:
+                row_problems.setdefault("image_path", image.problem)
+        if row is not None and (text := placeholder_problem(row.asked(options.step_separator), len(found))):
+            row_problems["input"] = ("placeholders", text)
+        for field, (kind, text) in row_problems.items():
+            problems.add(f"row {index}", f"{field}: {text}", (field.partition("[")[0], kind))
+        if row is not None and not problems.count:
+            yield row
     if problems.count:
-        raise UserError(problems.message(source.path, count))
+        raise UserError(problems.message(source.path, index + 1))
 
 
 def _own_fields(raw: Any, source: Source, options: ReadingOptions, images: RowImages) -> tuple[Any, list[Reference]]:

@@ -1,17 +1,21 @@
 """The images that the rows of a file name: each is found and checked once."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from reweighting.data.image_store import ImageStore, default_folder
 from reweighting.data.images import FORMATS, check_images
 from reweighting.data.row_files import short_repr
 from reweighting.errors import UserError
 
+ROWS_AT_A_TIME = 256  # whose images are checked together
 IMAGES_DECODED = 10_000  # of a file; of the others only the headers are read (`chain_checks.py`)
 ALLOWED = f"allowed: an image ({', '.join(FORMATS)}), or null"
+
+AnyRow = TypeVar("AnyRow")
 
 
 class Reference(NamedTuple):
@@ -32,10 +36,12 @@ class FoundImage(NamedTuple):
     """An image of a row.
 
     Attributes:
+        name: where it was looked for.
         file: its file, symlinks resolved; None if there is none that can be read.
         problem: why there is none, as a kind and a text for a message.
     """
 
+    name: str
     file: Path | None
     problem: tuple[str, str] | None
 
@@ -71,12 +77,23 @@ class RowImages:
                 found.append(Reference("", problem=f"found {short_repr(image)}, allowed: {error}"))
         return found
 
-    def find(self, rows: Sequence[Sequence[Reference]]) -> list[list[FoundImage]]:
-        """Find the images of some rows.
+    def find(self, rows: Iterable[tuple[AnyRow, Sequence[Reference]]]) -> Iterator[tuple[AnyRow, list[FoundImage]]]:
+        """Find the images of rows, a block of rows at a time.
 
-        Returns:
-            A FoundImage for each of their references.
+        Args:
+            rows: each row with its references.
+
+        Yields:
+            Each row with a FoundImage for each of its references.
         """
+        stream = iter(rows)
+        while block := list(islice(stream, ROWS_AT_A_TIME)):
+            self._check([references for _, references in block])
+            for row, references in block:
+                yield row, [self._result(reference) for reference in references]
+
+    def _check(self, rows: Sequence[Sequence[Reference]]) -> None:
+        """Look at the images that are new in a block of rows."""
         if not self.remember:
             self._found.clear()
         new = {one for row in rows for one in row if one.problem is None and one.path not in self._found}
@@ -84,17 +101,17 @@ class RowImages:
         for stored, root in ((False, self.root), (True, None)):  # what the row held may be in any folder
             names = [one.path for one in new if one.is_stored is stored]
             self._found.update(check_images(names, self.folder, root, decode))
-        return [[self._result(reference) for reference in row] for row in rows]
 
     def _result(self, reference: Reference) -> FoundImage:
         if reference.problem is not None:
-            return FoundImage(None, ("image", reference.problem))
+            return FoundImage(reference.path, None, ("image", reference.problem))
         file, problem = self._found[reference.path]
         if not problem:
-            return FoundImage(file, None)
+            return FoundImage(reference.path, file, None)
         # What the decoder says of a damaged file is different for each.
         kind = problem.partition(" (")[0]
-        return FoundImage(None, (kind, f"found {short_repr(reference.path)}, which {problem}, {ALLOWED}"))
+        text = f"found {short_repr(reference.path)}, which {problem}, {ALLOWED}"
+        return FoundImage(reference.path, None, (kind, text))
 
 
 def image_root_folder(image_root: str | Path | None) -> Path | None:

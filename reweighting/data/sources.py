@@ -78,7 +78,7 @@ class Source:
             return None
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        return value.strip() if isinstance(value, str) else value
+        return value
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[Any]:
         """Read the rows, not yet checked.

@@ -32,12 +32,9 @@ def score_candidates(
     Raises:
         UserError: as `ProcessRewardModel.chain_logits` does.
     """
-    # Questions of like length side by side need little padding; a question's candidates stay together, since they
-    # share the image.
-    order = sorted(range(len(rows)), key=lambda i: max(map(len, rows[i].candidates)))
     chains, index_of = [], {}
-    for i in order:
-        for chain in candidate_chains(rows[i], source):
+    for i, row in enumerate(rows):
+        for chain in candidate_chains(row, source):
             if (i, chain.steps) not in index_of:
                 index_of[i, chain.steps] = len(chains)
                 chains.append(chain)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from reweighting.data.chains import Chain
@@ -77,9 +76,8 @@ def score_chains(model: ProcessRewardModel, chains: Sequence[LabelledChain], bat
     Raises:
         UserError: as `ProcessRewardModel.chain_logits` does.
     """
-    order = by_length([labelled.chain for labelled in chains])
-    logits, _ = model.chain_logits([chains[i].chain for i in order], batch_size)  # [chains, S], in that order
-    scores = logits.double().sigmoid()[torch.tensor(order, dtype=torch.long).argsort()].tolist()
+    logits, _ = model.chain_logits([labelled.chain for labelled in chains], batch_size)  # [chains, S]
+    scores = logits.double().sigmoid().tolist()
     return [
         ScoredChain(
             labelled.domain,
@@ -90,19 +88,6 @@ def score_chains(model: ProcessRewardModel, chains: Sequence[LabelledChain], bat
         )
         for labelled, own in zip(chains, scores, strict=True)
     ]
-
-
-def by_length(chains: Sequence[Chain]) -> list[int]:
-    """Return the positions of chains in an order whose neighbors are of like length: batches then need little padding.
-
-    Chains with the same images stay together, since neighbors share the images' features.
-    """
-    lengths = [len(chain.question) + sum(map(len, chain.steps)) for chain in chains]
-    longest: dict[object, int] = {}
-    for place, (chain, length) in enumerate(zip(chains, lengths, strict=True)):
-        group = chain.images or place
-        longest[group] = max(length, longest.get(group, 0))
-    return sorted(range(len(chains)), key=lambda i: (longest[chains[i].images or i], str(chains[i].images), lengths[i]))
 
 
 def check_labels(chains: Sequence[LabelledChain], source: str) -> str | None:

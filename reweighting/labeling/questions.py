@@ -9,7 +9,6 @@ answers, in any format that a reader knows, gives the questions that it answers.
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,13 @@ from pydantic import AliasChoices, Field, field_validator
 
 from reweighting.data.answer_values import is_blank
 from reweighting.data.answers import final_answer
-from reweighting.data.load_answers import ROWS_AT_A_TIME, LoadReport, format_of
+from reweighting.data.load_answers import LoadReport, format_of
 from reweighting.data.placeholders import place_images, placeholder_problem, without_placeholders
 from reweighting.data.published_answers import iterate_any_answers
-from reweighting.data.readers.base import Domain, OptionalId, ReadingOptions, Text
+from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.row_checks import check_row
-from reweighting.data.row_images import RowImages, image_root_folder
-from reweighting.data.schema import AnyText, FromFile, Scalar
+from reweighting.data.row_images import Reference, RowImages, image_root_folder
+from reweighting.data.schema import AnyText, Domain, FromFile, OptionalId, Scalar, Text
 from reweighting.data.sources import Source
 from reweighting.errors import Problems, UserError
 from reweighting.files import digest
@@ -67,7 +66,11 @@ class QuestionRow(FromFile):
     )
     options: list[AnyText] | None = Field(None, description="a list of texts, or null")
     images: Any = Field(None, validation_alias=AliasChoices("images", "image_path", "image"))
-    dataset: Domain = Field(None, validation_alias=AliasChoices("dataset", "subject", "data_source"))
+    dataset: Domain | int | None = Field(
+        None,
+        validation_alias=AliasChoices("dataset", "subject", "data_source"),
+        description="text that is not blank, a whole number, or null",
+    )
     id: OptionalId = None
 
     @field_validator("ground_truth")
@@ -137,37 +140,44 @@ def _from_rows(
 ) -> Iterator[Question]:
     """The questions of rows that hold a question and its correct answer."""
     images = RowImages(source.folder, image_root_folder(image_root))
-    problems, count, stream = Problems(), 0, source.rows()
-    while block := list(islice(stream, ROWS_AT_A_TIME)):
-        rows = []
-        for raw in block:
-            index, count = count, count + 1
-            row, wrong = check_row(QuestionRow, raw)
-            for place, (kind, text) in wrong.items():
-                problems.add(f"row {index}", f"{place}: {text}", (place, kind))
-            if row is None:
-                continue
-            if row.ground_truth is None:
-                report.left_out[source.path, UNJUDGED] += 1
-                continue
-            given = row.images if isinstance(row.images, list) else [row.images]
-            references = images.references([] if options.ignore_images else [one for one in given if one])
-            rows.append((index, row, source.domain_of(raw, options.domain_field), references))
-        for (index, row, domain, _), found in zip(rows, images.find([entry[3] for entry in rows]), strict=True):
-            for kind, text in (image.problem for image in found if image.problem):
-                problems.add(f"row {index}", f"images: {text}", ("images", kind))
-            text = without_placeholders(row.text) if options.ignore_images else row.text
-            if problem := placeholder_problem(text, len(found)):
-                problems.add(f"row {index}", f"question: {problem}", ("question", "placeholders"))
-            if not problems.count:
-                files = tuple(image.file for image in found if image.file is not None)
-                name = domain if domain is not None else row.dataset if row.dataset is not None else source.name
-                id = str(index) if row.id is None else str(row.id)
-                text = place_images(text, len(files))
-                yield _question(text, files, str(row.ground_truth), str(name), id, f"{source.path}: row {index}")
-    report.rows += count
+    problems, rows_before = Problems(), report.rows
+    for (index, row), found in images.find(_rows(source, images, options, report, problems)):
+        for kind, text in (image.problem for image in found if image.problem):
+            problems.add(f"row {index}", f"images: {text}", ("images", kind))
+        text = without_placeholders(row.text) if options.ignore_images else row.text
+        if problem := placeholder_problem(text, len(found)):
+            problems.add(f"row {index}", f"question: {problem}", ("question", "placeholders"))
+        if not problems.count:
+            files = tuple(image.file for image in found if image.file is not None)
+            name = str(source.name if row.dataset is None else row.dataset)
+            id = str(index) if row.id is None else str(row.id)
+            text = place_images(text, len(files))
+            yield _question(text, files, str(row.ground_truth), name, id, f"{source.path}: row {index}")
     if problems.count:
-        raise UserError(problems.message(source.path, count))
+        raise UserError(problems.message(source.path, report.rows - rows_before))
+
+
+def _rows(
+    source: Source, images: RowImages, options: ReadingOptions, report: LoadReport, problems: Problems
+) -> Iterator[tuple[tuple[int, QuestionRow], list[Reference]]]:
+    """The rows with their places, and the images that each names. What is wrong goes into `problems`."""
+    for index, raw in enumerate(source.rows()):
+        report.rows += 1
+        domain = source.domain_of(raw, options.domain_field)
+        if domain is not None and isinstance(raw, dict):
+            raw = raw | {"dataset": domain}
+        elif options.domain_field is not None:
+            report.without_domain[source.path] += 1
+        row, wrong = check_row(QuestionRow, raw)
+        for place, (kind, text) in wrong.items():
+            problems.add(f"row {index}", f"{place}: {text}", (place, kind))
+        if row is None:
+            continue
+        if row.ground_truth is None:
+            report.left_out[source.path, UNJUDGED] += 1
+            continue
+        given = row.images if isinstance(row.images, list) else [row.images]
+        yield (index, row), images.references([] if options.ignore_images else [one for one in given if one])
 
 
 def _question(text: str, images: tuple[Path, ...], truth: str, domain: str, id: str | None, place: str) -> Question:

@@ -7,20 +7,22 @@ from reweighting.errors import ChainTooLong, Problems, UserError
 from reweighting.modeling.tokenization import ChainTokenizer
 
 
-def check_chains(tokenizer: ChainTokenizer, chains: Iterable[Chain], drop_too_long: bool = False) -> list[int]:
+def check_chains(
+    tokenizer: ChainTokenizer, chains: Iterable[Chain], drop_too_long: bool = False, purpose: str = ""
+) -> list[int]:
     """Check that a model can take every chain.
 
     Args:
         tokenizer: the model's.
         chains: all chains of a command.
         drop_too_long: the caller leaves out the chains that are too long.
+        purpose: what the user can do with --drop_too_long, for the message: "train without these chains".
 
     Returns:
         Positions of the chains that are too long; empty without `drop_too_long`.
 
     Raises:
-        ChainTooLong: names the rows of the chains that `ChainTokenizer.check` refuses, some of them too long.
-        UserError: the same, none of them too long.
+        UserError: names the rows of the chains that `ChainTokenizer.check` refuses.
     """
     problems, too_long, count = Problems(), [], 0
     for position, chain in enumerate(chains):
@@ -34,6 +36,8 @@ def check_chains(tokenizer: ChainTokenizer, chains: Iterable[Chain], drop_too_lo
         except UserError as error:
             problems.add(chain.source_location, str(error))
     if problems.count:
-        kind = ChainTooLong if too_long and not drop_too_long else UserError
-        raise kind("\n".join([f"{problems.count} of {count} chains cannot be used", *problems.lines()]))
+        lines = [f"{problems.count} of {count} chains cannot be used", *problems.lines()]
+        if purpose and too_long and not drop_too_long:
+            lines.append(f"To {purpose}: --drop_too_long")
+        raise UserError("\n".join(lines))
     return too_long

@@ -303,7 +303,7 @@ class ProcessRewardModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute step logits without gradients; dropout is off meanwhile.
 
-        Neighbors with the same images share their features, over any number of batches. Calls from several threads take
+        Chains with the same images share their features, over any number of batches. Calls from several threads take
         turns; none may score while another one trains the model.
 
         Args:

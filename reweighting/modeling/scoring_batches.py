@@ -1,4 +1,4 @@
-"""Score many chains with a reward model, batch by batch, in evaluation mode."""
+"""Score many chains with a reward model, those of like length together, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def score_in_batches(
     model: ProcessRewardModel, chains: Sequence[Chain], batch_size: int, images: Sequence[Pixels] | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute step logits without gradients. The model is in evaluation mode meanwhile; no other thread may use it.
+    """Compute step logits without gradients, in batches of chains that need little padding.
+
+    The model is in evaluation mode meanwhile; no other thread may use it.
 
     Args:
         model: the reward model.
@@ -45,15 +47,31 @@ def score_in_batches(
     try:
         # Sharded layers could not be trained with tensors that they gather in inference mode.
         with torch.inference_mode() if model.holds_full_parameters else torch.no_grad():
+            order = by_length(chains)
             for start in range(0, len(chains), batch_size):
-                part = chains[start : start + batch_size]
+                places = order[start : start + batch_size]
+                part = [chains[place] for place in places]
                 if model.step_states is not None and images is None:
                     batch = model.make_batch(part)
                 else:
                     batch = model.collate([tokenizer.encode(chain, images) for chain in part])
                 z = model(batch)  # [B, S of the batch]
-                logits[start : start + len(part), : z.shape[1]] = z.cpu()
-                mask[start : start + len(part), : z.shape[1]] = batch.step_mask.cpu()
+                logits[places, : z.shape[1]] = z.cpu()
+                mask[places, : z.shape[1]] = batch.step_mask.cpu()
     finally:
         model.train(was_training)
     return logits, mask
+
+
+def by_length(chains: Sequence[Chain]) -> list[int]:
+    """Return the positions of chains in an order whose neighbors are of like length: batches then need little padding.
+
+    Chains with the same images, or the same question where there are none, stay together: neighbors share the images'
+    features and the pass over the prompt.
+    """
+    lengths = [len(chain.question) + sum(map(len, chain.steps)) for chain in chains]
+    groups = [str(chain.images or chain.question) for chain in chains]
+    longest: dict[str, int] = {}
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(length, longest.get(group, 0))
+    return sorted(range(len(chains)), key=lambda i: (longest[groups[i]], groups[i], chains[i].question, lengths[i]))

@@ -11,7 +11,7 @@ from reweighting.data.chains import candidate_chains
 from reweighting.data.row_files import short_repr
 from reweighting.devices import check_attention
 from reweighting.distributed import collectives
-from reweighting.errors import LISTED_PLACES, ChainTooLong, UserError
+from reweighting.errors import LISTED_PLACES, UserError
 from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.modeling.saved_model import flags_of_saved
@@ -78,10 +78,8 @@ def check_data(config: TrainingConfig, data: RunData) -> RunData:
         candidates = candidate_chains(row, " ".join(config.data.validation_json_file or ()))
         chains += candidates
         questions += [place] * len(candidates)
-    try:
-        too_long = check_chains(model.chain_tokenizer, chains, config.data.drop_too_long)
-    except ChainTooLong as error:
-        raise UserError(f"{error}\nTo train without the chains that are too long: --drop_too_long") from error
+    purpose = "train without the chains that are too long"
+    too_long = check_chains(model.chain_tokenizer, chains, config.data.drop_too_long, purpose)
     return _without(config, data, set(too_long), questions, model) if too_long else data
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from reweighting.data import load_rows, row_images
+from reweighting.data import row_images
 from reweighting.data.chains import candidate_chains
 from reweighting.data.images import image_size, open_image
 from reweighting.data.load_rows import load_candidate_rows, load_training_rows
@@ -125,7 +125,7 @@ def test_each_file_is_decoded_once_and_reported_for_each_row(folder, monkeypatch
 def test_beyond_so_many_images_only_heads_are_looked_at(tmp_path, monkeypatch):
     """Decoding 200,000 photographs would take longer than many a run."""
     monkeypatch.setattr(row_images, "IMAGES_DECODED", 2)
-    monkeypatch.setattr(load_rows, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(row_images, "ROWS_AT_A_TIME", 2)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
     broken = (tmp_path / "whole.png").read_bytes()[:60]  # the head is there
     rows = [training(dataset=f"d{n % 2}", image_path=f"{n}.png") for n in range(4)]

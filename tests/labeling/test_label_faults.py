@@ -217,7 +217,7 @@ def test_inputs_are_never_written_over(folder):
         for more in (["--output_train", "questions.jsonl"], ["--store", "questions.jsonl"],
                      ["--output_meta", "linked.jsonl"], ["--output_candidates", "symlink.jsonl"],
                      ["--prompt_file", "prompt.jsonl", "--output_meta", "prompt.jsonl"]):  # fmt: skip
-            with pytest.raises(UserError, match="is one of the inputs"):
+            with pytest.raises(UserError, match="would overwrite the input"):
                 label(server, *more)
         with pytest.raises(UserError, match="have one name"):
             label(server, "--store", "train.jsonl")
