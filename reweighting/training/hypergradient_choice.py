@@ -81,7 +81,7 @@ def check_method(config: TrainingConfig, method: str) -> None:
     if needs.needs_forward_mode and not has_forward_mode(config.model):
         raise UserError(
             f"--hypergradient {method}: there is no forward mode through --attention flash_attention_2 or "
-            "--load_in_4bit: use finite_difference"
+            "--load_in_4bit: use finite_difference, or --train head"
         )
     if needs.needs_full_parameters and config.run.shard:
         remedy = "leave out --shard" if config.weighs_instances else "use unrolled, or leave out --shard"
@@ -89,12 +89,12 @@ def check_method(config: TrainingConfig, method: str) -> None:
 
 
 def has_forward_mode(config: ModelConfig) -> bool:
-    """Tell whether forward-mode differentiation can go through the model.
+    """Tell whether forward-mode differentiation can go through what is trained.
 
     It goes through plain arithmetic, to which sdpa falls back, but neither through flash attention's kernels nor
-    through those for 4-bit weights.
+    through those for 4-bit weights. A head that is trained alone reads remembered states: its loss has neither.
     """
-    return config.attention in ("sdpa", "eager") and not config.load_in_4bit
+    return config.train == "head" or (config.attention in ("sdpa", "eager") and not config.load_in_4bit)
 
 
 def choose_method(config: TrainingConfig, data: RunData, model: nn.Module, free: int) -> tuple[str, str]:

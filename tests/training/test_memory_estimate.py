@@ -20,7 +20,7 @@ from reweighting.training.build import load_backbone
 from reweighting.training.checkpoints import checkpoints, load_checkpoint
 from reweighting.training.fake_tensor_memory import LiveMemory, step_memory
 from reweighting.training.free_memory import CGROUP_FILES, _free_in_cgroups, free_memory
-from reweighting.training.hypergradient_choice import choose_method, estimate_memory, has_forward_mode
+from reweighting.training.hypergradient_choice import check_method, choose_method, estimate_memory, has_forward_mode
 from reweighting.training.memory_estimate import (
     NF4,
     MemoryScenario,
@@ -272,6 +272,19 @@ def test_forward_mode_needs_plain_arithmetic():
     assert has_forward_mode(config) and has_forward_mode(replace(config, attention="eager"))
     assert not has_forward_mode(replace(config, attention="flash_attention_2"))
     assert not has_forward_mode(replace(config, load_in_4bit=True))
+
+
+@pytest.mark.parametrize("kernels", [("--load_in_4bit",), ("--attention", "flash_attention_2")])
+def test_a_head_that_is_trained_alone_has_forward_mode_whatever_the_backbone(demo, tmp_path, kernels):
+    """It reads remembered states, so that no derivative goes through the backbone."""
+
+    def config(train: str, *more: str) -> TrainingConfig:
+        return TrainingConfig.parse(flags(demo, tmp_path, "--train", train, *kernels, *more))
+
+    check_method(config("head"), "jvp")
+    assert choose_method(config("head", "--weights_for", "instance"), None, None, 0)[0] == "jvp"
+    with pytest.raises(UserError, match="jvp: there is no forward mode.*use finite_difference, or --train head"):
+        check_method(config("lora"), "jvp")
 
 
 def test_auto_looks_at_the_memory_and_a_resume_keeps_its_choice(demo, tmp_path, monkeypatch, capsys):
