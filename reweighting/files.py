@@ -7,11 +7,13 @@
     with temporary_dir(parent, "trial") as trial: ...
 
 What has not its name lies beside it as `.tmp-<8 hex digits>-<age>-<name>`: `new` is unfinished, `whole` waits for the
-name, `old` had it. A killed process leaves it there; `remove_temporaries` clears it away at the next start.
+name, `old` had it. A killed process leaves it there; `remove_temporaries` clears it away at the next start, and
+`atomic_file` does when the same file is written again.
 """
 
 import atexit
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -86,14 +88,16 @@ def atomic_file(path: Path, sync: bool = True) -> Generator[BinaryIO]:
     Raises:
         OSError: if the disk refuses.
     """
-    unfinished = _temporary(path, "new")
+    if sync:
+        _remove_abandoned(path)
+    unfinished, file = _open_new(path)
     try:
-        with open(unfinished, "xb") as file:  # x: a new file, never one that another user has put there
+        with file:
             yield file
+            file.flush()
             if sync:
-                file.flush()
                 os.fsync(file.fileno())
-        unfinished.replace(path)
+            unfinished.replace(path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -212,6 +216,29 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     code = getattr(error, "errno", None)
     full = code in FULL_DISK or "No space left" in reason or "file write failed" in reason
     return UserError(f"{path} cannot be written: {reason:.200}" + ("; free some disk space" if full else ""))
+
+
+def _open_new(path: Path) -> tuple[Path, BinaryIO]:
+    """Open a temporary file for `path`, locked as long as it is open: `_remove_abandoned` then leaves it alone."""
+    while True:
+        unfinished = _temporary(path, "new")
+        file = open(unfinished, "xb")  # x: a new file, never one that another user has put there
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if unfinished.exists():  # not removed between the two lines above
+            return unfinished, file
+        file.close()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the unfinished files of `path` that killed processes have left; those of a living one are locked."""
+    with suppress(OSError):  # as where the folder may not be read
+        for left in path.parent.glob(".tmp-*-new-*"):
+            match = TEMPORARY.fullmatch(left.name)
+            if match and match["name"] == path.name and left.is_file() and not left.is_symlink():
+                with suppress(OSError), open(left, "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
 
 
 def _temporary(path: Path, age: str) -> Path:

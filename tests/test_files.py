@@ -111,6 +111,29 @@ def test_a_kill_at_any_moment_leaves_one_whole_folder(tmp_path, moment, content)
     assert names(tmp_path) == ["step-00000005"] and (folder / "a").read_text() == content
 
 
+def test_the_next_writer_removes_what_a_killed_one_has_left_and_nothing_else(tmp_path):
+    path, other = tmp_path / "rows.jsonl", tmp_path / "more-rows.jsonl"
+    script = f"""
+import os, signal
+from pathlib import Path
+from reweighting.files import atomic_file
+with atomic_file(Path({str(other)!r})), atomic_file(Path({str(path)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    of_other, of_path = sorted(names(tmp_path), key=lambda name: name.endswith("-new-rows.jsonl"))
+    with atomic_file(path) as living:
+        living.write(b"1")
+        assert of_path not in names(tmp_path)
+        with atomic_file(path) as second:  # the first is locked
+            second.write(b"2")
+        assert path.read_bytes() == b"2"
+    assert path.read_bytes() == b"1" and names(tmp_path) == sorted([of_other, "rows.jsonl"])
+    atomic_write_text(other, "3")
+    assert names(tmp_path) == ["more-rows.jsonl", "rows.jsonl"]
+
+
 def test_only_temporary_names_are_cleared_away(tmp_path):
     mine = (".tmp-mine", ".tmp-0123abcd-mine", ".tmp-0123abc-new-x", ".hidden", "tmp-01234567-new-a")
     for name in (*mine, ".tmp-01234567-new-file", ".tmp-01234567-old-name\nand-old-x"):

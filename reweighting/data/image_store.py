@@ -14,19 +14,19 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from reweighting.data.images import has_image_header
 from reweighting.data.row_files import short_repr
 from reweighting.errors import UserError
 
 FOLDER_VARIABLE = "DREAMPRM_CACHE"
 DATA_URI = re.compile(r"data:image/[\w.+-]+;base64,", re.I)
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
-LONGEST_PATH = 512  # characters; a longer text may hold an image,
-BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")  # if its bytes do so
+LONGEST_PATH = 512  # characters
+BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\0\0\0")  # of images
 MAX_BYTES = 2**28
 
 
@@ -71,12 +71,8 @@ class ImageStore:
                 return self._stored(base64.b64decode(image[uri.end() :], validate=True))
             except binascii.Error:
                 raise ValueError("whole base64 text behind the comma of a data URI") from None
-        if len(image) > LONGEST_PATH and BASE64.fullmatch(image):
-            with suppress(binascii.Error):
-                content = base64.b64decode(image)
-                if content.startswith(BEGINNINGS):
-                    return self._stored(content)
-        return _path(image)
+        content = _from_base64(image)
+        return _path(image) if content is None else self._stored(content)
 
     def _stored(self, content: bytes) -> Path:
         """The file with these bytes, written if it is not there."""
@@ -95,6 +91,19 @@ class ImageStore:
                 raise UserError(f"{file.parent}: an image cannot be written there ({reason}). Name another folder in "
                                 f"the environment variable {FOLDER_VARIABLE}.") from error  # fmt: skip
         return file
+
+
+def _from_base64(text: str) -> bytes | None:
+    """The image that base64 text holds, None if it holds none. A short text may be a path: Pillow must know it."""
+    if not BASE64.fullmatch(text):
+        return None
+    try:
+        content = base64.b64decode(text)
+    except binascii.Error:
+        return None
+    if not content.startswith(BEGINNINGS) or not (len(text) > LONGEST_PATH or has_image_header(content)):
+        return None
+    return content
 
 
 def _path(text: str) -> str:

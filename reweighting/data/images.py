@@ -6,6 +6,7 @@
 The check of the rows decodes images with the same function as the run, so it accepts what the run can read.
 """
 
+import io
 import os
 import stat
 import struct
@@ -78,6 +79,15 @@ def image_size(file: Path | str, max_side: int | None = None) -> tuple[int, int]
     except Exception as error:  # as in `_decode`
         raise UnreadableImage(f"the image {printable(file, one_line=True)} {_reason(error)}") from error
     return open_image(file, max_side).size  # only decoding it shows how it is turned
+
+
+def has_image_header(content: bytes) -> bool:
+    """Return whether these bytes begin as an image that can be read."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS):
+            return True
+    except Exception:  # Pillow's readers raise many kinds for bytes that are none
+        return False
 
 
 def shrunk_size(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:

@@ -57,6 +57,22 @@ def test_bytes_become_one_file_for_each_content(store):
         store.reference("data:image/png;base64,???")
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "WEBP"])
+def test_short_base64_text_is_an_image_where_its_bytes_are_one(store, form):
+    """A tiny picture takes no more characters than a path may have."""
+    made = io.BytesIO()
+    Image.new("RGB", (1, 1) if form != "BMP" else (4, 4)).save(made, form, **({"quality": 1} if form == "JPEG" else {}))
+    content = made.getvalue()
+    text = base64.b64encode(content).decode()
+    assert form == "JPEG" or len(text) < 512
+    assert Path(store.reference(text)).read_bytes() == content
+
+
+def test_a_path_that_could_be_base64_text_stays_a_path(store):
+    names = ["images", "iVBORw0KGgo", base64.b64encode(b"BM" + bytes(40)).decode(), "9j/4AAQSkZJRg", "AAAA", "R0lG"]
+    assert [store.reference(name) for name in names] == names
+
+
 def test_the_folder_of_the_images(monkeypatch, tmp_path):
     monkeypatch.setenv("DREAMPRM_CACHE", str(tmp_path))
     assert default_folder() == tmp_path / "images"
