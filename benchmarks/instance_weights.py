@@ -28,6 +28,7 @@ RULES = {
     "domain": CALM,
     "instance": (*CALM, "--weights_for", "instance"),
     "both": (*CALM, "--weights_for", "both"),
+    "net": ("--weights_for", "both", "--instance_weights_form", "net"),
 }
 
 

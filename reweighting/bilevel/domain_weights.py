@@ -3,9 +3,13 @@
 `instance_weights.py` adds weights of single chains.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+
+from reweighting.modeling.collate import Batch
 
 MIN_WEIGHT = 0.05  # a domain below hardly takes part any more
 
@@ -31,9 +35,33 @@ class LossWeights(nn.Module):
                 self._held = self().detach()  # no buffer, where the weights are one
         return self._held
 
+    def of_chains(self, batch: Batch, errors: Tensor) -> Tensor:
+        """Return the weights of the chains of a micro-batch, without a graph; only where `by_chain`.
+
+        Args:
+            batch: Training chains.
+            errors: Loss of each step, [B, S] without a graph; here, it changes nothing.
+
+        Returns:
+            [B].
+        """
+        return self.held()[batch.chain_ids]
+
     def begin_window(self) -> None:
-        """Note that the parameters have changed: after each update, and when a state was loaded."""
+        """Note that an update has changed the parameters."""
         self._held = None
+
+    def observations(self) -> dict[str, Tensor]:
+        """Return a copy of what the weights depend on besides the parameters; here, nothing."""
+        return {}
+
+    def load_observations(self, observations: dict[str, Tensor]) -> None:
+        """Continue from what `observations` gave, with parameters that were loaded."""
+        self._held = None
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the parameters for an optimizer."""
+        return [{"params": list(self.parameters()), "lr": learning_rate}]
 
     def by_domain(self) -> Tensor:
         """Compute the weights of the domains, [K] with mean 1: what is reported."""

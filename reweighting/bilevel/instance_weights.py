@@ -1,4 +1,7 @@
-"""A weight for each training chain, beside or instead of the domains' (DreamPRM-1.5, arXiv 2509.05542)."""
+"""A weight for each training chain, beside or instead of the domains' (DreamPRM-1.5, arXiv 2509.05542).
+
+`instance_net.py` has a network in place of the table.
+"""
 
 from collections.abc import Callable
 

@@ -91,11 +91,11 @@ class PRMFineTuning(BettyProblemAdapter):
 
     def domain_loss(self, batch: Batch) -> Tensor:
         """Compute the mean loss of the labeled steps of a batch, a scalar."""
-        return mean_loss(self.step_loss(self.module(batch), batch), batch)
+        return mean_loss(self.step_losses(batch), batch)
 
-    def chain_losses(self, batch: Batch) -> Tensor:
-        """Compute what each chain adds to that, [B]."""
-        return loss_parts(self.step_loss(self.module(batch), batch), batch)
+    def step_losses(self, batch: Batch) -> Tensor:
+        """Compute the loss of each step, [B, S]; of steps without a target, any number."""
+        return self.step_loss(self.module(batch), batch)
 
     @property
     def weights(self) -> LossWeights:
@@ -111,12 +111,14 @@ class PRMFineTuning(BettyProblemAdapter):
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
         """Compute w_k times the domain's loss, or the sum of each chain's weight times its part of it; a scalar."""
         domain, chains = batch
-        by_chain = self.weights.by_chain and not self.warming_up
-        losses = self.chain_losses(chains) if by_chain else self.domain_loss(chains)  # [B] or a scalar
+        if self.weights.by_chain and not self.warming_up:
+            errors = self.step_losses(chains)  # [B, S]
+            losses = loss_parts(errors, chains)  # [B]
+            weights = self.weights.of_chains(chains, errors.detach())
+        else:
+            losses = self.domain_loss(chains)
+            weights = torch.ones_like(losses) if self.warming_up else self.weights.held()[domain]
         self.loss = losses.detach().sum()  # reported without weights, so that runs with different ones can be compared
-        if self.warming_up:
-            return losses
-        weights = self.weights.held()[chains.chain_ids if by_chain else domain]
         return (weights * losses).sum()  # autocast would round a dot product
 
     def differentiate(self, loss: Tensor) -> None:
@@ -292,7 +294,8 @@ class DomainReweighting(BettyProblemAdapter):
     def state_dict(self) -> dict:
         """Return the state of every problem, and the evidence. Every process calls it."""
         instances = None if self.instance_evidence is None else self.instance_evidence.state_dict()
-        return super().state_dict() | {"evidence": self.evidence.state_dict(), "instances": instances}
+        state = super().state_dict() | {"evidence": self.evidence.state_dict(), "instances": instances}
+        return state | {"observations": self.module.observations()}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state.
@@ -301,7 +304,7 @@ class DomainReweighting(BettyProblemAdapter):
             ValueError: It does not fit what is trained now.
         """
         super().load_state_dict(state_dict)
-        self.module.begin_window()
+        self.module.load_observations(state_dict.get("observations", {}))
         self.evidence.load_state_dict(state_dict["evidence"])
         if self.instance_evidence is not None:
             self.instance_evidence.load_state_dict(state_dict["instances"])

@@ -91,6 +91,7 @@ USELESS = (
             "meta_optimizer",
             "meta_range",
             "weights_for",
+            "instance_weights_form",
             "instance_activation",
             "min_weight",
             "max_weight",
@@ -100,9 +101,14 @@ USELESS = (
         from_recipes=False,
     ),
     Useless(
-        ("instance_activation",),
+        ("instance_weights_form", "instance_activation"),
         lambda c: c.upper.weights_for == "domain",
         "without --weights_for instance or both",
+    ),
+    Useless(
+        ("instance_activation",),
+        lambda c: c.upper.instance_weights_form == "net",
+        "with --instance_weights_form net, whose weights are softplus of its output",
     ),
     Useless(
         ("min_weight", "max_weight"),
@@ -166,6 +172,8 @@ def _check_upper_level(config: TrainingConfig) -> None:
     upper, steps = config.upper, config.upper.unroll_steps
     if upper.instance_activation != "softplus":
         _check_published_table(upper)
+    if upper.instance_weights_form == "net" and upper.meta_optimizer != "adamw":
+        raise UserError("--instance_weights_form net is trained by gradient steps: use --meta_optimizer adamw")
     for name, number, window in (
         ("warmup_iterations", upper.warmup_iterations, "first"),
         ("iteration_num", config.lower.iteration_num, "last"),

@@ -26,6 +26,7 @@ if not EMBEDDED_BACKBONE.is_dir():
 
 LowerLossName = Literal["mse", "bce"]
 WeightsFor = Literal["domain", "instance", "both"]
+WeightsForm = Literal["table", "net"]
 ActivationName = Literal["softplus", "clip", "relu", "leaky_relu"]
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
@@ -157,6 +158,11 @@ class UpperConfig:
         default="domain",
         help="what is weighted: each domain, each instance (a chain: the steps of one answer), or both: the instances "
         "of a domain around its weight",
+    )
+    instance_weights_form: WeightsForm = flag(
+        default="table",
+        help="table: a number for each instance; net: a small network that computes it from the instance's losses, "
+        "domain, label entropy and length, for sets where each is met once or twice",
     )
     instance_activation: ActivationName = flag(
         default="softplus",

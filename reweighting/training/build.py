@@ -122,7 +122,8 @@ def make_meta_optimizer(
     if config.meta_optimizer == "calm":
         return CalmWeights(table, evidence, config.meta_range, instance_evidence)
     # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
-    return torch.optim.AdamW(table.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay, eps=1e-15)
+    groups = table.parameter_groups(config.meta_lr)
+    return torch.optim.AdamW(groups, lr=config.meta_lr, weight_decay=config.meta_weight_decay, eps=1e-15)
 
 
 def micro_batches_per_step(config: TrainingConfig, domains: int) -> int:

@@ -2,17 +2,21 @@
 
 instance_weights.parquet   a row for each training chain
 instance_weights.html      the chains with the lowest and the highest weights, with their images
+instance_net.safetensors   the network that computes the weights, where there is one
 """
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from reweighting.bilevel.calm_weights import CalmWeights
 from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.instance_net import KNOWN, LOSSES, InstanceNet
 from reweighting.bilevel.problems import DomainReweighting
 from reweighting.data.chains import Chain
 from reweighting.errors import UserError
@@ -21,7 +25,7 @@ from reweighting.inference.html_page import data_uri, render
 from reweighting.terminal import printable
 from reweighting.training.run_data import RunData
 
-FILE, PAGE = "instance_weights.parquet", "instance_weights.html"
+FILE, PAGE, NET = "instance_weights.parquet", "instance_weights.html", "instance_net.safetensors"
 ON_PAGE = 12  # chains of either end
 COLUMNS = ("chain", "weight")  # those that are read again
 
@@ -51,6 +55,8 @@ def save_instance_weights(folder: Path, data: RunData, upper: DomainReweighting,
     weights = upper.module().cpu()
     write_instance_weights(folder, data, weights, evidence)
     atomic_write_text(folder / PAGE, instance_page(data, weights, evidence))
+    if isinstance(upper.module, InstanceNet):
+        write_instance_net(folder, data.domains, upper.module)
     low, middle, high = weights.double().quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
     print(printable(f"\ninstance weights in {folder / FILE}: median {middle:.2f}, 5 % below {low:.2f}, 5 % above "
                     f"{high:.2f}; the chains with the lowest and highest in {folder / PAGE}"))  # fmt: skip
@@ -89,6 +95,17 @@ def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, e
     )
     with atomic_file(folder / FILE) as file:
         pyarrow.parquet.write_table(table, file)
+
+
+def write_instance_net(folder: Path, domains: list[str], net: InstanceNet) -> None:
+    """Write `instance_net.safetensors`, whose metadata names what the network reads.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    metadata = {"domains": json.dumps(domains), "inputs": json.dumps([*LOSSES, *KNOWN])}
+    with atomic_file(folder / NET) as file:
+        file.write(safetensors.torch.save(net.tensors(), metadata))
 
 
 def instance_page(data: RunData, weights: torch.Tensor, evidence: InstanceEvidence) -> str:

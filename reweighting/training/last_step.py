@@ -26,8 +26,9 @@ class LastWholeStep:
     """While this context is open, any error first saves the last whole step, if there is one and it is not saved.
 
     A step is whole when its optimizers have run and its history is written. Until the next step's first optimizer runs,
-    only counters and random states move, and these are set back: what the micro-batches of the unfinished step have
-    added up is no part of a checkpoint. From the optimizer's start to the end of the step nothing can be saved.
+    only counters, random states and what the weights have noted of chains move, and these are set back: what the
+    micro-batches of the unfinished step have added up is no part of a checkpoint. From the optimizer's start to the end
+    of the step nothing can be saved.
 
     An error that comes in one of several processes cannot be saved: the others wait for it.
 
@@ -49,6 +50,7 @@ class LastWholeStep:
         engine, lower = self._engine, self._engine.lower
         self._engine_now = {"global_step": engine.global_step, "skipped": engine.skipped}
         self._lower_now = {"_count": lower._count, "rows_seen": lower.rows_seen}
+        self._observations = lower.weights.observations()
         self._losses, self._updates, self._random = len(lower.losses), engine.updates, random_states()
         self._whole = True
 
@@ -85,6 +87,7 @@ class LastWholeStep:
             setattr(engine, name, value)
         for name, value in self._lower_now.items():
             setattr(engine.lower, name, value)
+        engine.lower.weights.load_observations(self._observations)
         del engine.lower.losses[self._losses :]
         set_random_states(self._random)
         try:

@@ -4,6 +4,7 @@ import torch
 
 from reweighting.bilevel.domain_weights import DomainWeights, LossWeights
 from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.instance_net import InstanceNet, known_features
 from reweighting.bilevel.instance_weights import InstanceWeights, PublishedInstanceWeights
 from reweighting.config.training import TrainingConfig
 from reweighting.training.run_data import RunData
@@ -16,6 +17,9 @@ def make_learned_weights(config: TrainingConfig, data: RunData) -> LossWeights:
     domain_of = torch.tensor([chain.domain for chain in data.train])  # [C]
     if config.upper.instance_activation != "softplus":
         return PublishedInstanceWeights(domain_of, config.upper.instance_activation)  # beta [C]
+    if config.upper.instance_weights_form == "net":
+        known = known_features(data.train)  # [C, 3]
+        return InstanceNet(data.domains, domain_of, config.weighs_domains, known, config.run.seed)
     return InstanceWeights(data.domains, domain_of, config.weighs_domains)  # beta [C], and alpha [K] for both
 
 

@@ -28,7 +28,14 @@ from reweighting.training.checkpoints import HISTORY_FILE, checkpoint_name, read
 
 CHECKPOINTS, RESULTS = (
     "checkpoints",
-    ("domain_weights.json", "instance_weights.parquet", "instance_weights.html", "prm", "figures"),
+    (
+        "domain_weights.json",
+        "instance_weights.parquet",
+        "instance_weights.html",
+        "instance_net.safetensors",
+        "prm",
+        "figures",
+    ),  # fmt: skip
 )
 OUTPUTS = (CHECKPOINTS, HISTORY_FILE, "diagnostics", *RESULTS)
 RUN_FILE = "run.json"

@@ -170,7 +170,8 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
 def _kind(config: TrainingConfig) -> str:
     """What a run does about weights, in words that follow "a run that"."""
     if config.learns_weights:
-        return f"learns the weights (--weights_for {config.upper.weights_for})"
+        form = " --instance_weights_form net" if config.upper.instance_weights_form == "net" else ""
+        return f"learns the weights (--weights_for {config.upper.weights_for}{form})"
     return "trains with fixed weights (--baseline or a file)"
 
 

@@ -48,6 +48,7 @@ class ProblemState(_Strict):
     window: dict[str, Any] = {}
     evidence: EvidenceState | None = None
     instances: InstancesState | None = None
+    observations: dict[str, Tensor] = {}  # `InstanceNet.load_observations` checks the shapes
 
 
 class SavedState(_Strict):

@@ -16,7 +16,7 @@ from reweighting.bilevel.instance_evidence import InstanceEvidence
 from reweighting.bilevel.instance_weights import FixedChainWeights, InstanceWeights, PublishedInstanceWeights
 from reweighting.bilevel.losses import loss_parts, squared_error
 from reweighting.bilevel.problems import PRMFineTuning
-from reweighting.config.training import parse_training_config
+from reweighting.config.training import TrainingConfig
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.errors import UserError
@@ -85,7 +85,7 @@ def test_the_published_table_is_not_scaled(activation):
 def test_an_update_of_the_published_table_is_a_step_of_adamw():
     made, config = (
         PublishedInstanceWeights(DOMAIN_OF, "clip"),
-        parse_training_config(
+        TrainingConfig.parse(
             ["--train_json_file", "a", "--meta_json_file", "b", "--meta_lr", "0.005", "--weights_for", "instance"]
         ),
     )
@@ -104,7 +104,7 @@ def test_the_weighted_loss_is_not_rounded_in_bf16():
         chain_ids=torch.tensor([4, 1, 1]),
     )
     lower = SimpleNamespace(module=lambda _: logits, step_loss=squared_error, warming_up=False, weights=fixed)
-    lower.chain_losses = partial(PRMFineTuning.chain_losses, lower)
+    lower.step_losses = partial(PRMFineTuning.step_losses, lower)
     with autocast(torch.device("cpu"), "bf16"):
         loss = PRMFineTuning.training_step(lower, (0, batch))
     parts = loss_parts(squared_error(logits, batch), batch)

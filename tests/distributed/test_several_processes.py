@@ -36,10 +36,11 @@ def differences(ours, theirs) -> tuple[float, float, float]:
         (2, False, "demo's", (), 5e-3),
         (4, False, "demo's", (*SGD, "--max_grad_norm", "0.5"), 2e-6),
         (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--weights_for", "both"), 2e-5),
+        (2, False, "demo's", (*SGD, "--weights_for", "instance", "--instance_weights_form", "net"), 2e-6),
         (4, True, "demo's", ("--max_grad_norm", "0.1", "--group_by_question", "--iteration_num", "20"), 1e-4),
         (3, False, "some images", (*SGD, "--no_freeze_vision", "--iteration_num", "15"), 2e-6),
     ],
-    ids=["adamw", "sgd", "instances", "float64", "some-images"],
+    ids=["adamw", "sgd", "instances", "network", "float64", "some-images"],
 )
 def test_several_processes_make_the_run_of_one(
     tiny, one, some_images, tmp_path, world, double, files, more, of_weights
