@@ -40,6 +40,7 @@ from reweighting.training.dry_run import dry_run
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.fixed_weights import make_fixed_weights
 from reweighting.training.hypergradient_choice import resolve_hypergradient
+from reweighting.training.labels import make_label_correction, make_step_labels
 from reweighting.training.last_step import LESS_MEMORY as LESS_MEMORY
 from reweighting.training.output_dir import lock_output_dir, prepare_output_dir
 from reweighting.training.results import save_results
@@ -91,6 +92,7 @@ def build_engine(
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
     method = resolve_hypergradient(config, data, model, device, state and state["settings"])
     step_loss = STEP_LOSSES[config.lower.lower_loss]
+    labels = make_step_labels(config, data)  # None where they stay as they are
     hypergradient = None
     if method is not None:  # the weights are learned
         hypergradient = make_hypergradient(
@@ -101,6 +103,7 @@ def build_engine(
             precision=precision,
             step_loss=step_loss,
             by_chain=config.weighs_instances,
+            labels=labels,
         )
 
     lower = PRMFineTuning(
@@ -117,6 +120,7 @@ def build_engine(
         step_loss=step_loss,
         hypergradient=hypergradient,
         fixed_weights=None if fixed_weights is None else fixed_weights.to(device),
+        labels=labels,
         max_grad_norm=config.lower.max_grad_norm,
         layout=layout,
     )
@@ -133,6 +137,7 @@ def build_engine(
             hypergradient=hypergradient,
             evidence=evidence,
             instance_evidence=instance_evidence,
+            label_correction=None if labels is None else make_label_correction(config.upper, labels.to(device)),
             aggregation=config.upper.aggregation_function,
             positive_rate=build.positive_rate(data) if config.upper.center_meta_scores else None,
             weight_bounds=build.weight_bounds(config.upper),

@@ -5,18 +5,21 @@ A process may hold a part of a batch only. Its loss is then its part of the batc
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from reweighting.bilevel.label_correction import StepLabels
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
 from reweighting.modeling.collate import Batch
 
-LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]  # ({name: parameter}, micro-batch) -> loss parts [B]
+# ({name: parameter}, micro-batch) -> loss parts [B], or with the labels' costs [B, 1 + S]
+LossFunction = Callable[[Mapping[str, Tensor], Batch], Tensor]
 StepLoss = Callable[[Tensor, Batch], Tensor]  # (step logits [B, S], micro-batch) -> loss of each step [B, S]
 
 
@@ -74,19 +77,42 @@ def loss_parts(errors: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.target_mask, errors, 0).sum(1) / batch.num_labeled_steps
 
 
+def label_costs(step_loss: StepLoss, logits: Tensor, batch: Batch) -> Tensor:
+    """Compute how much more of a micro-batch's loss a label of 1 costs than one of 0, for each step.
+
+    The loss of a step is linear in its label but for a term without parameters (the entropy's, and the square of the
+    label). So the gradient of this cost is what the loss's gradient gains for each unit of the label.
+
+    Args:
+        step_loss: Of `STEP_LOSSES`.
+        logits: Step logits z, [B, S].
+        batch: Their chains.
+
+    Returns:
+        [B, S]; of steps without a target, any number.
+    """
+    ones = replace(batch, targets=torch.ones_like(batch.targets))
+    zeros = replace(batch, targets=torch.zeros_like(batch.targets))
+    return (step_loss(logits, ones) - step_loss(logits, zeros)) / batch.num_labeled_steps
+
+
 STEP_LOSSES: dict[str, StepLoss] = {"mse": squared_error, "bce": cross_entropy}  # by the name that --lower_loss gives
 
 
-def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = squared_error) -> LossFunction:
+def loss_at_parameters(
+    module: nn.Module, precision: str, step_loss: StepLoss = squared_error, labels: StepLabels | None = None
+) -> LossFunction:
     """Make the parts of the unweighted loss a function of the trained parameters, without dropout.
 
     Args:
         module: The reward model.
         precision: Of the compute, "fp32" or "bf16".
         step_loss: Of `STEP_LOSSES`.
+        labels: Those that are corrected, if any are.
 
     Returns:
-        ({name: parameter}, micro-batch) -> what each of this process's chains adds to its loss, [B].
+        ({name: parameter}, micro-batch) -> what each of this process's chains adds to its loss, [B]; where labels are
+        corrected, with what each label adds behind it (`label_costs`), [B, 1 + S].
     """
 
     def loss(params: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -94,7 +120,11 @@ def loss_at_parameters(module: nn.Module, precision: str, step_loss: StepLoss = 
         module.eval()
         try:
             with autocast(batch.targets.device, precision):
-                return loss_parts(step_loss(functional_call(module, dict(params), (batch,)), batch), batch)
+                logits = functional_call(module, dict(params), (batch,))  # [B, S]
+                if labels is None:
+                    return loss_parts(step_loss(logits, batch), batch)
+                parts = loss_parts(step_loss(logits, labels.corrected(batch)), batch)
+                return torch.cat([parts[:, None], label_costs(step_loss, logits, batch)], 1)  # [B, 1 + S]
         finally:
             module.train(was_training)
 

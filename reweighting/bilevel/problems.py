@@ -28,6 +28,7 @@ from reweighting.bilevel.domain_weights import LossWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.hypergradients.base import Hypergradient
 from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.bilevel.label_correction import LabelCorrection, StepLabels
 from reweighting.bilevel.losses import StepLoss, center_aggregates, loss_parts, mean_loss, squared_error
 from reweighting.bilevel.nonfinite import MicroBatch, NonFinite
 from reweighting.bilevel.step_gradient import StepGradient, is_finite
@@ -56,6 +57,7 @@ class PRMFineTuning(BettyProblemAdapter):
         step_loss: Of `losses.STEP_LOSSES`, the same as the hypergradient's.
         hypergradient: Receives each step, where the weights are learned; the same object as the upper level's.
         fixed_weights: The weights, where they are not.
+        labels: Those that the upper level corrects, if it does; the same object as the hypergradient's.
         max_grad_norm: Clips a step's gradient to this norm; 0 does not clip.
         layout: How the parameters lie on the processes; by default each holds all of them.
 
@@ -77,6 +79,7 @@ class PRMFineTuning(BettyProblemAdapter):
         step_loss: StepLoss = squared_error,
         hypergradient: Hypergradient | None = None,
         fixed_weights: LossWeights | None = None,
+        labels: StepLabels | None = None,
         max_grad_norm: float = 0.0,
         layout: Replicated | None = None,
     ):
@@ -84,7 +87,7 @@ class PRMFineTuning(BettyProblemAdapter):
             raise ValueError("expected a hypergradient or fixed weights")
         super().__init__("lower", config, module, optimizer, fetch_batch, layout)
         self.learning_rate, self.step_loss, self.max_grad_norm = learning_rate, step_loss, max_grad_norm
-        self.hypergradient, self.fixed_weights = hypergradient, fixed_weights
+        self.hypergradient, self.fixed_weights, self.labels = hypergradient, fixed_weights, labels
         self.step_gradient = StepGradient()
         self.micro_batches: list[MicroBatch] = []  # of the step so far
         self.rows_seen = 0
@@ -111,6 +114,8 @@ class PRMFineTuning(BettyProblemAdapter):
     def training_step(self, batch: tuple[int, Batch]) -> Tensor:
         """Compute w_k times the domain's loss, or the sum of each chain's weight times its part of it; a scalar."""
         domain, chains = batch
+        if self.labels is not None:
+            chains = self.labels.corrected(chains)
         if self.weights.by_chain and not self.warming_up:
             errors = self.step_losses(chains)  # [B, S]
             losses = loss_parts(errors, chains)  # [B]
@@ -217,6 +222,7 @@ class DomainReweighting(BettyProblemAdapter):
         hypergradient: Has received the steps of the window; the same object as the lower level's.
         evidence: Receives the domains' hypergradient of each window.
         instance_evidence: Receives the chains', where these have weights.
+        label_correction: Receives the labels', where these are corrected, and moves them.
         aggregation: How the step logits of a chain become its aggregate A, see `modeling/aggregation.py`.
         positive_rate: Fraction of correct answers in the whole meta set, to center the aggregates by; None does not
             center them.
@@ -240,6 +246,7 @@ class DomainReweighting(BettyProblemAdapter):
         hypergradient: Hypergradient,
         evidence: SlopeEvidence,
         instance_evidence: InstanceEvidence | None = None,
+        label_correction: LabelCorrection | None = None,
         aggregation: AggregationName = "mean_logit",
         positive_rate: float | None = None,
         weight_bounds: tuple[float, float] = (0.0, math.inf),
@@ -247,6 +254,7 @@ class DomainReweighting(BettyProblemAdapter):
         super().__init__("upper", config, module, optimizer, fetch_batch)
         self.hypergradient, self.aggregation, self.positive_rate = hypergradient, aggregation, positive_rate
         self.evidence, self.instance_evidence, self.weight_bounds = evidence, instance_evidence, weight_bounds
+        self.label_correction = label_correction
         self.window_slopes: Tensor | None = None
 
     def training_step(self, batch: list[Batch]) -> Tensor:
@@ -272,7 +280,11 @@ class DomainReweighting(BettyProblemAdapter):
         toward_weights = self.hypergradient.compute(v, weights.detach())  # dL_meta / dw
         gradients = torch.autograd.grad(weights, params, grad_outputs=toward_weights.to(weights.dtype))
         self.set_grads(params, gradients)
-        finite = loss.isfinite() & torch.stack([one.isfinite().all() for one in (toward_weights, *gradients)]).all()
+        found = [toward_weights, *gradients]
+        label_slopes = self.hypergradient.label_slopes
+        if label_slopes is not None:
+            found.append(label_slopes.gradient.to(loss.device))
+        finite = loss.isfinite() & torch.stack([one.isfinite().all() for one in found]).all()
         self.window_slopes = None
         if not collectives.all_ranks_true(finite):
             micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
@@ -284,18 +296,23 @@ class DomainReweighting(BettyProblemAdapter):
             self.window_slopes = self.evidence.add(toward_domains, learning_rate)
             if self.instance_evidence is not None and self.hypergradient.times_met is not None:
                 self.instance_evidence.add(toward_weights, self.hypergradient.times_met)
+            if self.label_correction is not None and label_slopes is not None:
+                self.label_correction.add(label_slopes)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """Update alpha."""
+        """Update alpha, and the labels."""
         self.optimizer.step()
         self.module.bound_(*self.weight_bounds)
+        if self.label_correction is not None:
+            self.label_correction.step()
         self.module.begin_window()
 
     def state_dict(self) -> dict:
-        """Return the state of every problem, and the evidence. Every process calls it."""
+        """Return the state of every problem, the evidence and the labels. Every process calls it."""
         instances = None if self.instance_evidence is None else self.instance_evidence.state_dict()
+        labels = None if self.label_correction is None else self.label_correction.state_dict()
         state = super().state_dict() | {"evidence": self.evidence.state_dict(), "instances": instances}
-        return state | {"observations": self.module.observations()}
+        return state | {"observations": self.module.observations(), "labels": labels}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue from a state.
@@ -308,6 +325,8 @@ class DomainReweighting(BettyProblemAdapter):
         self.evidence.load_state_dict(state_dict["evidence"])
         if self.instance_evidence is not None:
             self.instance_evidence.load_state_dict(state_dict["instances"])
+        if self.label_correction is not None:
+            self.label_correction.load_state_dict(state_dict["labels"])
 
 
 def _chains(batches: list[Batch]) -> list[Chain]:

@@ -14,11 +14,18 @@ if TYPE_CHECKING:
 
 POSITIVE = ("iteration_num", "batch_size", "gradiant_accumulation", "lr", "unroll_steps", "meta_batch_size", "meta_lr",
             "lora_alpha", "save_every_iterations", "keep_checkpoints", "scheduler_step_size", "max_image_side",
-            "max_length", "distributed_timeout", "meta_range")  # fmt: skip
+            "max_length", "distributed_timeout", "meta_range", "label_lr", "label_times")  # fmt: skip
 NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "max_grad_norm", "seed",
                 "scheduler_gamma", "max_skipped_steps", "warmup_iterations")  # fmt: skip
 # Beyond, numbers overflow.
-AT_MOST = {"lr": 1000, "meta_lr": 1000, "scheduler_gamma": 1, "seed": 2**63 - 1, "distributed_timeout": 1_000_000}
+AT_MOST = {
+    "lr": 1000,
+    "meta_lr": 1000,
+    "label_lr": 1,
+    "scheduler_gamma": 1,
+    "seed": 2**63 - 1,
+    "distributed_timeout": 1_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ USELESS = (
             "weights_for",
             "instance_weights_form",
             "instance_activation",
+            "correct_labels",
             "min_weight",
             "max_weight",
         ),
@@ -109,6 +117,18 @@ USELESS = (
         ("instance_activation",),
         lambda c: c.upper.instance_weights_form == "net",
         "with --instance_weights_form net, whose weights are softplus of its output",
+    ),
+    Useless(
+        ("label_times",),
+        lambda c: c.upper.correct_labels != "interval",
+        "without --correct_labels interval",
+        from_recipes=False,
+    ),
+    Useless(
+        ("label_lr",),
+        lambda c: c.upper.correct_labels is None or c.upper.meta_optimizer != "adamw",
+        "without --correct_labels and --meta_optimizer adamw",
+        from_recipes=False,
     ),
     Useless(
         ("min_weight", "max_weight"),

@@ -28,6 +28,7 @@ LowerLossName = Literal["mse", "bce"]
 WeightsFor = Literal["domain", "instance", "both"]
 WeightsForm = Literal["table", "net"]
 ActivationName = Literal["softplus", "clip", "relu", "leaky_relu"]
+CorrectLabels = Literal["interval", "published"]
 HypergradientName = Literal["auto", "unrolled", "jvp", "finite_difference", "darts"]
 
 
@@ -174,6 +175,15 @@ class UpperConfig:
         help="optimizer steps of plain fine-tuning, all domains weighted 1, before the weights are learned; they count "
         "in --iteration_num",
     )
+    correct_labels: CorrectLabels | None = flag(
+        default=None,
+        help="move each step's label too: interval, within the confidence interval of its Monte Carlo rollouts; "
+        "published, anywhere from 0 to 1 (default: labels stay as they are)",
+    )
+    label_times: float | None = flag(
+        default=None, help="correct_labels interval: rollouts behind the labels whose rows have no `times`"
+    )
+    label_lr: float = flag(default=0.01, help="correct_labels: learning rate of the labels (--meta_optimizer adamw)")
     unroll_steps: int = flag(default=20, help="optimizer steps between two updates of the weights (a window)")
     meta_batch_size: int = flag(default=64, help="meta answers in an update (about: a question stays whole)")
     meta_optimizer: Literal["adamw", "calm"] = flag(
@@ -256,6 +266,11 @@ class TrainingConfig(CommandConfig):
     def weighs_instances(self) -> bool:
         """Whether single chains get weights."""
         return self.learns_weights and self.upper.weights_for != "domain"
+
+    @property
+    def corrects_labels(self) -> bool:
+        """Whether labels are moved."""
+        return self.learns_weights and self.upper.correct_labels is not None
 
     @property
     def weighs_domains(self) -> bool:

@@ -111,8 +111,10 @@ class CanonicalRow(FromFile):
         given = self.images or self.image_path or []
         return [image for image in (given if isinstance(given, list) else [given]) if image]
 
-    def labelled_steps(self, after_first_error: AfterFirstError) -> tuple[list[str], list[float | None]]:
-        """Return the steps that are not blank, and a label for each, None where it has none.
+    def labelled_steps(
+        self, after_first_error: AfterFirstError
+    ) -> tuple[list[str], list[float | None], list[float | None]]:
+        """Return the steps that are not blank, and for each a label and its `times`, None where it has none.
 
         Args:
             after_first_error: the label of the steps behind `first_error`.
@@ -126,7 +128,12 @@ class CanonicalRow(FromFile):
             not step and label is not None and label < CORRECT for step, label in zip(self.steps, labels, strict=True)
         ):
             raise LeftOut("a step that is labelled incorrect is blank")
-        return [self.steps[place] for place in kept], [labels[place] for place in kept]
+        times = self.times or [None] * len(labels)
+        return (
+            [self.steps[place] for place in kept],
+            [labels[place] for place in kept],
+            [times[place] for place in kept],
+        )
 
     def _all_labels(self, after_first_error: AfterFirstError) -> list[float | None]:
         if self.labels is None and "first_error" in self.model_fields_set:

@@ -34,6 +34,8 @@ class Chain:
             labeled step.
         source: the file the rows came from, for error messages.
         continued: how many of the first steps stood in the rows' `input`, which the response continues.
+        times: how many Monte Carlo rollouts each target is the mean of, [S], NaN where that is not known; empty if it
+            is known of none.
     """
 
     question: str
@@ -45,6 +47,7 @@ class Chain:
     rows: tuple[int, ...] = ()
     source: str = ""
     continued: int = 0
+    times: tuple[float, ...] = ()
 
     @property
     def prompt(self) -> tuple[str, tuple[Path, ...]]:
@@ -83,7 +86,8 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
         UserError: a row has more than `MAX_STEPS` steps.
     """
     tree = _StepTree()
-    nodes, indices, accuracies = array("q"), array("q"), array("d")  # of each row; the rows themselves are let go
+    nodes, indices = array("q"), array("q")  # of each row; the rows themselves are let go
+    accuracies, times = array("d"), array("d")
     unextended: dict[int, list[int]] = defaultdict(list)  # node -> its rows that no row extends yet, last one first
     continued: dict[int, int] = {}  # node -> its steps that stood in `input`, where there are any
     for number, row in enumerate(rows):
@@ -96,6 +100,7 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
         nodes.append(node)
         indices.append(row.index)
         accuracies.append(row.accuracy)
+        times.append(row.times or math.nan)
         unextended[node].append(number)
     tree.complete()
     for numbers in unextended.values():
@@ -120,16 +125,25 @@ def training_chains(rows: Iterable, source: str = "", separator: str | None = No
         while members[-1] in next_of:
             members.append(next_of[members[-1]])
         (dataset, question, images), steps = tree.path(nodes[members[-1]])
-        targets = [math.nan] * len(steps)
+        targets, rollouts = [math.nan] * len(steps), [math.nan] * len(steps)
         for member in members:
-            targets[tree.depths[nodes[member]] - 1] = accuracies[member]
+            step = tree.depths[nodes[member]] - 1
+            targets[step], rollouts[step] = accuracies[member], times[member]
         places = tuple(indices[member] for member in members)
         begun = max(continued.get(nodes[member], 0) for member in members)
         domain = domain_of[dataset]
-        chain = Chain(question, steps, images, tuple(targets), math.nan, domain, places, source, begun)
+        chain = Chain(
+            question, steps, images, tuple(targets), math.nan, domain, places, source, begun, known_times(rollouts)
+        )
         ordered.append((min(members), chain))
     ordered.sort(key=lambda pair: pair[0])
     return [chain for _, chain in ordered], domains
+
+
+def known_times(times: Iterable[float]) -> tuple[float, ...]:
+    """Return `Chain.times` from the rollouts of each step, NaN where they are not known."""
+    times = tuple(times)
+    return () if all(map(math.isnan, times)) else times  # many sets have none: their chains are smaller then
 
 
 class _StepTree:

@@ -48,6 +48,8 @@ class Answer:
         answer: the final answer, as the row has it, None if it does not say.
         index, source: the row, from 0, and its file.
         image_names: what the row calls its images.
+        times: how many Monte Carlo rollouts each label is the mean of, [S], None where that is not known; empty if it
+            is known of none.
     """
 
     question: str
@@ -62,6 +64,7 @@ class Answer:
     index: int
     source: str
     image_names: tuple[str, ...] = ()
+    times: tuple[float | None, ...] = ()
 
     def correct(self) -> bool | None:
         """Return whether the whole answer is correct, None if that cannot be told.
@@ -249,7 +252,7 @@ def _read(
 
 def _answer(row: CanonicalRow, images: list[FoundImage], source: Source, options: ReadingOptions) -> Answer:
     """A checked row as an answer. Raises LeftOut."""
-    steps, labels = row.labelled_steps(options.after_first_error)
+    steps, labels, times = row.labelled_steps(options.after_first_error)
     files = tuple(image.file for image in images if image.file is not None)
     return Answer(
         place_images(row.question, len(images)),
@@ -264,6 +267,7 @@ def _answer(row: CanonicalRow, images: list[FoundImage], source: Source, options
         row.index,
         source.path,
         tuple(image.name for image in images),
+        tuple(times),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reweighting.data.canonical import is_correct
-from reweighting.data.chains import Chain, checked_steps, meta_chains, step_warnings, training_chains
+from reweighting.data.chains import Chain, checked_steps, known_times, meta_chains, step_warnings, training_chains
 from reweighting.data.load_answers import PUBLISHED, Answer, LoadReport, format_of, iterate_answers
 from reweighting.data.load_rows import (
     check_domains,
@@ -121,7 +121,10 @@ def _targets(answer: Answer) -> tuple[float, ...]:
 def _chain(answer: Answer, targets: tuple[float, ...] = (), label: float = math.nan, domain: int = -1) -> Chain:
     """An answer as a chain."""
     steps = checked_steps(answer.steps, answer.index, answer.source)
-    return Chain(answer.question, steps, answer.images, targets, label, domain, (answer.index,), answer.source)
+    times = known_times(count or math.nan for count in answer.times)
+    return Chain(
+        answer.question, steps, answer.images, targets, label, domain, (answer.index,), answer.source, times=times
+    )
 
 
 def _add(result: Chains, chains: list[Chain], domains: list[str]) -> None:

@@ -1,9 +1,9 @@
 """What `--hypergradient` means in a run, and whether the run can have it.
 
-Where single chains are weighted, `auto` is `jvp`, or `finite_difference` where the model's kernels have no forward
-mode. Else it is `unrolled`, the most exact method, as long as the gradients that it keeps take at most half of the
-device's free memory: the other half is for the optimizer's state, a step's gradient and the activations. Beyond, it is
-as for single chains.
+Where single chains are weighted or labels corrected, `auto` is `jvp`, or `finite_difference` where the model's kernels
+have no forward mode. Else it is `unrolled`, the most exact method, as long as the gradients that it keeps take at most
+half of the device's free memory: the other half is for the optimizer's state, a step's gradient and the activations.
+Beyond, it is as for single chains.
 """
 
 from typing import Any
@@ -78,13 +78,22 @@ def check_method(config: TrainingConfig, method: str) -> None:
             f"--hypergradient {method} finds no slope of a single chain, which --weights_for "
             f"{config.upper.weights_for} needs: use jvp, finite_difference or auto"
         )
+    if config.corrects_labels and not needs.weighs_chains:
+        raise UserError(
+            f"--hypergradient {method} finds no slope of a single label, which --correct_labels "
+            f"{config.upper.correct_labels} needs: use jvp, finite_difference or auto"
+        )
     if needs.needs_forward_mode and not has_forward_mode(config.model):
         raise UserError(
             f"--hypergradient {method}: there is no forward mode through --attention flash_attention_2 or "
             "--load_in_4bit: use finite_difference, or --train head"
         )
     if needs.needs_full_parameters and config.run.shard:
-        remedy = "leave out --shard" if config.weighs_instances else "use unrolled, or leave out --shard"
+        remedy = (
+            "leave out --shard"
+            if config.weighs_instances or config.corrects_labels
+            else "use unrolled, or leave out --shard"
+        )
         raise UserError(f"--hypergradient {method} cannot move sharded parameters: {remedy}")
 
 
@@ -111,10 +120,11 @@ def choose_method(config: TrainingConfig, data: RunData, model: nn.Module, free:
     """
     if config.upper.hypergradient != "auto":
         return config.upper.hypergradient, "as asked for"
-    if config.weighs_instances:
+    if config.weighs_instances or config.corrects_labels:
+        reason = f"it finds a slope for each {'chain' if config.weighs_instances else 'label'}"
         if has_forward_mode(config.model):
-            return "jvp", "it finds a slope for each chain"
-        return "finite_difference", "it finds a slope for each chain, and there is no forward mode through this model"
+            return "jvp", reason
+        return "finite_difference", f"{reason}, and there is no forward mode through this model"
     if config.run.shard:
         return "unrolled", "each process keeps its shard of the gradients"
     params = [param for param in model.parameters() if param.requires_grad]

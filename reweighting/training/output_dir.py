@@ -33,6 +33,7 @@ CHECKPOINTS, RESULTS = (
         "instance_weights.parquet",
         "instance_weights.html",
         "instance_net.safetensors",
+        "corrected_labels.parquet",
         "prm",
         "figures",
     ),  # fmt: skip

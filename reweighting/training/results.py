@@ -15,6 +15,7 @@ from reweighting.terminal import printable
 from reweighting.training.checkpoints import best_checkpoint
 from reweighting.training.engine import ReweightingEngine
 from reweighting.training.instance_results import save_instance_weights
+from reweighting.training.labels import save_corrected_labels
 from reweighting.training.run_data import RunData
 
 
@@ -42,6 +43,8 @@ def save_results(engine: ReweightingEngine, data: RunData, folder: Path) -> None
     figures = draw_run(folder)
     if engine.reweights and (instances := engine.upper.instance_evidence) is not None:
         save_instance_weights(folder, data, engine.upper, instances)
+    if engine.reweights and (correction := engine.upper.label_correction) is not None:
+        save_corrected_labels(folder, data, correction)
     if evidence is not None:
         mean = sum(weights.values()) / len(weights)  # other than 1 only where an activation leaves it so
         print(f"\ndomain weights after {engine.global_step} steps, {engine.updates} updates (mean {mean:.3g}):")

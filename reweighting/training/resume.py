@@ -127,7 +127,7 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
     """Compare a checkpoint's settings and data with those of this run: continuing would match neither otherwise.
 
     Files may have moved: the content of the data and of a local backbone counts. What is weighted, and whether the
-    weights are learned, can never change; nor can the data where each chain has a weight.
+    weights are learned, can never change; nor can the data where each chain has a weight or labels are corrected.
 
     Args:
         state: the checkpoint's state.
@@ -145,10 +145,10 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
             f"the checkpoint is of a run that {kind}, and this one {new_kind}: a resumed run cannot change that. Start "
             "a new run in another --weights_path"
         )
-    if config.weighs_instances and saved.get("data") != settings.get("data"):
+    if (config.weighs_instances or config.corrects_labels) and saved.get("data") != settings.get("data"):
         raise UserError(
-            f"the content of the {BY_CONTENT['data']} has changed since the checkpoint, and its weights belong to the "
-            "chains that it was then: give the same data, or start a new run in another --weights_path"
+            f"the content of the {BY_CONTENT['data']} has changed since the checkpoint, and its weights or labels "
+            "belong to the chains that it was then: give the same data, or start a new run in another --weights_path"
         )
     if settings["iteration_num"] < step:
         raise UserError(f"--iteration_num {settings['iteration_num']}: the checkpoint is at step {step} already")
@@ -170,8 +170,10 @@ def check_same_run(state: dict[str, Any], settings: dict[str, Any], allow_change
 def _kind(config: TrainingConfig) -> str:
     """What a run does about weights, in words that follow "a run that"."""
     if config.learns_weights:
-        form = " --instance_weights_form net" if config.upper.instance_weights_form == "net" else ""
-        return f"learns the weights (--weights_for {config.upper.weights_for}{form})"
+        upper = config.upper
+        form = " --instance_weights_form net" if upper.instance_weights_form == "net" else ""
+        labels = f" and corrects labels (--correct_labels {upper.correct_labels})" if config.corrects_labels else ""
+        return f"learns the weights (--weights_for {upper.weights_for}{form}){labels}"
     return "trains with fixed weights (--baseline or a file)"
 
 

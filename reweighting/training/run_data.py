@@ -58,7 +58,8 @@ def _read(config: TrainingConfig) -> RunData:
     files, reading, root = config.data, config.reading, config.data.image_root
     options = reading.options()
     sources = reading.sources(files.train_json_file, files.mixture)
-    train = load_training(sources, root, options, min_domains=2 if config.weighs_domains else 1)
+    min_domains = 2 if config.weighs_domains and not config.corrects_labels else 1
+    train = load_training(sources, root, options, min_domains=min_domains)
     _check_batch_size(config.lower.batch_size, train.chains, train.domains)
     _warn(*train.notes)
     meta = Chains()

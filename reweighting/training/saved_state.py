@@ -36,6 +36,14 @@ class InstancesState(_Strict):
     squares: Tensor
 
 
+class LabelsState(_Strict):
+    """What `LabelCorrection` saves; its `load_state_dict` checks the shapes."""
+
+    labels: Tensor
+    evidence: InstancesState
+    optimizer: dict[int, dict[str, Any]]
+
+
 class ProblemState(_Strict):
     """What both levels save; `BettyProblemAdapter.load_state_dict` checks names and shapes."""
 
@@ -49,6 +57,7 @@ class ProblemState(_Strict):
     evidence: EvidenceState | None = None
     instances: InstancesState | None = None
     observations: dict[str, Tensor] = {}  # `InstanceNet.load_observations` checks the shapes
+    labels: LabelsState | None = None
 
 
 class SavedState(_Strict):

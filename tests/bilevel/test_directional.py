@@ -20,7 +20,7 @@ DERIVATIVES = {"jvp": forward_mode, "finite_difference": central_differences}
 
 
 def make(case: Case, derivative) -> DirectionalHypergradient:
-    return DirectionalHypergradient(case.optimizer, case.params, case.loss, derivative, case.by_chain)
+    return DirectionalHypergradient(case.optimizer, case.params, case.loss, derivative, case.by_chain, case.labels)
 
 
 @pytest.mark.parametrize("by_chain", [False, True], ids=["domains", "chains"])
@@ -43,6 +43,31 @@ def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, deriv
         assert not by_chain or hypergradient.times_met.tolist() == [met.count(chain) for chain in range(len(found))]
         cosine, ratio = cosine_and_ratio(exact, found)
         assert cosine >= (0.998 if by_chain else 0.99) and 0.92 <= ratio <= 1.08, (cosine, ratio)
+
+
+@pytest.mark.parametrize(
+    ("by_chain", "clip", "derivative"),
+    [(False, 0.0, forward_mode), (True, 0.05, forward_mode), (False, 0.05, central_differences)],
+    ids=["domains", "chains-clipped", "differences"],
+)
+@pytest.mark.parametrize("loss", STEP_LOSSES)
+@pytest.mark.parametrize(("kind", "momentum", "before"), [("sgd", 0.0, 10), ("sgd", 0.9, 10), ("adamw", 0.0, 100)])
+def test_the_slopes_of_labels_are_near_autograd_through_the_optimizer(
+    kind, momentum, before, loss, by_chain, clip, derivative
+):
+    case = Case(kind, momentum, before, clip=clip, loss_name=loss, by_chain=by_chain, corrects=True)
+    hypergradient = make(case, derivative)
+    _, v = case.window(hypergradient)
+    resumed = make(case, derivative)
+    resumed.load(hypergradient.state(), case.fetch_batch)
+    weights = hypergradient.compute(v.clone(), case.weights)
+    found, times_met = hypergradient.label_slopes
+    assert torch.equal(resumed.compute(v.clone(), case.weights), weights)
+    assert torch.equal(resumed.label_slopes.gradient, found)
+    met = [number for step in case.batches[before:] for _, batch in step for number in batch.chain_ids.tolist()]
+    assert times_met.tolist() == [met.count(chain) for chain in range(len(found))]
+    cosine, ratio = cosine_and_ratio(case.exact_labels, found)
+    assert cosine >= 0.999 and 0.92 <= ratio <= 1.08, (cosine, ratio)
 
 
 def test_a_weight_has_no_slope_where_its_domain_alone_is_clipped():

@@ -103,7 +103,9 @@ def test_the_weighted_loss_is_not_rounded_in_bf16():
         num_labeled_steps=12,
         chain_ids=torch.tensor([4, 1, 1]),
     )
-    lower = SimpleNamespace(module=lambda _: logits, step_loss=squared_error, warming_up=False, weights=fixed)
+    lower = SimpleNamespace(
+        module=lambda _: logits, step_loss=squared_error, warming_up=False, weights=fixed, labels=None
+    )
     lower.step_losses = partial(PRMFineTuning.step_losses, lower)
     with autocast(torch.device("cpu"), "bf16"):
         loss = PRMFineTuning.training_step(lower, (0, batch))

@@ -5,26 +5,46 @@ with torch's optimizer and reports them to a `Hypergradient`.
 """
 
 import copy
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from reweighting.bilevel.losses import STEP_LOSSES
+from reweighting.bilevel.losses import STEP_LOSSES, label_costs
 from reweighting.distributed.flat_vectors import flatten, unflatten
 
 DOMAINS, CHAINS, DECAY = 4, 30, 0.01
 LR = {"sgd": 0.02, "adamw": 1e-3}
 
 
-class ToyBatch(NamedTuple):
+@dataclass(frozen=True)
+class ToyBatch:
     """Eight chains of a step."""
 
     inputs: Tensor  # [8, 10]
     targets: Tensor  # [8]
     chain_ids: Tensor  # [8]
+
+    @property
+    def num_labeled_steps(self) -> int:
+        return len(self.targets)
+
+
+class ToyLabels:
+    """Stands in for `StepLabels`: chains of one step."""
+
+    def __init__(self):
+        self.labels = torch.rand(CHAINS, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return CHAINS
+
+    def places(self, batch: ToyBatch) -> Tensor:
+        return batch.chain_ids[:, None]
+
+    def corrected(self, batch: ToyBatch) -> ToyBatch:
+        return replace(batch, targets=self.labels[batch.chain_ids])
 
 
 def toy_parts(model, params, batch, name="mse") -> Tensor:
@@ -73,6 +93,7 @@ class Case:
 
     kind: sgd or adamw. before: steps before the window. count: steps in it. accumulation: micro-batches in a step.
     clip: the largest norm of a gradient, 0 for none. loss_name: of a step. by_chain: a weight for each chain.
+    corrects: whether each chain's label is a parameter of the upper level too.
     """
 
     kind: str
@@ -84,6 +105,7 @@ class Case:
     seed: int = 0
     loss_name: str = "mse"
     by_chain: bool = False
+    corrects: bool = False
     model: nn.Module = field(init=False)
 
     def __post_init__(self):
@@ -101,18 +123,30 @@ class Case:
             for first in range(0, (self.before + self.count) * self.accumulation, self.accumulation)
         ]
         self.meta = toy_batch()
+        self.labels = ToyLabels() if self.corrects else None
+        self.exact_labels: Tensor | None = None  # dL_meta / dp [C], after `window`
 
     def fetch_batch(self, micro_step: int):
         """As a run's `fetch_batch`."""
         return self.batches[micro_step // self.accumulation][micro_step % self.accumulation]
 
     def loss(self, params, batch) -> Tensor:
-        """What each chain adds to the unweighted loss of a micro-batch at given parameters, [8]."""
-        return toy_parts(self.model, params, batch, self.loss_name)
+        """What each chain adds to the unweighted loss of a micro-batch at given parameters, [8].
+
+        Where labels are corrected, with their costs, [8, 2].
+        """
+        if self.labels is None:
+            return toy_parts(self.model, params, batch, self.loss_name)
+        logits = functional_call(self.model, params, (batch.inputs,)).squeeze(1)  # [8]
+        costs = label_costs(STEP_LOSSES[self.loss_name], logits, batch)
+        return torch.stack([toy_parts(self.model, params, self.labels.corrected(batch), self.loss_name), costs], 1)
 
     def weighted_loss(self, params, weights, domain, batch) -> Tensor:
         """The weighted loss of a micro-batch, a scalar."""
-        return (weights[batch.chain_ids if self.by_chain else domain] * self.loss(params, batch)).sum()
+        if self.labels is not None:
+            batch = self.labels.corrected(batch)
+        parts = toy_parts(self.model, params, batch, self.loss_name)
+        return (weights[batch.chain_ids if self.by_chain else domain] * parts).sum()
 
     def meta_loss(self, params) -> Tensor:
         """The upper level's loss: the squared error, whatever the lower level's is."""
@@ -145,8 +179,14 @@ class Case:
         state = {name: copy.deepcopy(self.optimizer.state[p]) for name, p in self.params.items()}
         weights = self.weights.clone().requires_grad_()
         steps = self.batches[self.before :]
+        if self.labels is not None:
+            self.labels.labels.requires_grad_()
         after = unrolled(self.kind, self.weighted_loss, start, state, weights, steps, self.clip, self.momentum)
-        exact = torch.autograd.grad(self.meta_loss(after), weights)[0]
+        meta_loss = self.meta_loss(after)
+        exact = torch.autograd.grad(meta_loss, weights, retain_graph=True)[0]
+        if self.labels is not None:
+            self.exact_labels = torch.autograd.grad(meta_loss, self.labels.labels)[0]
+            self.labels.labels.requires_grad_(False)
         for number in range(self.before, self.before + self.count):
             self.step(number, hypergradient)
         for name, param in self.params.items():

@@ -1,5 +1,6 @@
 """chains.py, images.py, modeling/tokenization.py: cutting text into steps, merging rows, tokens, images, batches."""
 
+import json
 import math
 import time
 from pathlib import Path
@@ -20,6 +21,9 @@ from reweighting.data.chains import (
     training_chains,
 )
 from reweighting.data.images import open_image
+from reweighting.data.load_chains import load_training
+from reweighting.data.readers.base import ReadingOptions
+from reweighting.data.sources import Source
 from reweighting.data.steps import MAX_STEPS, split_answer, split_response, split_steps
 from reweighting.errors import UserError
 from reweighting.modeling.collate import collate, sort_by_length
@@ -28,7 +32,9 @@ from tests.tiny import tiny_backbone, tiny_tokenizer
 
 
 def training_row(index, add, accuracy=0.5, dataset="geo", question="How many?", images=()):
-    return SimpleNamespace(index=index, input=question, add=add, accuracy=accuracy, dataset=dataset, image_files=images)
+    return SimpleNamespace(
+        index=index, input=question, add=add, accuracy=accuracy, dataset=dataset, image_files=images, times=None
+    )
 
 
 def chain_tokenizer(tokenizer=None, **options) -> ChainTokenizer:
@@ -477,3 +483,20 @@ def test_lengths_are_known_from_image_sizes_alone(tmp_path, size, turned, max_si
     chain_tokenizer(max_image_side=max_side, max_length=length).check(chain)
     with pytest.raises(UserError, match=f"{length} tokens, but the model takes {length - 1}"):
         chain_tokenizer(max_image_side=max_side, max_length=length - 1).check(chain)
+
+
+def test_a_chain_knows_the_rollouts_behind_its_targets(tmp_path):
+    rows = [training_row(0, "Step 1: a"), training_row(1, "Step 1: a\nStep 2: b"), training_row(2, "Step 1: c")]
+    rows[1].times = 16.0
+    first, second = training_chains(rows)[0]
+    assert math.isnan(first.times[0]) and first.times[1:] == (16.0,) and second.times == ()
+    answer = {"question": "Q?", "steps": ["a", "", "b", "c"], "score": [1, None, 0, None], "times": [4, 2, 0, None]}
+    path = tmp_path / "canonical.json"
+    path.write_text(
+        json.dumps(
+            [answer | {"labels": [None, None, 1, 0]}, answer | {"times": None, "score": None, "labels": [1] * 4}]
+        )
+    )
+    chains = load_training([Source(str(path))], None, ReadingOptions(), min_domains=1).chains
+    assert chains[0].targets == (0.25, 1, 0) and chains[0].times[0] == 4 and all(map(math.isnan, chains[0].times[1:]))
+    assert chains[1].times == ()

@@ -3,6 +3,7 @@ many a run resumes with."""
 
 from functools import partial
 
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -37,10 +38,11 @@ def differences(ours, theirs) -> tuple[float, float, float]:
         (4, False, "demo's", (*SGD, "--max_grad_norm", "0.5"), 2e-6),
         (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--weights_for", "both"), 2e-5),
         (2, False, "demo's", (*SGD, "--weights_for", "instance", "--instance_weights_form", "net"), 2e-6),
+        (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--correct_labels", "interval"), 2e-6),
         (4, True, "demo's", ("--max_grad_norm", "0.1", "--group_by_question", "--iteration_num", "20"), 1e-4),
         (3, False, "some images", (*SGD, "--no_freeze_vision", "--iteration_num", "15"), 2e-6),
     ],
-    ids=["adamw", "sgd", "instances", "network", "float64", "some-images"],
+    ids=["adamw", "sgd", "instances", "network", "labels", "float64", "some-images"],
 )
 def test_several_processes_make_the_run_of_one(
     tiny, one, some_images, tmp_path, world, double, files, more, of_weights
@@ -53,8 +55,15 @@ def test_several_processes_make_the_run_of_one(
     print(f"{world} processes, {more}: losses {losses:.1e}, weights {weights:.1e}, parameters {worst:.1e}")
     exact = 1e-7 if double else 1e-6  # transformers' norms compute in float32 all the same
     assert losses < exact and worst < exact and weights < of_weights
+    if "--correct_labels" in more:
+        ours, theirs = (corrected_labels(folder) for folder in (run, one(*more, double=double)[0]))
+        assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-4
     for other in parameters[1:]:
         assert all(torch.equal(parameters[0][name], other[name]) for name in other), "to the bit"
+
+
+def corrected_labels(folder) -> list[float]:
+    return pyarrow.parquet.read_table(folder / "corrected_labels.parquet").column("corrected_label").to_pylist()
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tiny, one, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from reweighting.bilevel.hypergradients.betty_native import BettyNative
 from reweighting.bilevel.hypergradients.derivatives import RADIUS, Derivative, central_differences, forward_mode
 from reweighting.bilevel.hypergradients.directional import DirectionalHypergradient
 from reweighting.bilevel.hypergradients.unrolled import UnrolledHypergradient
+from reweighting.bilevel.label_correction import StepLabels
 from reweighting.bilevel.losses import LossFunction, StepLoss, loss_at_parameters, squared_error
 from reweighting.distributed.sharding import Replicated
 
@@ -35,6 +36,7 @@ class LowerLevel:
             dropout.
         precision: Of the compute, "fp32" or "bf16".
         by_chain: Whether each chain has a weight of its own; else each domain has one.
+        labels: Those that are corrected, if any are.
     """
 
     optimizer: Optimizer
@@ -42,6 +44,7 @@ class LowerLevel:
     loss: LossFunction
     precision: str
     by_chain: bool
+    labels: StepLabels | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Method:
         make: Makes it for a lower level.
         needs_full_parameters: Whether it moves the parameters, which then cannot be sharded.
         needs_forward_mode: Whether the model's kernels must have a forward mode.
-        weighs_chains: Whether each chain can have a weight of its own.
+        weighs_chains: Whether each chain can have a weight of its own, and each label be corrected.
     """
 
     make: Callable[[LowerLevel], Hypergradient]
@@ -67,7 +70,7 @@ def _unrolled(lower: LowerLevel) -> Hypergradient:
 
 def _directional(lower: LowerLevel, derivative: Derivative) -> Hypergradient:
     params = lower.layout.trainable_parameters()
-    return DirectionalHypergradient(lower.optimizer, params, lower.loss, derivative, lower.by_chain)
+    return DirectionalHypergradient(lower.optimizer, params, lower.loss, derivative, lower.by_chain, lower.labels)
 
 
 def _finite_difference(lower: LowerLevel) -> Hypergradient:
@@ -100,6 +103,7 @@ def make_hypergradient(
     precision: str = "fp32",
     step_loss: StepLoss = squared_error,
     by_chain: bool = False,
+    labels: StepLabels | None = None,
 ) -> Hypergradient:
     """Make a method for a lower level.
 
@@ -111,10 +115,11 @@ def make_hypergradient(
         precision: Of the compute, "fp32" or "bf16".
         step_loss: The lower level's, of `losses.STEP_LOSSES`.
         by_chain: Whether each chain has a weight of its own; else each domain has one. The method must weigh chains.
+        labels: Those that are corrected, if any are. The method must weigh chains.
 
     Returns:
         The method, at the beginning of a window.
     """
     layout = layout or Replicated(module)
-    loss = loss_at_parameters(module, precision, step_loss)
-    return METHODS[method].make(LowerLevel(optimizer, layout, loss, precision, by_chain))
+    loss = loss_at_parameters(module, precision, step_loss, labels)
+    return METHODS[method].make(LowerLevel(optimizer, layout, loss, precision, by_chain, labels))

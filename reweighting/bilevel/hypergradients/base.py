@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from reweighting.bilevel.label_correction import LabelSlopes
 from reweighting.modeling.collate import Batch
 
 FetchBatch = Callable[
@@ -78,9 +79,11 @@ class Hypergradient(Protocol):
     Attributes:
         times_met: After `compute`, how often the window met each chain, [C] int64 on the CPU; None where domains
             have the weights.
+        label_slopes: After `compute`, those of the labels; None where labels are not corrected.
     """
 
     times_met: Tensor | None = None
+    label_slopes: LabelSlopes | None = None
 
     @abstractmethod
     def add_micro_batch(self, micro_step: int, domain: int, batch: Batch, gradient: Sequence[Tensor]) -> None:

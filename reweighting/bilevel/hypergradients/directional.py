@@ -32,15 +32,17 @@ from reweighting.bilevel.hypergradients.base import (
 )
 from reweighting.bilevel.hypergradients.derivatives import Derivative
 from reweighting.bilevel.hypergradients.optimizer_adjoint import adamw_adjoint, check_optimizer, sgd_adjoint
+from reweighting.bilevel.label_correction import LabelSlopes, StepLabels, training_ids
 from reweighting.bilevel.losses import LossFunction
 from reweighting.distributed import collectives
 from reweighting.distributed.flat_vectors import unflatten
 from reweighting.modeling.collate import Batch
 
 MicroBatch = tuple[int, int, Batch]  # (number of the micro-step, domain, batch)
-# Of a micro-batch, in all processes together: (indices of the weights that its loss is multiplied with [n], derivative
-# of what each of them multiplies [n]). One weight for each domain: n = 1. One for each chain: n chains.
-Slopes = tuple[Tensor, Tensor]
+# Of a micro-batch, in all processes together, [n] each: the indices of weights; -1, or the places of labels; and the
+# derivatives of what the weight, or the weight times the label, multiplies. There is an entry for the domain's weight
+# or for each chain's, and where labels are corrected one for each label.
+Slopes = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -70,6 +72,7 @@ class DirectionalHypergradient(Hypergradient):
             dropout.
         derivative: `forward_mode` or `central_differences`.
         by_chain: Whether each chain has a weight of its own; else each domain has one.
+        labels: Those that are corrected; `loss` then has their costs behind each chain's part.
 
     Raises:
         ValueError: The optimizer is another one.
@@ -82,10 +85,11 @@ class DirectionalHypergradient(Hypergradient):
         loss: LossFunction,
         derivative: Derivative,
         by_chain: bool = False,
+        labels: StepLabels | None = None,
     ):
         check_optimizer(optimizer)
         self.optimizer, self.params, self.loss, self.derivative = optimizer, params, loss, derivative
-        self.by_chain = by_chain
+        self.by_chain, self.labels = by_chain, labels
         self.steps: list[DirectionalStep] = []
         self._pending: list[MicroBatch] = []
 
@@ -106,14 +110,32 @@ class DirectionalHypergradient(Hypergradient):
     def _slopes(self, micro_batches: list[MicroBatch], direction: Tensor) -> list[Slopes]:
         """The slopes of each micro-batch along a direction [P], at the parameters as they are now; on the CPU."""
         batches = [batch for *_, batch in micro_batches]
-        parts = self.derivative(self.loss, self.params, batches, direction)  # [B] each
+        parts = self.derivative(self.loss, self.params, batches, direction)  # [B] each, with labels [B, 1 + S]
+        if self.labels is None:
+            return self._weight_slopes(micro_batches, parts)
+        of_weights = self._weight_slopes(micro_batches, [part[:, 0] for part in parts])
+        of_labels = self._label_slopes(micro_batches, [part[:, 1:] for part in parts], self.labels)
+        return [_concatenated(pair) for pair in zip(of_weights, of_labels, strict=True)]
+
+    def _weight_slopes(self, micro_batches: list[MicroBatch], parts: list[Tensor]) -> list[Slopes]:
+        """The entries of the weights. parts: the derivative of each chain's part, [B] for each micro-batch."""
         if self.by_chain:
-            own = [(batch.chain_ids, part.cpu()) for batch, part in zip(batches, parts, strict=True)]
-            gathered = zip(*collectives.all_gather_object(own), strict=True)  # for each micro-batch, of all processes
-            return [(torch.cat([ids for ids, _ in one]), torch.cat([slope for _, slope in one])) for one in gathered]
+            chain_ids = [training_ids(batch) for *_, batch in micro_batches]
+            return _gathered([(ids, _no_label(ids), part.cpu()) for ids, part in zip(chain_ids, parts, strict=True)])
         sums = collectives.all_reduce_sum(torch.stack([part.sum() for part in parts])).cpu()  # [micro-batches]
         domains = torch.tensor([domain for _, domain, _ in micro_batches])
-        return list(zip(domains.split(1), sums.split(1), strict=True))
+        return list(zip(domains.split(1), _no_label(domains).split(1), sums.split(1), strict=True))
+
+    def _label_slopes(self, micro_batches: list[MicroBatch], costs: list[Tensor], labels: StepLabels) -> list[Slopes]:
+        """The entries of the labels. costs: the derivative of each label's cost, [B, S] for each micro-batch."""
+        own = []
+        for (_, domain, batch), cost in zip(micro_batches, costs, strict=True):
+            places = labels.places(batch)  # [B, S]
+            ids = training_ids(batch)
+            weight = ids if self.by_chain else torch.full_like(ids, domain)  # [B]
+            has_label = places >= 0
+            own.append((weight[:, None].expand_as(places)[has_label], places[has_label], cost.cpu()[has_label]))
+        return _gathered(own)
 
     def state(self) -> dict:
         """Return the numbers of the window's micro-steps and the steps' scalars; the same in every process."""
@@ -144,8 +166,12 @@ class DirectionalHypergradient(Hypergradient):
         """
         steps, self.steps = self.steps, []
         total = torch.zeros(len(weights), dtype=torch.float64)
+        label_total = torch.zeros(0 if self.labels is None else len(self.labels), dtype=torch.float64)
+        labels_met = torch.zeros(len(label_total), dtype=torch.int64)
         if self.by_chain:
             self.times_met = torch.zeros(len(weights), dtype=torch.int64)
+        if self.labels is not None:
+            self.label_slopes = LabelSlopes(label_total, labels_met)  # filled below
         if not steps:  # every step was left out
             return total.to(weights)
         micro_batches = [micro_batch for step in steps for micro_batch in step.micro_batches]
@@ -153,14 +179,19 @@ class DirectionalHypergradient(Hypergradient):
         weights = weights.detach()
         on_cpu = weights.cpu()
         for step, factor in zip(steps, self._factors([step.learning_rate for step in steps]), strict=True):
-            indices, products = _concatenated([next(slopes) for _ in step.micro_batches])  # [n] each
+            indices, labels, products = _concatenated([next(slopes) for _ in step.micro_batches])  # [n] each
             products = factor / len(step.micro_batches) * products  # g_nk is a gradient divided by M
+            is_weight, is_label = labels < 0, labels >= 0
             if step.along is not None:
-                _, along = _concatenated(step.along)
-                products = through_clipping(products, along, step.clip_factor, on_cpu[indices])
-            total.index_add_(0, indices, products.double())  # on the CPU: in a fixed order
+                *_, along = _concatenated(step.along)
+                # The step's gradient is the sum of the weights' entries: those of labels are parts of them.
+                summed = torch.where(is_weight, on_cpu[indices], 0)
+                products = through_clipping(products, along, step.clip_factor, summed)
+            total.index_add_(0, indices[is_weight], products[is_weight].double())  # on the CPU: in a fixed order
             if self.times_met is not None:
-                self.times_met += torch.bincount(indices, minlength=len(weights))
+                self.times_met += torch.bincount(indices[is_weight], minlength=len(weights))
+            label_total.index_add_(0, labels[is_label], (on_cpu[indices] * products)[is_label].double())
+            labels_met += torch.bincount(labels[is_label], minlength=len(labels_met))
         return total.to(weights)
 
     def direction(self, v: Tensor) -> Tensor:
@@ -190,6 +221,17 @@ class DirectionalHypergradient(Hypergradient):
         return WindowMemory(window.steps * window.micro_batches * window.batch, window.vector)
 
 
-def _concatenated(slopes: list[Slopes]) -> Slopes:
-    """The slopes of a step's micro-batches as one."""
-    return torch.cat([indices for indices, _ in slopes]), torch.cat([values for _, values in slopes])
+def _no_label(indices: Tensor) -> Tensor:
+    """What stands in place of the labels in the entries of weights."""
+    return torch.full_like(indices, -1)
+
+
+def _concatenated(slopes: Sequence[Slopes]) -> Slopes:
+    """Several lists of entries as one."""
+    indices, labels, values = (torch.cat(column) for column in zip(*slopes, strict=True))
+    return indices, labels, values
+
+
+def _gathered(own: list[Slopes]) -> list[Slopes]:
+    """The entries of all processes for each micro-batch, from this process's."""
+    return [_concatenated(one) for one in zip(*collectives.all_gather_object(own), strict=True)]
