@@ -30,11 +30,10 @@ each chain once (`--step_states_dir`); only `--score_head mlp` is trained. Fixed
 import argparse
 import importlib.util
 import json
-import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import combinations
@@ -44,8 +43,9 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from chain_selection import Row, balanced_information, by_domain, share_of_each_domain
 from common import write_results
-from real_sets import SHARES, Row, all_rows, by_domain, read_rows, split, write_rows
+from real_sets import SHARES, all_rows, read_rows, split, write_rows
 from scipy.stats import spearmanr
 
 from reweighting.data.chains import Chain
@@ -68,7 +68,7 @@ GRID = {"--lr": ("3e-4", "1e-3", "3e-3"), "--iteration_num": ("100", "200", "400
 FIXED = ("--train", "head", "--score_head", "mlp", "--batch_size", "8", "--unroll_steps", "5",
          "--save_every_iterations", "1000")  # fmt: skip
 LEARNED = ("--meta_batch_size", "16", "--hypergradient", "unrolled")  # about an eighth of the meta answers
-QUARTER, BIS_ALPHA = 0.25, 0.05  # of the rows; the paper's smoothing constant
+QUARTER = 0.25  # of the rows
 SAMPLES = 2000
 MEASURES = ("step_auc", "answer_auc", "process_bench", "f1")
 
@@ -170,23 +170,6 @@ def measure(study: Study, folder: Path) -> dict:
     return result | {"scores": [chain.scores for chain in scored["test"]]}
 
 
-def balanced_information(row: Row) -> float:
-    """BIS of a chain: (p (1 - p) + alpha) R, p the share of correct steps, R the mean label of these (1 if none)."""
-    labels = [label for label in row["labels"] if label is not None]
-    positive = [label for label in labels if label > 0]
-    share = len(positive) / len(labels)
-    return (share * (1 - share) + BIS_ALPHA) * (sum(positive) / len(positive) if positive else 1.0)
-
-
-def quarter(rows: list[Row], chosen_first: Callable[[Row], float]) -> list[Row]:
-    """The first quarter of each domain's rows in the order of a key."""
-    return [
-        row
-        for own in by_domain(rows).values()
-        for row in sorted(own, key=chosen_first)[: math.ceil(QUARTER * len(own))]
-    ]
-
-
 def tune(study: Study, rows: list[Row]) -> dict[str, float]:
     """Choose learning rate and steps, see above; the step AUC on the meta set of each."""
     found = {}
@@ -220,16 +203,15 @@ def methods(study: Study, rows: list[Row], seed: int, damaged: Sequence[str] = (
         alone[domain] = run(study, name, seed, own, "--baseline")["meta"]["step_auc"]
     best = sorted(alone, key=lambda domain: -alone[domain])[: (len(alone) + 1) // 2]
     half = [row for row in rows if row["dataset"] in best]
+    informative = share_of_each_domain(rows, QUARTER, lambda row: -balanced_information(row["labels"]))
     rng = Random(seed)
-    chance = quarter(rows, lambda row: rng.random())
+    chance = share_of_each_domain(rows, QUARTER, lambda row: rng.random())
     return {
         "equal": run(study, f"{control}equal", seed, rows, "--baseline"),
         "adamw": run(study, f"{control}adamw", seed, rows),
         "calm": run(study, f"{control}calm", seed, rows, "--meta_optimizer", "calm"),
         "best half": run(study, f"{control}half", seed, half, "--baseline") | {"alone": alone, "chosen": best},
-        "BIS quarter": run(
-            study, f"{control}bis", seed, quarter(rows, lambda row: -balanced_information(row)), "--baseline"
-        ),
+        "BIS quarter": run(study, f"{control}bis", seed, informative, "--baseline"),
         "random quarter": run(study, f"{control}random", seed, chance, "--baseline"),
     }
 

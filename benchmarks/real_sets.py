@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+
+from chain_selection import Row, by_domain
 
 from reweighting.data.load_answers import LoadReport, iterate_answers
 from reweighting.data.readers.base import ReadingOptions
@@ -16,7 +17,6 @@ SHARES = {"train": 0.5, "meta": 0.2, "test": 0.3}  # of the questions
 SIZES = {"train": 400, "meta": 120, "test": 150}  # answers
 ORIGINALS = {"train": 0, "meta": 60, "test": 50}  # of them, PRMBench's correct answers
 SEED = 2026
-Row = dict[str, Any]
 
 
 def digest(*words: object) -> str:
@@ -67,14 +67,6 @@ def part_of(row: Row) -> str:
     place = int(digest(SEED, row["id"]), 16) / 16**16  # in [0, 1)
     ends = accumulate(SHARES.values())
     return next((part for part, end in zip(SHARES, ends, strict=True) if place < end), "test")
-
-
-def by_domain(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """{domain: its rows}."""
-    members = defaultdict(list)
-    for row in rows:
-        members[row["dataset"]].append(row)
-    return dict(sorted(members.items()))
 
 
 def balanced(rows: Iterable[Row], count: int) -> list[Row]:
