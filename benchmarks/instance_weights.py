@@ -7,7 +7,8 @@ them, dealt at random. Many labels hardly change by that, since two correct answ
 telling the chains is given for all of them, and for those whose labels have changed by more than 0.2 on average. A
 perfect knowledge of the change would have an AUC of `ceiling`.
 
-Seeds 1, 2, …; a run is added for each seed and rule, and none is left out.
+Seeds 1, 2, …; a run is added for each seed and rule, and none is left out. `--variant` makes shorter runs, of which
+only the weights are judged: 300 steps, or the head alone on the frozen backbone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from random import Random
 
 import numpy as np
 import pyarrow.parquet
-from common import ROOT, auc, learned_weights, read_results, use_one_thread, write_results
+from common import ROOT, auc, learned_weights, read_results, train, use_one_thread, write_results
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -28,8 +29,10 @@ RULES = {
     "domain": CALM,
     "instance": (*CALM, "--weights_for", "instance"),
     "both": (*CALM, "--weights_for", "both"),
+    "table": ("--weights_for", "both"),
     "net": ("--weights_for", "both", "--instance_weights_form", "net"),
 }
+VARIANTS = {"300 steps": ("--iteration_num", "300"), "head": ("--train", "head")}
 
 
 def make_world(folder: Path) -> None:
@@ -79,6 +82,15 @@ def telling(folder: Path, output: Path) -> dict[str, float]:
     }
 
 
+def short(work: Path, rule: str, variant: str, seed: int) -> dict:
+    """A shorter run in the shuffled world, and how well its weights tell the shuffled chains."""
+    folder, output = work / "world", work / f"{rule}-{variant.replace(' ', '-')}-{seed}"
+    make_world(folder)
+    more = ("--step_states_dir", str(work / "states")) if variant == "head" else ()
+    seconds = train(folder, output, seed, *RULES[rule], *VARIANTS[variant], *more)
+    return {"processor_seconds": seconds, "weights": learned_weights(output), "telling": telling(folder, output)}
+
+
 def one(work: Path, rule: str, seed: int) -> dict:
     """A run in the shuffled world."""
     folder, output = work / "world", work / f"{rule}-{seed}"
@@ -98,13 +110,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/instance_weights"), help="runs and made data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--variant", choices=VARIANTS, help="shorter runs")
     args = parser.parse_args()
     use_one_thread()
     found = read_results("instance_weights")
     for seed in args.seeds:
         for rule in args.rules:
-            found.setdefault(rule, {})[str(seed)] = result = one(args.work, rule, seed)
-            print(rule, seed, json.dumps(result), flush=True)
+            name = f"{rule}, {args.variant}" if args.variant else rule
+            result = short(args.work, rule, args.variant, seed) if args.variant else one(args.work, rule, seed)
+            found.setdefault(name, {})[str(seed)] = result
+            print(name, seed, json.dumps(result), flush=True)
             write_results("instance_weights", found)
 
 
