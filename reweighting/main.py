@@ -86,13 +86,13 @@ def build_engine(
     precision = choose_precision(config.run.precision, device)
     preflight.check_possible(config, device, precision)
     fixed_weights = make_fixed_weights(config.lower, data)  # None where they are learned
+    labels = make_step_labels(config, data)  # None where they stay as they are
     batches = BatchSource(config, data)
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
     method = resolve_hypergradient(config, data, model, device, state and state["settings"])
     step_loss = STEP_LOSSES[config.lower.lower_loss]
-    labels = make_step_labels(config, data)  # None where they stay as they are
     hypergradient = None
     if method is not None:  # the weights are learned
         hypergradient = make_hypergradient(
