@@ -103,7 +103,7 @@ def write_instance_net(folder: Path, domains: list[str], net: InstanceNet) -> No
     Raises:
         UserError: if the disk refuses.
     """
-    metadata = {"domains": json.dumps(domains), "inputs": json.dumps([*LOSSES, *KNOWN])}
+    metadata = {"network": json.dumps({"inputs": [*LOSSES, *KNOWN], "domains": domains})}  # several come in any order
     with atomic_file(folder / NET) as file:
         file.write(safetensors.torch.save(net.tensors(), metadata))
 

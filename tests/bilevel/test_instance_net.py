@@ -216,8 +216,9 @@ def test_a_run_learns_saves_and_resumes(run, demo, tmp_path, monkeypatch, more):
     assert len(table["weight"]) == 40 and np.std(table["weight"]) > 0.01
     with safe_open(tmp_path / "whole" / name, "pt") as file:
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        assert json.loads(file.metadata()["domains"]) == list(weights(tmp_path / "whole"))
-        assert len(json.loads(file.metadata()["inputs"])) == found["hidden"].shape[1] == 6
+        network = json.loads(file.metadata()["network"])
+    assert network["domains"] == list(weights(tmp_path / "whole"))
+    assert len(network["inputs"]) == found["hidden"].shape[1] == 6
     assert found["output"].abs().max() > 0 and found["domain"].shape == (10, HIDDEN)
     again = ("--reward_model", str(tiny_backbone()), "--iteration_num", "5")
     fixed = ("--instance_weights", str(tmp_path / "whole" / "instance_weights.parquet"))
