@@ -5,7 +5,8 @@
 A demo world (seed 31) whose domains are all clean, with labels of 4 rollouts. The simulated policy knows each step's
 chance that a rollout ends correct, `Policy.chance`. Head-only runs of 600 steps with equal domain weights, seeds 1, 2,
 …, correct the labels; the states of the backbone are computed once for all of them. Given are the errors of the labels
-that may move, before and after, and the correlation of the moves with what the labels are off by.
+that may move, before and after, overall and by the label, and the correlation of the moves with what the labels are off
+by.
 """
 
 import argparse
@@ -63,7 +64,17 @@ def errors(folder: Path, output: Path) -> dict[str, float]:
     label, corrected, low, high = (np.array(table[name]) for name in ("label", "corrected_label", "low", "high"))
     free = low < high
     before, after, move = (label - chances)[free], (corrected - chances)[free], (corrected - label)[free]
+    kinds = {"0": label[free] == 0, "between": (label[free] > 0) & (label[free] < 1), "1": label[free] == 1}
     return {
+        "by_label": {
+            name: {
+                "labels": int(own.sum()),
+                "rms_before": float(np.sqrt(np.mean(before[own] ** 2))),
+                "rms_after": float(np.sqrt(np.mean(after[own] ** 2))),
+                "correlation_with_chance": float(np.corrcoef(move[own], chances[free][own])[0, 1]),
+            }
+            for name, own in kinds.items()
+        },
         "labels": int(free.sum()),
         "rms_before": float(np.sqrt(np.mean(before**2))),
         "rms_after": float(np.sqrt(np.mean(after**2))),
@@ -73,6 +84,7 @@ def errors(folder: Path, output: Path) -> dict[str, float]:
         "mean_move": float(np.abs(move).mean()),
         "nearer_of_moved": float(np.mean(np.abs(after) < np.abs(before), where=move != 0)),
         "correlation": float(np.corrcoef(move, -before)[0, 1]) if move.any() else 0.0,
+        "best_multiple": float(-(move @ before) / (move @ move)) if move.any() else 0.0,  # of the moves
     }
 
 
@@ -90,9 +102,8 @@ def main() -> None:
     for seed in args.seeds:
         for rule in args.rules:
             output = args.work / f"{rule.replace(', ', '-')}-{seed}"
-            seconds = train(world, output, seed, *SAME, *states, *RULES[rule])
-            result = errors(world, output) | {"processor_seconds": seconds}
-            found.setdefault(rule, {})[str(seed)] = result
+            train(world, output, seed, *SAME, *states, *RULES[rule])
+            found.setdefault(rule, {})[str(seed)] = result = errors(world, output)
             print(rule, seed, json.dumps(result), flush=True)
             write_results("label_correction", found | {"rows": args.rows, "times": TIMES})
 
