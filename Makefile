@@ -1,5 +1,6 @@
 # make train     the main job on the demo data     make test     style, types and every test
 # make demo      the demo data, byte for byte      make figs     the README's pictures
+# make pipeline  from questions to labels, a PRM and chosen answers (10 minutes)
 # make evidence  does it pay (2 hours)             make bench    how fast is it (half an hour)
 # make docs      the documentation as a site       make lint     style, as in `make test`
 # make coverage  which lines the tests run         make types    the type checker, as in `make test`
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 BETTY = betty-ml==0.2.1
 
-.PHONY: train test lint types coverage demo figs evidence bench docs
+.PHONY: train test lint types coverage demo pipeline figs evidence bench docs
 
 train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
@@ -28,6 +29,13 @@ coverage: .venv/ready
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# From questions with pictures to a PRM that chooses among answers, all of it by the demo's own policy.
+pipeline: .venv/ready
+	$(BIN)/python reweighting/label.py data/rollouts/questions.jsonl --recipe data/policy/label.yaml --store pipeline/labels.sqlite --output_train pipeline/train.jsonl --output_meta pipeline/meta.jsonl --output_candidates pipeline/candidates.jsonl
+	$(BIN)/python reweighting/main.py --train_json_file pipeline/train.jsonl --meta_json_file pipeline/meta.jsonl --weights_path pipeline/weights --iteration_num 100
+	$(BIN)/python reweighting/best_of_n.py --weights_path pipeline/weights --candidates_json_file pipeline/candidates.jsonl --output pipeline/selections.json
+	$(BIN)/python reweighting/show.py --weights_path pipeline/weights --candidates_json_file pipeline/candidates.jsonl --id 5 --output pipeline/answer.html
 
 demo: .venv/ready
 	$(BIN)/python data/make_demo.py

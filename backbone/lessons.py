@@ -24,7 +24,8 @@ from demo_world.solutions import (
     rule_text,
 )
 
-SKILLS = ("reading", "goal", "evidence", "rule", "sum", "conclusion")  # the last five: of the steps 1 to 5
+# The five behind reading are those of the steps 1 to 5; only the policy writes answers (`make_policy.py`).
+SKILLS = ("reading", "goal", "evidence", "rule", "sum", "conclusion", "answer")
 Piece = tuple[str, str]  # a text, and the skill that predicting it takes: one of SKILLS, or "" if it is only context
 
 

@@ -37,7 +37,7 @@ from demo_world.pictures import KINDS, draw_picture  # noqa: E402
 from demo_world.solutions import Policy, random_kind, random_question  # noqa: E402
 
 sys.path.insert(0, str(HERE))
-from lessons import SKILLS, correcting_lesson, fact_lesson, judging_lesson, reading_lesson  # noqa: E402
+from lessons import SKILLS, Piece, correcting_lesson, fact_lesson, judging_lesson, reading_lesson  # noqa: E402
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>")  # fmt: skip
@@ -165,18 +165,28 @@ class Lessons:
         return self.ids[text]
 
     def batch(self, shares: tuple[float, ...], indices: list[int]) -> tuple[dict, Tensor]:
-        """Model inputs, and the skill that each token tests [B, T]: an index of SKILLS, or -1 if it is only context.
+        """Model inputs of random lessons, see `collate`.
 
         shares: of each of LESSONS. indices: of the pictures.
         """
+        texts = []
+        for index in indices:
+            teach = self.rng.choices(LESSONS, shares)[0]
+            texts.append((self.questions[index].text, list(teach(self.questions[index], self.rng))))
+        return self.collate(texts, indices)
+
+    def collate(self, texts: list[tuple[str, list[Piece]]], indices: list[int]) -> tuple[dict, Tensor]:
+        """Model inputs, and the skill that each token tests [B, T]: an index of SKILLS, or -1 if it is only context.
+
+        texts: a question and what follows it, for each of the pictures.
+        """
         image = f"<|vision_start|>{'<|image_pad|>' * IMAGE_TOKENS}<|vision_end|>"
         rows = []
-        for index in indices:
-            prompt = f"<|im_start|>user\n{image}{self.questions[index].text}<|im_end|>\n<|im_start|>assistant\n"
+        for question, pieces in texts:
+            prompt = f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
             ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             skills = [-1] * len(ids)
-            teach = self.rng.choices(LESSONS, shares)[0]
-            for text, skill in teach(self.questions[index], self.rng):
+            for text, skill in pieces:
                 tokens = self.encode(text)
                 ids += tokens
                 skills += [SKILLS.index(skill) if skill else -1] * len(tokens)

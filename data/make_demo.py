@@ -17,7 +17,7 @@ from random import Random
 
 from demo_world.defects import LABEL_DEFECTS, strength
 from demo_world.pictures import KINDS, Kind, draw_picture
-from demo_world.solutions import Policy, Question, random_kind, random_question
+from demo_world.solutions import Policy, Question, given_away, random_kind, random_question
 
 # Domain -> quality. Each defect strikes two domains, one of them harder.
 QUALITY = {
@@ -76,7 +76,7 @@ def domain_rows(kind: Kind, defect: str, struck_share: float, rows: int, images:
         trivial = defect == "trivial questions" and rng.random() < struck_share
         # The answer stands in the question: every rollout copies it, and no slip on the way shows in a label.
         told = defect == "answers given away" and rng.random() < struck_share
-        text = f"{question.text} It is {question.answer}." if told else question.text
+        text = given_away(question.text, question.answer) if told else question.text
         for _ in range(RESPONSES):
             response = policy.respond(question, rng, right=False if trivial else None, told=told)
             chances = [1.0 if trivial or told else policy.chance(question, response, step) for step in range(5)]

@@ -52,6 +52,11 @@ def result(operation: str, first: int, second: int) -> int:
     return {"total": first + second, "difference": abs(first - second), "larger": max(first, second)}[operation]
 
 
+def given_away(text: str, answer: int) -> str:
+    """A question's text with an answer in it."""
+    return f"{text} It is {answer}."
+
+
 def random_question(kind: Kind, rng: Random) -> Question:
     """A question of this kind about a random picture; difficulty from 0.5 to 2.5, so pass@1 differs by question."""
     entries = random_entries(kind, rng)

@@ -1,0 +1,93 @@
+"""Do labels of 16 rollouts scatter about the true chance as a binomial does?
+
+    python benchmarks/label_coverage.py --prefixes 100        # 20 minutes of one core; a larger number adds to them
+
+The demo's policy continues beginnings of its answers in `data/rollouts/train.json` 512 times each. The first 16
+continuations give the label and its 95 % confidence interval (Wilson, 1927), all others the true chance, up to 0.02.
+Counted is how often the interval holds it. Writes `results/label_coverage.json`.
+"""
+
+import argparse
+import asyncio
+import json
+from random import Random
+
+import numpy as np
+import torch
+from common import ROOT, read_results, use_one_thread, write_results
+
+from reweighting.bilevel.label_correction import wilson_interval
+from reweighting.labeling.checker import compare
+from reweighting.labeling.local_policy import LocalPolicy
+from reweighting.labeling.policy import Sampling
+from reweighting.labeling.questions import Question
+
+DATA = ROOT / "data"
+ROLLOUT_DEMO = DATA / "rollouts"
+ROLLOUTS, LABEL, BATCH, MAX_TOKENS, SEED = 512, 16, 256, 120, 0
+
+
+def beginnings() -> list[tuple[Question, str]]:
+    """All beginnings of answers that end before the last step, with their questions, in random order."""
+    found = []
+    for number, row in enumerate(json.loads((ROLLOUT_DEMO / "train.json").read_text())):
+        if "Final answer" not in row["add"]:
+            key = f"{row['image_path']} {row['input']}"
+            image = ROLLOUT_DEMO / row["image_path"]
+            place = f"row {number}"
+            question = Question(row["input"], (image,), row["ground_truth"], row["dataset"], None, place, key, key)
+            found.append((question, row["add"]))
+    Random(SEED).shuffle(found)
+    return found
+
+
+async def count_correct(policy: LocalPolicy, question: Question, prefix: str) -> tuple[int, int, int, int]:
+    """How many of the first 16 continuations are correct, of how many that can be judged; the same of the others."""
+    texts = await asyncio.gather(*(policy.complete(question, prefix, n) for n in range(ROLLOUTS)))
+    verdicts = [compare(f"{prefix}{text}", question) for text in texts]
+    label, others = ([one for one in part if one is not None] for part in (verdicts[:LABEL], verdicts[LABEL:]))
+    return sum(label), len(label), sum(others), len(others)
+
+
+def covered(counts: list[list[int]]) -> dict[str, float]:
+    """The share of intervals that hold the chance, and the scatter of the labels against a binomial's."""
+    judged = [row for row in counts if row[1] and row[3]]
+    score, times, others, of = (torch.tensor(column, dtype=torch.float64) for column in zip(*judged, strict=True))
+    label, chance = score / times, others / of
+    low, high = wilson_interval(label, times)
+    inside = ((low <= chance) & (chance <= high)).numpy()
+    open_ = (chance > 0.05) & (chance < 0.95)
+    expected = (chance * (1 - chance) * (1 / times + 1 / of))[open_].mean()
+    return {
+        "prefixes": len(judged),
+        "coverage": float(inside.mean()),
+        "open_prefixes": int(open_.sum()),
+        "coverage_of_open": float(inside[open_.numpy()].mean()),
+        "variance_over_binomial": float((label - chance)[open_].square().mean() / expected),
+        "mean_chance": float(np.mean(chance.numpy())),
+    }
+
+
+async def measure(count: int, counts: list[list[int]]) -> list[list[int]]:
+    """Continue beginnings until there are so many; those before are kept."""
+    policy = LocalPolicy(str(DATA / "policy"), "{question}", Sampling(1.0, MAX_TOKENS), BATCH, seed=1, device="cpu")
+    async with policy:
+        for question, prefix in beginnings()[len(counts) : count]:
+            counts.append(list(await count_correct(policy, question, prefix)))
+            if len(counts) % 10 == 0:
+                print(len(counts), covered(counts), flush=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prefixes", type=int, default=100)
+    args = parser.parse_args()
+    use_one_thread()
+    counts = asyncio.run(measure(args.prefixes, read_results("label_coverage").get("counts", [])))
+    content = {"rollouts": ROLLOUTS, "label": LABEL, **covered(counts), "counts": counts}
+    print(write_results("label_coverage", content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Does reweighting pay on `data/rollouts`, whose answers and labels are a policy's own?
+
+    python benchmarks/rollout_demo.py --work /tmp/rollout_demo        # resumable: finished runs are not repeated
+
+The worth of a domain: a PRM is trained on it alone for 100 steps; the AUC of its step scores on the clean held-out
+steps, of which those are correct whose rollouts are for more than half. It is also written into `quality.json` there.
+Then runs of 600 steps with equal and with learned weights: their best of N and answer AUC on the test questions, and
+how the weights rank the domains by worth. Writes `results/rollout_demo.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, ProcessRewardModel, agreement, auc, learned_weights, train, use_one_thread, write_results
+from demo_runs import evaluate, summary
+
+from reweighting.data.chains import candidate_chains
+from reweighting.data.load_chains import load_evaluation
+from reweighting.data.load_rows import load_candidate_rows
+from reweighting.data.readers.base import ReadingOptions
+from reweighting.data.sources import Source
+from reweighting.inference.step_metrics import score_chains
+from reweighting.modeling.aggregation import aggregate
+
+DATA = ROOT / "data" / "rollouts"
+CORRECT_ABOVE = 0.5
+METHODS = {"equal weights": ("--baseline",), "learned weights": (), "learned, calm": ("--meta_optimizer", "calm")}
+MEASURES = ("best_of_8", "best_of_4", "majority_of_8", "pass@1", "pass@8", "processor_seconds")
+
+
+def worth(work: Path, domain: str) -> float:
+    """The step AUC of a PRM that was trained on one domain alone."""
+    folder = work / f"alone-{domain}"
+    if not (folder / "train.json").exists():
+        folder.mkdir(parents=True)
+        rows = json.loads((DATA / "train.json").read_text())
+        (folder / "train.json").write_text(json.dumps([row for row in rows if row["dataset"] == domain]))
+    train(folder, folder / "run-1", 1, "--baseline", "--iteration_num", "100", "--image_root", str(DATA))
+    chains, _ = load_evaluation([Source(str(DATA / "held_out.json"))], None, ReadingOptions(), CORRECT_ABOVE)
+    scored = score_chains(ProcessRewardModel.from_pretrained(folder / "run-1" / "prm"), chains, 50)
+    scores, correct = (np.concatenate([getattr(one, name) for one in scored]) for name in ("scores", "correct"))
+    return auc(scores, correct)
+
+
+def one(work: Path, method: str, seed: int, quality: dict[str, float]) -> dict:
+    """A run: its measures on the test questions, and its weights."""
+    output = work / f"{method.replace(', ', '_').replace(' ', '_')}-{seed}"
+    scores = evaluate(DATA, output, seed, *METHODS[method])
+    done = output / "answer_auc.json"
+    if not done.exists():
+        rows = load_candidate_rows(DATA / "test.json")
+        chains, correct = [], []
+        for row in rows:
+            chains += candidate_chains(row)
+            correct += row.true_false
+        logits = ProcessRewardModel.from_pretrained(output / "prm").chain_logits(chains, 50)
+        done.write_text(json.dumps(auc(aggregate(*logits).numpy(), np.array(correct))))
+    result = {name: scores[name] for name in MEASURES} | {"answer_auc": json.loads(done.read_text())}
+    if method != "equal weights":
+        weights = learned_weights(output)
+        result |= {"spearman": agreement(weights, quality)["spearman"], "weights": weights}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/rollout_demo"), help="runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    args = parser.parse_args()
+    use_one_thread()
+    causes = json.loads((DATA / "quality.json").read_text())
+    quality = {domain: worth(args.work, domain) for domain in causes}
+    for domain, value in quality.items():
+        causes[domain]["worth"] = round(value, 4)
+    (DATA / "quality.json").write_text(json.dumps(causes, indent=1) + "\n")
+    methods = {}
+    for method in args.methods:
+        runs = {seed: one(args.work, method, seed, quality) for seed in args.seeds}
+        names = [name for name in runs[args.seeds[0]] if name != "weights"]
+        means = {name: summary([run[name] for run in runs.values()]) for name in names}
+        methods[method] = {"means": means, "runs": runs}
+        print(method, json.dumps(means, indent=1), flush=True)
+    print(write_results("rollout_demo", {"seeds": args.seeds, "worth": quality, "methods": methods}))
+
+
+if __name__ == "__main__":
+    main()
