@@ -4,8 +4,8 @@
 
 The worth of a domain: a PRM is trained on it alone for 100 steps; the AUC of its step scores on the clean held-out
 steps, of which those are correct whose rollouts are for more than half. It is also written into `quality.json` there.
-Then runs of 600 steps with equal and with learned weights: their best of N and answer AUC on the test questions, and
-how the weights rank the domains by worth. Writes `results/rollout_demo.json`.
+Then runs of 600 steps with equal and with learned weights: their best of N on the test questions, their AUC on
+answers of the simulated policy, and how the weights rank the domains by worth. Writes `results/rollout_demo.json`.
 """
 
 import argparse
@@ -16,13 +16,10 @@ import numpy as np
 from common import ROOT, ProcessRewardModel, agreement, auc, learned_weights, train, use_one_thread, write_results
 from demo_runs import evaluate, summary
 
-from reweighting.data.chains import candidate_chains
 from reweighting.data.load_chains import load_evaluation
-from reweighting.data.load_rows import load_candidate_rows
 from reweighting.data.readers.base import ReadingOptions
 from reweighting.data.sources import Source
 from reweighting.inference.step_metrics import score_chains
-from reweighting.modeling.aggregation import aggregate
 
 DATA = ROOT / "data" / "rollouts"
 CORRECT_ABOVE = 0.5
@@ -33,6 +30,9 @@ MEASURES = ("best_of_8", "best_of_4", "majority_of_8", "pass@1", "pass@8", "proc
 def worth(work: Path, domain: str) -> float:
     """The step AUC of a PRM that was trained on one domain alone."""
     folder = work / f"alone-{domain}"
+    scored = folder / "auc.json"
+    if scored.exists():
+        return json.loads(scored.read_text())
     if not (folder / "train.json").exists():
         folder.mkdir(parents=True)
         rows = json.loads((DATA / "train.json").read_text())
@@ -41,23 +41,15 @@ def worth(work: Path, domain: str) -> float:
     chains, _ = load_evaluation([Source(str(DATA / "held_out.json"))], None, ReadingOptions(), CORRECT_ABOVE)
     scored = score_chains(ProcessRewardModel.from_pretrained(folder / "run-1" / "prm"), chains, 50)
     scores, correct = (np.concatenate([getattr(one, name) for one in scored]) for name in ("scores", "correct"))
-    return auc(scores, correct)
+    scored.write_text(json.dumps(auc(scores, correct)))
+    return json.loads(scored.read_text())
 
 
 def one(work: Path, method: str, seed: int, quality: dict[str, float]) -> dict:
     """A run: its measures on the test questions, and its weights."""
     output = work / f"{method.replace(', ', '_').replace(' ', '_')}-{seed}"
     scores = evaluate(DATA, output, seed, *METHODS[method])
-    done = output / "answer_auc.json"
-    if not done.exists():
-        rows = load_candidate_rows(DATA / "test.json")
-        chains, correct = [], []
-        for row in rows:
-            chains += candidate_chains(row)
-            correct += row.true_false
-        logits = ProcessRewardModel.from_pretrained(output / "prm").chain_logits(chains, 50)
-        done.write_text(json.dumps(auc(aggregate(*logits).numpy(), np.array(correct))))
-    result = {name: scores[name] for name in MEASURES} | {"answer_auc": json.loads(done.read_text())}
+    result = {name: scores[name] for name in MEASURES} | {f"auc_{n}": value for n, value in scores["auc"].items()}
     if method != "equal weights":
         weights = learned_weights(output)
         result |= {"spearman": agreement(weights, quality)["spearman"], "weights": weights}
@@ -68,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/rollout_demo"), help="runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:2])
     args = parser.parse_args()
     use_one_thread()
     causes = json.loads((DATA / "quality.json").read_text())
