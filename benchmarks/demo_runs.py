@@ -58,6 +58,17 @@ def true_qualities(data: Path, work: Path) -> Path:
     return path
 
 
+def train_alone(data: Path, work: Path, domain: str) -> Path:
+    """The folder of a short run on one domain of some data."""
+    folder = work / f"alone-{domain}"
+    if not (folder / "train.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = json.loads((data / "train.json").read_text())
+        (folder / "train.json").write_text(json.dumps([row for row in rows if row["dataset"] == domain]))
+    train(folder, folder / "run", 1, "--baseline", "--iteration_num", "100", "--image_root", str(data))
+    return folder / "run"
+
+
 def best_domains(data: Path, work: Path, run: Callable) -> Path:
     """A file of weights 1 for half of the domains and 0 for the rest: what a careful person would try.
 
@@ -67,14 +78,9 @@ def best_domains(data: Path, work: Path, run: Callable) -> Path:
     meta, _ = meta_chains(load_meta_rows(data / "meta.json"))
 
     def score(domain: str) -> float:
-        folder = work / f"alone-{domain}"
-        scored = folder / "auc.json"
+        scored = work / f"alone-{domain}" / "auc.json"
         if not scored.exists():
-            folder.mkdir(exist_ok=True)
-            (folder / "train.json").write_text(json.dumps([row for row in rows if row["dataset"] == domain]))
-            flags = ("--baseline", "--iteration_num", "100", "--image_root", str(data))
-            train(folder, folder / "run", 1, *flags)
-            model = ProcessRewardModel.from_pretrained(folder / "run" / "prm")
+            model = ProcessRewardModel.from_pretrained(train_alone(data, work, domain) / "prm")
             logits = model.chain_logits(meta, batch_size=50)
             scored.write_text(json.dumps(auc(aggregate(*logits).numpy(), [chain.label == 1 for chain in meta])))
         return json.loads(scored.read_text())

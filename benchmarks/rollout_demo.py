@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, ProcessRewardModel, agreement, auc, learned_weights, train, use_one_thread, write_results
-from demo_runs import evaluate, summary
+from common import ROOT, ProcessRewardModel, agreement, auc, learned_weights, use_one_thread, write_results
+from demo_runs import evaluate, summary, train_alone
 
 from reweighting.data.load_chains import load_evaluation
 from reweighting.data.readers.base import ReadingOptions
@@ -29,20 +29,14 @@ MEASURES = ("best_of_8", "best_of_4", "majority_of_8", "pass@1", "pass@8", "proc
 
 def worth(work: Path, domain: str) -> float:
     """The step AUC of a PRM that was trained on one domain alone."""
-    folder = work / f"alone-{domain}"
-    scored = folder / "auc.json"
-    if scored.exists():
-        return json.loads(scored.read_text())
-    if not (folder / "train.json").exists():
-        folder.mkdir(parents=True)
-        rows = json.loads((DATA / "train.json").read_text())
-        (folder / "train.json").write_text(json.dumps([row for row in rows if row["dataset"] == domain]))
-    train(folder, folder / "run-1", 1, "--baseline", "--iteration_num", "100", "--image_root", str(DATA))
-    chains, _ = load_evaluation([Source(str(DATA / "held_out.json"))], None, ReadingOptions(), CORRECT_ABOVE)
-    scored = score_chains(ProcessRewardModel.from_pretrained(folder / "run-1" / "prm"), chains, 50)
-    scores, correct = (np.concatenate([getattr(one, name) for one in scored]) for name in ("scores", "correct"))
-    scored.write_text(json.dumps(auc(scores, correct)))
-    return json.loads(scored.read_text())
+    done = work / f"alone-{domain}" / "worth.json"
+    if not done.exists():
+        model = ProcessRewardModel.from_pretrained(train_alone(DATA, work, domain) / "prm")
+        chains, _ = load_evaluation([Source(str(DATA / "held_out.json"))], None, ReadingOptions(), CORRECT_ABOVE)
+        scored = score_chains(model, chains, 50)
+        scores, correct = (np.concatenate([getattr(one, name) for one in scored]) for name in ("scores", "correct"))
+        done.write_text(json.dumps(auc(scores, correct)))
+    return json.loads(done.read_text())
 
 
 def one(work: Path, method: str, seed: int, quality: dict[str, float]) -> dict:

@@ -25,6 +25,7 @@ from random import Random
 from demo_world.causes import CAUSES, CLEAN, Cause, ask
 from demo_world.pictures import KINDS
 from demo_world.solutions import random_kind
+from make_demo import write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = [sys.executable, "reweighting/label.py"]
@@ -143,8 +144,7 @@ def label_demo(folder: Path, work: Path, seed: int, scale: float, parallel: int)
         "test": test_rows(rows["test"]),
     }
     for name, content in made.items():
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_rows(folder / f"{name}.json", content)
     quality = {name: asdict(cause) for name, cause in CAUSES.items()}
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
 

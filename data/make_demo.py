@@ -154,6 +154,12 @@ def parse_quality(words: list[str]) -> dict[str, float]:
     return quality
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a JSON list, a row a line."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def make_demo(folder: Path, seed: int, quality: dict[str, float], train: int, meta: int, test: int, n: int) -> None:
     """Write the demo data into `folder`: `train` step rows in all, `meta` rows, `test` questions of `n` candidates."""
     images = Images(folder / "images")
@@ -170,8 +176,7 @@ def make_demo(folder: Path, seed: int, quality: dict[str, float], train: int, me
         "test.json": test_rows(test, n, images, Random(f"{seed} test")),
     }
     for name, content in files.items():
-        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-        (folder / name).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_rows(folder / name, content)
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
 
 
