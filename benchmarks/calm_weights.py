@@ -7,6 +7,7 @@ Cases, each a run of the command for 600 steps unless it says otherwise:
     demo     the shipped demo: Spearman with the true quality, verdicts, best of 8 against equal weights
     alike    worlds in which all ten domains are equally clean: spread of the weights, share of domains with a verdict
     names    150 rows of one domain under four names, 400 steps: nothing to be found
+    worlds   other worlds, with the qualities dealt anew: Spearman with the true quality, verdicts
     long     the shipped demo for 2,400 steps against 600: weights outside each other's interval
 
 `--cases`, `--seeds` and `--rules` choose; what has been measured before stays in the result.
@@ -17,7 +18,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, agreement, learned_weights, make_data, read_results, train, use_one_thread, write_results
+from common import (
+    ROOT,
+    agreement,
+    learned_weights,
+    make_data,
+    make_reassigned,
+    read_results,
+    train,
+    use_one_thread,
+    write_results,
+)
 from demo_runs import evaluate
 
 DATA = ROOT / "data"
@@ -40,6 +51,16 @@ def demo(work: Path, rule: str, seed: int) -> dict:
         weights = learned_weights(output)
         result |= agreement(weights, quality) | {"weights": weights, "verdicts": verdicts(output)}
     return result
+
+
+def worlds(work: Path, rule: str, seed: int) -> dict:
+    """A run in a world with other data and the qualities dealt anew: world 11 for seed 1, 12 for seed 2, …"""
+    world = 10 + seed
+    data, output = work / f"world-{world}", work / f"reassigned-{rule}-{seed}"
+    quality = make_reassigned(data, world)
+    seconds, weights = train(data, output, seed, *RULES[rule]), learned_weights(output)
+    found = {"weights": weights, "verdicts": verdicts(output), "quality": quality}
+    return {"world": world, "processor_seconds": seconds} | agreement(weights, quality) | found
 
 
 def alike(work: Path, rule: str, seed: int) -> dict:
@@ -97,7 +118,7 @@ def _inside(weight: float, evidence: dict, name: str) -> bool:
     return low <= weight <= high
 
 
-CASES = {case.__name__: case for case in (demo, alike, names, long)}
+CASES = {case.__name__: case for case in (demo, worlds, alike, names, long)}
 
 
 def main() -> None:

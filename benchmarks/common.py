@@ -34,12 +34,13 @@ from reweighting.modeling.reward_model import ProcessRewardModel  # noqa: E402
 
 
 def machine() -> dict[str, object]:
-    """Processor and versions, for the head of a result file."""
+    """Processor, GPU if there is one, and versions, for the head of a result file."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -65,15 +66,26 @@ def make_data(folder: Path, seed: int, *flags: str) -> None:
         subprocess.run([*script, *flags], check=True, stdout=subprocess.DEVNULL)
 
 
+def make_reassigned(folder: Path, seed: int) -> dict[str, float]:
+    """A demo world of this seed in `folder`, with the shipped qualities dealt anew among the domains; the qualities."""
+    shipped = json.loads((ROOT / "data" / "quality.json").read_text())
+    values = list(shipped.values())
+    Random(seed).shuffle(values)
+    quality = dict(zip(shipped, values, strict=True))
+    make_data(folder, seed, "--quality", *(f"{domain}={value}" for domain, value in quality.items()))
+    return quality
+
+
 def train(data: Path, output: Path, seed: int, *flags: str) -> float:
     """Run the command on `data` into `output`, unless it has run before; the processor seconds that it took.
 
-    With one thread a run (`share_cores`), these are what it takes alone on a core, whatever else goes on.
+    With one thread a run (`share_cores`), these are what it takes alone on a core, whatever else goes on. In float32
+    everywhere: what a run finds then differs between a GPU and a processor by rounding only.
     """
     done = output / "seconds.json"
     if not done.exists():
         command = [sys.executable, str(ROOT / "reweighting" / "main.py"), "--train_json_file", str(data / "train.json")]
-        command += ["--weights_path", str(output), "--seed", str(seed), *flags]
+        command += ["--weights_path", str(output), "--seed", str(seed), "--precision", "fp32", *flags]
         if "--baseline" not in flags and "--domain_weights" not in flags:
             command += ["--meta_json_file", str(data / "meta.json")]
         output.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
 
 import numpy as np
 from chain_selection import balanced_information, first_share, share_of_each_domain
@@ -26,7 +25,7 @@ from common import (
     auc,
     best_of,
     learned_weights,
-    make_data,
+    make_reassigned,
     read_results,
     share_cores,
     step_auc,
@@ -36,6 +35,7 @@ from common import (
 
 from reweighting.data.chains import meta_chains, training_chains
 from reweighting.data.load_rows import load_meta_rows, load_training_rows
+from reweighting.devices import choose_device
 from reweighting.files import digest
 from reweighting.modeling.aggregation import aggregate
 
@@ -45,7 +45,7 @@ def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:
     scored = output / "scores.json"
     if not scored.exists():
         seconds = train(data, output, seed, *flags)
-        model = ProcessRewardModel.from_pretrained(output / "prm")
+        model = ProcessRewardModel.from_pretrained(output / "prm", device=choose_device(None))
         scores = {"processor_seconds": seconds, "auc": step_auc(model), **best_of(model, data)}
         scored.write_text(json.dumps(scores))
     return json.loads(scored.read_text())
@@ -206,14 +206,10 @@ def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable, ear
 
 def reassigned(work: Path, seeds: list[int], run: Callable) -> dict:
     """Learned weights against quality in other worlds."""
-    base = json.loads((ROOT / "data" / "quality.json").read_text())
 
     def one(seed: int) -> dict:
-        values = list(base.values())
-        Random(seed).shuffle(values)
-        quality = dict(zip(base, values, strict=True))
         data, output = work / f"world-{seed}", work / f"reassigned-{seed}"
-        make_data(data, seed, "--quality", *(f"{domain}={value}" for domain, value in quality.items()))
+        quality = make_reassigned(data, seed)
         seconds = train(data, output, seed)
         weights = learned_weights(output)
         return {"processor_seconds": seconds, **agreement(weights, quality), "weights": weights, "quality": quality}

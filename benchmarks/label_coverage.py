@@ -1,6 +1,7 @@
 """Do labels of 16 rollouts scatter about the true chance as a binomial does?
 
     python benchmarks/label_coverage.py --prefixes 100        # 20 minutes of one core; a larger number adds to them
+    python benchmarks/label_coverage.py --prefixes 2000 --parallel 6 --concurrency 1024       # on a GPU
 
 The demo's policy continues beginnings of its answers in `data/rollouts/train.json` 512 times each. The first 16
 continuations give the label and its 95 % confidence interval (Wilson, 1927), all others the true chance, up to 0.02.
@@ -10,6 +11,9 @@ Counted is how often the interval holds it. Writes `results/label_coverage.json`
 import argparse
 import asyncio
 import json
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from random import Random
 
 import numpy as np
@@ -24,7 +28,7 @@ from reweighting.labeling.questions import Question
 
 DATA = ROOT / "data"
 ROLLOUT_DEMO = DATA / "rollouts"
-ROLLOUTS, LABEL, BATCH, MAX_TOKENS, SEED = 512, 16, 256, 120, 0
+ROLLOUTS, LABEL, GROUP, MAX_TOKENS, SEED = 512, 16, 10, 120, 0
 
 
 def beginnings() -> list[tuple[Question, str]]:
@@ -41,12 +45,12 @@ def beginnings() -> list[tuple[Question, str]]:
     return found
 
 
-async def count_correct(policy: LocalPolicy, question: Question, prefix: str) -> tuple[int, int, int, int]:
+async def count_correct(policy: LocalPolicy, question: Question, prefix: str) -> list[int]:
     """How many of the first 16 continuations are correct, of how many that can be judged; the same of the others."""
     texts = await asyncio.gather(*(policy.complete(question, prefix, n) for n in range(ROLLOUTS)))
     verdicts = [compare(f"{prefix}{text}", question) for text in texts]
     label, others = ([one for one in part if one is not None] for part in (verdicts[:LABEL], verdicts[LABEL:]))
-    return sum(label), len(label), sum(others), len(others)
+    return [sum(label), len(label), sum(others), len(others)]
 
 
 def covered(counts: list[list[int]]) -> dict[str, float]:
@@ -68,25 +72,35 @@ def covered(counts: list[list[int]]) -> dict[str, float]:
     }
 
 
-async def measure(count: int, counts: list[list[int]]) -> list[list[int]]:
-    """Continue beginnings until there are so many; those before are kept."""
-    policy = LocalPolicy(str(DATA / "policy"), "{question}", Sampling(1.0, MAX_TOKENS), BATCH, seed=1, device="cpu")
+async def count_group(group: list[tuple[Question, str]], concurrency: int) -> list[list[int]]:
+    """Continue some beginnings together."""
+    sampling = Sampling(1.0, MAX_TOKENS)
+    policy = LocalPolicy(str(DATA / "policy"), "{question}", sampling, concurrency, seed=1, precision="fp32")
     async with policy:
-        for question, prefix in beginnings()[len(counts) : count]:
-            counts.append(list(await count_correct(policy, question, prefix)))
-            if len(counts) % 10 == 0:
-                print(len(counts), covered(counts), flush=True)
-    return counts
+        return await asyncio.gather(*(count_correct(policy, question, prefix) for question, prefix in group))
+
+
+def count_in_process(concurrency: int, group: list[tuple[Question, str]]) -> list[list[int]]:
+    """The same, in a process of its own."""
+    use_one_thread()
+    return asyncio.run(count_group(group, concurrency))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefixes", type=int, default=100)
+    parser.add_argument("--parallel", type=int, default=1, help="processes")
+    parser.add_argument("--concurrency", type=int, default=256, help="texts at a time in each")
     args = parser.parse_args()
-    use_one_thread()
-    counts = asyncio.run(measure(args.prefixes, read_results("label_coverage").get("counts", [])))
-    content = {"rollouts": ROLLOUTS, "label": LABEL, **covered(counts), "counts": counts}
-    print(write_results("label_coverage", content))
+    counts = read_results("label_coverage").get("counts", [])
+    left = beginnings()[len(counts) : args.prefixes]
+    groups = [left[first : first + GROUP] for first in range(0, len(left), GROUP)]
+    with ProcessPoolExecutor(args.parallel, get_context("spawn")) as pool:  # CUDA does not survive a fork
+        for found in pool.map(partial(count_in_process, args.concurrency), groups):
+            counts += found
+            result = covered(counts)
+            print(result, flush=True)
+            write_results("label_coverage", {"rollouts": ROLLOUTS, "label": LABEL, **result, "counts": counts})
 
 
 if __name__ == "__main__":

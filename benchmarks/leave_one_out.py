@@ -17,10 +17,9 @@ import json
 import os
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from random import Random
 
 import numpy as np
-from common import ROOT, auc, make_data, use_one_thread, write_results
+from common import ROOT, auc, make_reassigned, use_one_thread, write_results
 from scipy.stats import spearmanr
 
 from reweighting.data.chains import candidate_chains
@@ -43,10 +42,7 @@ class World:
         if number == SHIPPED:
             self.folder = ROOT / "data"
         else:
-            values = list(self.quality.values())
-            Random(number).shuffle(values)
-            self.quality = dict(zip(self.quality, values, strict=True))
-            make_data(self.folder, number, "--quality", *(f"{name}={value}" for name, value in self.quality.items()))
+            self.quality = make_reassigned(self.folder, number)
         self.states = work / "states"
         self.rows = json.loads((self.folder / "train.json").read_text())
         model = ProcessRewardModel.from_backbone(ROOT / "backbone", train="head", score_head="mlp")

@@ -1,6 +1,7 @@
 """Make data/rollouts: a demo in which nothing is simulated, and the questions of `make pipeline`.
 
-    python data/label_demo.py                                       # all of it again, half an hour of one core
+    python data/label_demo.py                                       # all of it again, two hours of one core
+    python data/label_demo.py --parallel 8 --concurrency 1024       # on a GPU, minutes
     python data/label_demo.py --output_dir /tmp/demo --scale 0.02   # a quick try
 
 The policy in `data/policy` answers questions about pictures, and `dreamprm label` labels its steps by rollouts. The
@@ -30,7 +31,8 @@ from make_demo import write_rows
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = [sys.executable, "reweighting/label.py"]
 RECIPE = "data/policy/label.yaml"  # how the policy is asked
-TRAIN_QUESTIONS, TRAIN_ROWS = 60, 1000  # of each domain
+TRAIN_QUESTIONS = 100  # of each domain
+ROLLOUTS = 16  # from each beginning of an answer
 HELD_OUT, META, TEST, UNANSWERED = 100, 250, 500, 40  # questions
 
 
@@ -78,12 +80,12 @@ def write_questions(part: Part, scale: float, folder: Path, file: Path, seed: in
     return file
 
 
-def label(part: Part, questions: Path, folder: Path, work: Path) -> list[dict]:
+def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: int) -> list[dict]:
     """Let the policy answer a part's questions, and label its steps: the canonical rows."""
     rows = work / f"{part.name}.jsonl"
     flags = {"recipe": RECIPE, "temperature": part.cause.temperature, "answers": part.answers,
-             "max_rows_per_domain": 0, "image_root": folder, "store": work / f"{part.name}.sqlite",
-             f"output_{part.output}": rows}  # fmt: skip
+             "rollouts": ROLLOUTS, "concurrency": concurrency, "max_rows_per_domain": 0, "image_root": folder,
+             "store": work / f"{part.name}.sqlite", f"output_{part.output}": rows}  # fmt: skip
     command = [*LABEL, str(questions), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
     subprocess.run(command, check=True, cwd=ROOT)
     return [json.loads(line) for line in rows.read_text().splitlines()]
@@ -94,19 +96,13 @@ def image_of(row: dict) -> str:
     return row["images"][0][row["images"][0].index("images/") :]
 
 
-def step_rows(rows: list[dict], limit: int) -> list[dict]:
-    """One row for each labelled step, of as many whole answers as fit into `limit` rows."""
-    made: list[dict] = []
-    for row in rows:
-        labelled = [step for step, times in enumerate(row["times"]) if times]
-        if len(made) + len(labelled) > limit:
-            break
-        for step in labelled:
-            score, times = row["score"][step], row["times"][step]
-            made.append({"id": row["id"], "input": row["question"], "add": "\n".join(row["steps"][: step + 1]),
-                         "ground_truth": row["ground_truth"], "image_path": image_of(row), "dataset": row["dataset"],
-                         "score": score, "times": times, "accuracy": score / times})  # fmt: skip
-    return made
+def step_rows(rows: list[dict]) -> list[dict]:
+    """One row for each labelled step."""
+    return [{"id": row["id"], "input": row["question"], "add": "\n".join(row["steps"][: step + 1]),
+             "ground_truth": row["ground_truth"], "image_path": image_of(row), "dataset": row["dataset"],
+             "score": score, "times": times, "accuracy": score / times}
+            for row in rows
+            for step, (score, times) in enumerate(zip(row["score"], row["times"], strict=True)) if times]  # fmt: skip
 
 
 def meta_rows(rows: list[dict]) -> list[dict]:
@@ -128,18 +124,19 @@ def test_rows(rows: list[dict]) -> list[dict]:
             for id, answers in questions.items()]  # fmt: skip
 
 
-def label_demo(folder: Path, work: Path, seed: int, scale: float, parallel: int) -> None:
+def label_demo(folder: Path, work: Path, seed: int, scale: float, parallel: int, concurrency: int) -> None:
     """Write the demo into `folder`, with this share of its questions."""
     work.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "images", ignore_errors=True)
     write_questions(Part("questions", UNANSWERED, "", 0), scale, folder, folder / "questions.jsonl", seed)
     files = {part: write_questions(part, scale, folder, work / f"{part.name}.questions.jsonl", seed) for part in PARTS}
     with ThreadPoolExecutor(parallel) as pool:
-        labelled = dict(zip(files, pool.map(lambda part: label(part, files[part], folder, work), files), strict=True))
+        found = pool.map(lambda part: label(part, files[part], folder, work, concurrency), files)
+        labelled = dict(zip(files, found, strict=True))
     rows = {part.name: found for part, found in labelled.items()}
     made = {
-        "train": [row for name in CAUSES for row in step_rows(rows[name], TRAIN_ROWS)],
-        "held_out": step_rows(rows["held_out"], TRAIN_ROWS),
+        "train": [row for name in CAUSES for row in step_rows(rows[name])],
+        "held_out": step_rows(rows["held_out"]),
         "meta": meta_rows(rows["meta"]),
         "test": test_rows(rows["test"]),
     }
@@ -156,10 +153,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the questions")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the questions")
     parser.add_argument("--parallel", type=int, default=1, help="label commands at a time")
+    parser.add_argument("--concurrency", type=int, default=128, help="texts at a time in each of them")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = args.output_dir.resolve()
-    label_demo(folder, (args.work or folder / "labels").resolve(), args.seed, args.scale, args.parallel)
+    label_demo(
+        folder, (args.work or folder / "labels").resolve(), args.seed, args.scale, args.parallel, args.concurrency
+    )
 
 
 if __name__ == "__main__":
