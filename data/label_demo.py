@@ -80,7 +80,7 @@ def write_questions(part: Part, scale: float, folder: Path, file: Path, seed: in
     return file
 
 
-def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: int) -> list[dict]:
+def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: int = 128) -> list[dict]:
     """Let the policy answer a part's questions, and label its steps: the canonical rows."""
     rows = work / f"{part.name}.jsonl"
     flags = {"recipe": RECIPE, "temperature": part.cause.temperature, "answers": part.answers,

@@ -73,7 +73,7 @@ def test_the_policy_writes_the_rows_again(tmp_path):
     """Up to rounding, which may turn a token on another machine."""
     part = next(part for part in label_demo.PARTS if part.name == "geometry")
     file = label_demo.write_questions(part, 0.02, tmp_path, tmp_path / "questions.jsonl", seed=1)
-    rows = label_demo.step_rows(label_demo.label(part, file, tmp_path, tmp_path), 1000)
+    rows = label_demo.step_rows(label_demo.label(part, file, tmp_path, tmp_path))
     shipped = [row for row in json.loads((DATA / "train.json").read_text()) if row["dataset"] == part.name]
     before = {row["image_path"]: (DATA / row["image_path"]).read_bytes() for row in rows}
     assert before == {path: (tmp_path / path).read_bytes() for path in before}
