@@ -86,7 +86,7 @@ def train(data: Path, output: Path, seed: int, *flags: str) -> float:
     if not done.exists():
         command = [sys.executable, str(ROOT / "reweighting" / "main.py"), "--train_json_file", str(data / "train.json")]
         command += ["--weights_path", str(output), "--seed", str(seed), "--precision", "fp32", *flags]
-        if "--baseline" not in flags and "--domain_weights" not in flags:
+        if not {"--baseline", "--domain_weights", "--meta_json_file"}.intersection(flags):
             command += ["--meta_json_file", str(data / "meta.json")]
         output.mkdir(parents=True, exist_ok=True)
         with open(output / "stderr.txt", "w+") as errors:
