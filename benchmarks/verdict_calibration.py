@@ -40,7 +40,7 @@ def share_of_verdicts(series: np.ndarray, windows_per_pass: float) -> tuple[floa
     """The share of domains with a verdict, and the standard deviation of the calm weights."""
     table, evidence = DomainWeights([str(i) for i in range(DOMAINS)]), SlopeEvidence(DOMAINS, windows_per_pass)
     for window in series:
-        evidence.add(torch.tensor(window), 1.0)
+        evidence.add(torch.tensor(window))
     CalmWeights(table, evidence, 3.0).step()
     found = np.mean([verdict != "cannot be told" for verdict in evidence.slopes().verdicts])
     return float(found), table().std().item()

@@ -105,7 +105,7 @@ def draw_slopes(evidence: dict[str, dict[str, Any]], path: Path) -> None:
     families, labels = choose_fonts([_shown(name) for name in names])
     axes.set_yticks(range(len(names)), labels, fontsize=TEXT, fontfamily=families)
     axes.tick_params(axis="y", length=0)
-    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="fall of the meta loss per unit of weight and learning rate")
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel="slope: above 0, more weight lowers the meta loss")
     axes.set_title("blue: helps, orange: hurts, grey: cannot be told", fontsize=TEXT, loc="left")
     _save(figure, path)
 

@@ -3,13 +3,12 @@
 AdamW moves alpha by full steps along every window's hypergradient, however noisy it is, and further with each window.
 The calm rule sets
 
-    alpha_k  =  range * B * m_k / q_k        B  =  max(0,  1 - 2 * sum_k e_k^2 / sum_k m_k^2)
+    alpha_k  =  range * B * m_k / q_k        B  =  max(0,  1 - sum_k e_k^2 / sum_k m_k^2)
 
 m_k is the mean slope of domain k over all windows so far, q_k the root of its mean square, and e_k the standard error
 of m_k (`evidence.py`). The quotient m_k / q_k lies between -1 and 1: it says how steadily the windows agree, does not
 grow with their number, and is free of units. B is 0 while the slopes of all domains together are no larger than chance
-makes them, and near 1 where they are much larger: James and Stein's shrinkage (1961) with twice its constant, so that
-chance seldom moves a weight at all.
+makes them, and near 1 where they are much larger: shrinkage in the manner of James and Stein (1961).
 
 The raw weight beta of a chain (`instance_weights.py`) is
 
@@ -30,8 +29,6 @@ from reweighting.bilevel.domain_weights import DomainWeights, LossWeights
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.instance_evidence import InstanceEvidence
 from reweighting.bilevel.instance_weights import InstanceWeights
-
-SHRINKAGE = 2.0
 
 
 class CalmWeights(Optimizer):
@@ -96,4 +93,4 @@ def trust(evidence: SlopeEvidence) -> float:
     noise, signal = slopes.standard_error.square().sum().item(), slopes.mean.square().sum().item()
     if not math.isfinite(noise) or signal == 0:
         return 0.0
-    return max(0.0, 1 - SHRINKAGE * noise / signal)
+    return max(0.0, 1 - noise / signal)

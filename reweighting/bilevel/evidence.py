@@ -1,9 +1,10 @@
 """How sure a run is of what each domain does to the meta loss.
 
 Every window gives the hypergradient dL_meta / dw [K]. The *slope* of a domain is what it says about that domain against
-the others: the fall of the meta loss for each unit of weight, less the mean over domains, divided by the sum of the
-window's learning rates. Divided, because the hypergradient is proportional to them: under a schedule, the windows would
-otherwise count by their learning rate, and neighbours would look correlated.
+the others: the fall of the meta loss for each unit of weight, less the mean over domains, divided by the root mean square
+over domains of this window. Divided, so that every window counts alike: hypergradients shrink with the learning rate, and
+grow as the model fits its rows more closely, tenfold within a run of the demo. The windows of such a time would outvote
+all others, though they tell no more.
 
 The mean over n windows has the standard error s / sqrt(n_eff), with s the standard deviation between windows, and
 
@@ -27,6 +28,7 @@ Verdict = Literal["helps", "hurts", "cannot be told"]
 
 CONFIDENCE = 0.95  # of each domain's interval, hence of each domain's verdict
 MIN_WINDOWS = 4  # below, a standard deviation means nothing
+ROUNDING = 1e-6  # of a hypergradient, relative to the largest: it is computed in float32
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,22 @@ class SlopeEvidence:
         # Of the slopes x_1 to x_n: the sums of x_i, x_i^2 and x_i x_(i-1), the first and the last.
         self.sums = {name: zeros.clone() for name in ("total", "squares", "lagged", "first", "last")}
 
-    def add(self, hypergradient: Tensor, learning_rate: float) -> Tensor:
-        """Count a window.
+    def add(self, hypergradient: Tensor) -> Tensor:
+        """Count a window, unless its domains differ by rounding only: then it tells nothing.
 
         Args:
             hypergradient: dL_meta / dw [K], finite.
-            learning_rate: The sum of its steps' learning rates; more than 0.
 
         Returns:
-            The window's slopes [K], float64 on the CPU.
+            The window's slopes [K], float64 on the CPU: of mean 0 and mean square 1, or all 0 if it is not counted.
         """
-        x = -hypergradient.detach().to("cpu", torch.float64) / learning_rate
+        x = -hypergradient.detach().to("cpu", torch.float64)
+        rounding = ROUNDING * x.abs().max()
         x -= x.mean()
+        scale = x.square().mean().sqrt()
+        if scale <= rounding:
+            return torch.zeros_like(x)
+        x /= scale
         sums = self.sums
         sums["total"] += x
         sums["squares"] += x.square()

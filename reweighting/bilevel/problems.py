@@ -182,11 +182,6 @@ class PRMFineTuning(BettyProblemAdapter):
         """Tell whether the upper level steps after this optimizer step (from 1), by Betty's rule."""
         return step % self.config.unroll_steps == 0 and step * self.gas > self.warmup_steps
 
-    def window_learning_rate(self) -> float:
-        """Return the sum of the learning rates of the newest `unroll_steps` optimizer steps."""
-        made = self._count // self.gas
-        return sum(self.learning_rate(step) for step in range(made - self.config.unroll_steps, made))
-
     def state_dict(self) -> dict:
         """Return the state of every problem, the rows seen and the window so far. Every process calls it."""
         window = {} if self.hypergradient is None else self.hypergradient.state()
@@ -290,10 +285,10 @@ class DomainReweighting(BettyProblemAdapter):
             micro_batch = MicroBatch(_chains(self.cur_batch), self.loss, finite)
             self.nonfinite = NonFinite.collect("upper", [micro_batch], self.named_gradients())
             self.zero_grad()
-        elif learning_rate := self.lower.window_learning_rate():
+        else:
             with torch.no_grad():
                 toward_domains = self.module.slopes_by_domain(toward_weights)  # [K]
-            self.window_slopes = self.evidence.add(toward_domains, learning_rate)
+            self.window_slopes = self.evidence.add(toward_domains)
             if self.instance_evidence is not None and self.hypergradient.times_met is not None:
                 self.instance_evidence.add(toward_weights, self.hypergradient.times_met)
             if self.label_correction is not None and label_slopes is not None:

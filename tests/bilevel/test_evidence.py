@@ -13,10 +13,10 @@ DOMAINS, WINDOWS = 10, 30
 
 
 def evidence_of(hypergradients: np.ndarray, windows_per_pass: float = math.inf) -> SlopeEvidence:
-    """The evidence of a series [n, K], with learning rates that sum to 1."""
+    """The evidence of a series [n, K]."""
     evidence = SlopeEvidence(hypergradients.shape[1], windows_per_pass)
     for one in hypergradients:
-        evidence.add(torch.tensor(one), 1.0)
+        evidence.add(torch.tensor(one))
     return evidence
 
 
@@ -28,14 +28,14 @@ def false_verdicts(series: list[np.ndarray], windows_per_pass: float = math.inf)
 
 def test_running_statistics_equal_plain_ones():
     rng = np.random.default_rng(0)
-    learning_rates = rng.uniform(1, 3, WINDOWS)
+    scales = rng.uniform(1, 30, WINDOWS)  # of the windows, which all count alike
     noise = rng.normal(size=(WINDOWS + 1, DOMAINS))
-    made = (noise[1:] + 0.6 * noise[:-1] + rng.normal(size=DOMAINS)) * learning_rates[:, None]
+    made = (noise[1:] + 0.6 * noise[:-1] + rng.normal(size=DOMAINS)) * scales[:, None]
     evidence = SlopeEvidence(DOMAINS, 9.0)
-    for one, learning_rate in zip(made, learning_rates, strict=True):
-        evidence.add(torch.tensor(one, dtype=torch.float32), learning_rate)
-    x = -made / learning_rates[:, None]
-    x -= x.mean(1, keepdims=True)
+    for one in made:
+        evidence.add(torch.tensor(one, dtype=torch.float32))
+    x = made.mean(1, keepdims=True) - made
+    x /= np.sqrt((x**2).mean(1, keepdims=True))
     d = x - x.mean(0)
     rho = (d[1:] * d[:-1]).sum() / (d**2).sum()
     rho += (1 + 4 * rho) / WINDOWS
@@ -101,7 +101,7 @@ def test_a_restored_evidence_goes_on_bit_for_bit():
     restored = SlopeEvidence(DOMAINS, math.inf)
     restored.load_state_dict(part.state_dict())
     for one in made[5:]:
-        restored.add(torch.tensor(one), 1.0)
+        restored.add(torch.tensor(one))
     assert restored.count == whole.count == 9
     for name, value in whole.sums.items():
         assert torch.equal(value, restored.sums[name])
