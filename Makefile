@@ -1,20 +1,24 @@
-# make train     the main job on the demo data     make test     style, types and every test
+# make train     the main job on the demo data     make test     style, types and the tests
+# make test-all  the slow tests too                make coverage which lines the tests run
 # make demo      the demo data, byte for byte      make figs     the README's pictures
 # make pipeline  from questions to labels, a PRM and chosen answers (10 minutes)
 # make evidence  does it pay (2 hours)             make bench    how fast is it (half an hour)
 # make docs      the documentation as a site       make lint     style, as in `make test`
-# make coverage  which lines the tests run         make types    the type checker, as in `make test`
+#                                                  make types    the type checker, as in `make test`
 
 PYTHON ?= python3
 BIN = .venv/bin
 BETTY = betty-ml==0.2.1
 
-.PHONY: train test lint types coverage demo pipeline figs evidence bench docs
+.PHONY: train test test-all lint types coverage demo pipeline figs evidence bench docs
 
 train: .venv/ready
 	$(BIN)/python reweighting/main.py --train_json_file data/train.json --meta_json_file data/meta.json --weights_path weights
 
 test: lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-all: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/ready

@@ -93,9 +93,14 @@ def _in_child(args: list[str], preexec_fn, cwd, env: dict | None, streams: list[
     return code
 
 
+def heed_interrupts() -> None:
+    """End at SIGINT, as from a terminal, also where whoever runs the tests ignores it: a `preexec_fn`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt(number: int, reached: Callable[[], bool], script: str, *arguments: str) -> tuple[int, str]:
     """Start a script and send it a signal once `reached` says so; its exit code, and what it printed as errors."""
-    process = Command(script, *arguments, stderr=PIPE)
+    process = Command(script, *arguments, stderr=PIPE, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 120
     while not reached() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -197,7 +197,10 @@ def run(demo):
     return lambda output, *more: flags(demo, output, "--reward_model", str(tiny_backbone()), *net, *more)
 
 
-@pytest.mark.parametrize("more", [("instance",), ("both", "--precision", "bf16", "--warmup_iterations", "4")])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param(("instance",), marks=pytest.mark.slow), ("both", "--precision", "bf16", "--warmup_iterations", "4")],
+)
 def test_a_run_learns_saves_and_resumes(run, demo, tmp_path, monkeypatch, more):
     """Cut inside a window: what it has noted of chains is in the checkpoint."""
     more = ("--weights_for", *more)

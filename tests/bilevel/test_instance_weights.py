@@ -223,7 +223,7 @@ def saved(folder) -> dict[str, list]:
     return pyarrow.parquet.read_table(folder / "instance_weights.parquet").to_pydict()
 
 
-@pytest.mark.parametrize("what", ["instance", "both"])
+@pytest.mark.parametrize("what", [pytest.param("instance", marks=pytest.mark.slow), "both"])
 def test_a_run_learns_saves_and_resumes(run, tmp_path, monkeypatch, what, capsys):
     main(run(tmp_path / "whole", "--weights_for", what))
     assert "hypergradient: jvp: it finds a slope for each chain" in capsys.readouterr().out

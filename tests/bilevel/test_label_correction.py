@@ -170,9 +170,12 @@ def saved(folder) -> list[dict]:
 @pytest.mark.parametrize(
     "more",
     [
-        ("--weights_for", "domain", "--correct_labels", "interval"),
+        pytest.param(("--weights_for", "domain", "--correct_labels", "interval"), marks=pytest.mark.slow),
         ("--weights_for", "both", "--correct_labels", "interval", "--meta_optimizer", "calm", "--lower_loss", "bce"),
-        ("--weights_for", "instance", "--correct_labels", "published", "--label_lr", "0.1", "--optimizer", "sgd"),
+        pytest.param(
+            ("--weights_for", "instance", "--correct_labels", "published", "--label_lr", "0.1", "--optimizer", "sgd"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["interval", "calm", "published"],
 )

@@ -65,7 +65,7 @@ def root_cause(printed: str) -> str:
     return printed.partition("Root Cause (first observed failure)")[2]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_others_with_one_error(tiny, tmp_path, rank):
     run = tiny(tmp_path / "run", "--iteration_num", "2000")
     printed, seconds = launch("torchrun", MAIN, run, lambda pids: os.kill(pids[rank], signal.SIGKILL))
@@ -75,6 +75,7 @@ def test_a_killed_process_ends_the_others_with_one_error(tiny, tmp_path, rank):
     assert f"rank      : {rank}" in root_cause(printed) and "Signal 9 (SIGKILL) received by PID" in root_cause(printed)
 
 
+@pytest.mark.slow
 def test_a_frozen_process_ends_all_after_the_timeout(tiny, tmp_path):
     run = tiny(tmp_path / "run", "--iteration_num", "2000", "--distributed_timeout", "0.25")
     printed, seconds = launch("torchrun", MAIN, run, lambda pids: os.kill(pids[1], signal.SIGSTOP))
@@ -84,6 +85,7 @@ def test_a_frozen_process_ends_all_after_the_timeout(tiny, tmp_path):
     assert message in root_cause(printed)
 
 
+@pytest.mark.slow
 def test_a_refusal_of_one_process_is_printed_and_recorded(tiny, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(REFUSED.format(root=str(ROOT)))
@@ -92,6 +94,7 @@ def test_a_refusal_of_one_process_is_printed_and_recorded(tiny, tmp_path):
     assert "CommandError: train.json: row 3: out of luck" in root_cause(printed)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_and_ends_all(tiny, one, tmp_path):
     """Under `accelerate launch`; one process then resumes."""
     run = tiny(tmp_path / "run", "--resume")

