@@ -29,7 +29,7 @@ from reweighting.training.saved_state import check_history, check_state
 
 STATE_FILE, HISTORY_FILE, MANIFEST_FILE, MODEL_FOLDER = "state.pt", "history.jsonl", "manifest.json", "prm"
 MAX_NAME = 256  # characters
-FORMAT_VERSION = 3  # 1: settings under the flags' earlier names; 2: no evidence of the weights
+FORMAT_VERSION = 4  # 1: settings under earlier names; 2: no evidence of the weights; 3: slopes in other units
 # What the system says where a file is not there or is no file. Anything else, such as a lack of permission, says
 # nothing about the file.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENAMETOOLONG)
