@@ -3,10 +3,10 @@
 Every window gives the hypergradient dL_meta / dw [K]. The *slope* of a domain is what it says about that domain against
 the others: the fall of the meta loss for each unit of weight, less the mean over domains, divided by the root mean square
 over domains of this window. Divided, so that every window counts alike: hypergradients shrink with the learning rate, and
-grow as the model fits its rows more closely, tenfold within a run of the demo. The windows of such a time would outvote
-all others, though they tell no more.
+grow tenfold within a run of the demo, as the model fits its rows more closely.
 
-The mean over n windows has the standard error s / sqrt(n_eff), with s the standard deviation between windows, and
+The mean over n windows has the standard error s / sqrt(n_eff), with s the standard deviation between windows, as if two
+more had contradicted each other (of two domains, few windows often agree exactly by chance), and
 
     n_eff  =  min( n (1 - rho) / (1 + rho),  W - 1 )
 
@@ -28,6 +28,7 @@ Verdict = Literal["helps", "hurts", "cannot be told"]
 
 CONFIDENCE = 0.95  # of each domain's interval, hence of each domain's verdict
 MIN_WINDOWS = 4  # below, a standard deviation means nothing
+DOUBT = 2  # windows that are taken to contradict each other
 ROUNDING = 1e-6  # of a hypergradient, relative to the largest: it is computed in float32
 
 
@@ -155,7 +156,8 @@ class SlopeEvidence:
         unknown = torch.full_like(self.mean, torch.inf)
         if n < MIN_WINDOWS or effective <= 0 or freedom <= 0:
             return Slopes(self.mean, unknown, unknown)
-        variance = (self.mean_square - self.mean.square()).clamp(min=0) * n / (n - 1)
+        doubt = DOUBT * self.mean_square  # the squares of windows that contradict each other
+        variance = ((self.mean_square - self.mean.square()).clamp(min=0) * n + doubt) / (n - 1)
         standard_error = (variance / effective).sqrt()
         return Slopes(self.mean, standard_error, standard_error * float(stdtrit(freedom, (1 + CONFIDENCE) / 2)))
 

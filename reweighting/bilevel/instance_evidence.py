@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reweighting.bilevel.evidence import ROUNDING
+
 CHANCE = 2.0  # standard errors of the variance ratio
 
 
@@ -60,7 +62,7 @@ class InstanceEvidence:
         x, groups = -hypergradient[met], self.group_of[met]
         x -= (torch.zeros(len(sizes), dtype=x.dtype).index_add_(0, groups, x) / sizes)[groups]
         scale = x.square().mean().sqrt()
-        if not scale > 0:
+        if scale <= ROUNDING * hypergradient.abs().max():
             return
         x /= scale
         self.count[met] += 1

@@ -62,8 +62,10 @@ def summarize_evidence(upper: DomainReweighting, domains: list[str]) -> dict[str
     table = evidence.slopes().by_domain(domains)
     if isinstance(upper.optimizer, CalmWeights):
         intervals = upper.optimizer.weight_intervals()
+        lowest, highest = upper.weight_bounds
         for number, domain in enumerate(domains):
-            table[domain]["weight_interval"] = None if intervals is None else intervals[number]
+            interval = None if intervals is None else [min(max(end, lowest), highest) for end in intervals[number]]
+            table[domain]["weight_interval"] = interval
     return {
         "confidence": CONFIDENCE,
         "windows": evidence.count,

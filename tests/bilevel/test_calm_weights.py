@@ -112,6 +112,8 @@ def test_a_run_keeps_to_its_bounds(run, tmp_path):
     main(run(tmp_path, "--min_weight", "0.8", "--max_weight", "1.3"))
     values = weights(tmp_path).values()
     assert min(values) == pytest.approx(0.8, abs=1e-5) and max(values) <= 1.3 + 1e-5
+    saved = json.loads((tmp_path / "domain_weights.json").read_text())["evidence"]["domains"].values()
+    assert all(0.8 <= low <= high <= 1.3 for low, high in (one["weight_interval"] for one in saved))
 
 
 def test_one_meta_answer_repeated_moves_nothing(run, demo, tmp_path, capsys):

@@ -42,7 +42,8 @@ def test_running_statistics_equal_plain_ones():
     assert 0.2 < rho < 0.7 and evidence.correlation() == pytest.approx(rho, abs=1e-5)
     independent = WINDOWS * (1 - rho) / (1 + rho)
     assert evidence.effective_windows() == pytest.approx(min(independent, 8.0), abs=1e-4)
-    slopes, error = evidence.slopes(), x.std(0, ddof=1) / math.sqrt(min(independent, 8.0))
+    variance = x.var(0, ddof=1) + 2 * (x**2).mean(0) / (WINDOWS - 1)
+    slopes, error = evidence.slopes(), np.sqrt(variance / min(independent, 8.0))
     np.testing.assert_allclose(slopes.mean, x.mean(0), atol=1e-6)
     np.testing.assert_allclose(slopes.standard_error, error, rtol=1e-5)
     np.testing.assert_allclose(slopes.half_width, error * student.ppf(0.975, independent - 1), rtol=1e-5)
@@ -74,6 +75,14 @@ def test_more_passes_over_the_meta_set_are_no_new_evidence():
         series.append(answers[order].reshape(passes * batches, batch, DOMAINS).mean(1))
     assert false_verdicts(series) > 0.3  # as if each window were a new sample
     assert 0.02 <= false_verdicts(series, batches) <= 0.075
+
+
+@pytest.mark.parametrize("domains", [2, 3, 4])
+@pytest.mark.parametrize("windows", [4, 6, 30])
+def test_few_domains_agree_by_chance_no_more_often(domains, windows):
+    """Of two domains, a window tells a sign only: four windows all agree in one series of eight."""
+    rng = np.random.default_rng(6)
+    assert false_verdicts([rng.normal(size=(windows, domains)) for _ in range(200)]) <= 0.075
 
 
 def test_effects_are_found_with_their_sign():
