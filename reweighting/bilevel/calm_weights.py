@@ -7,8 +7,8 @@ The calm rule sets
 
 m_k is the mean slope of domain k over all windows so far, q_k the root of its mean square, and e_k the standard error
 of m_k (`evidence.py`). The quotient m_k / q_k lies between -1 and 1: it says how steadily the windows agree, does not
-grow with their number, and is free of units. B is 0 where the mean slopes of all domains together are no larger than their
-standard errors, and near 1 where they are much larger: shrinkage in the manner of James and Stein (1961).
+grow with their number, and is free of units. B is 0 where the mean slopes of all domains together are no larger than
+their standard errors, and near 1 where they are much larger: shrinkage in the manner of James and Stein (1961).
 
 The raw weight beta of a chain (`instance_weights.py`) is
 

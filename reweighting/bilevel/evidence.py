@@ -1,9 +1,9 @@
 """How sure a run is of what each domain does to the meta loss.
 
 Every window gives the hypergradient dL_meta / dw [K]. The *slope* of a domain is what it says about that domain against
-the others: the fall of the meta loss for each unit of weight, less the mean over domains, divided by the root mean square
-over domains of this window. Divided, so that every window counts alike: hypergradients shrink with the learning rate, and
-grow tenfold within a run of the demo, as the model fits its rows more closely.
+the others: the fall of the meta loss for each unit of weight, less the mean over domains, divided by the root mean
+square over domains of this window. Divided, so that every window counts alike: hypergradients shrink with the learning
+rate, and grow tenfold within a run of the demo, as the model fits its rows more closely.
 
 The mean over n windows has the standard error s / sqrt(n_eff), with s the standard deviation between windows, as if two
 more had contradicted each other (of two domains, few windows often agree exactly by chance), and
