@@ -35,19 +35,19 @@ def read_recipe(path: Path, groups: Sequence[Any]) -> dict[str, Any]:
     """
     settings = _parse(path)
     if not isinstance(settings, dict):
-        raise UserError(f"--config {path}: expected names and values, one flag each")
+        raise UserError(f"--recipe {path}: expected names and values, one flag each")
     types = {field.name: field.type for group in groups for field in fields(group)}
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = ALIASES.get(key, key)
         if name in values:
-            raise UserError(f"--config {path}: {' and '.join(sorted({key, name}))} are the same flag")
+            raise UserError(f"--recipe {path}: {' and '.join(sorted({key, name}))} are the same flag")
         if name not in types:
-            raise UserError(f"--config {path}: {printable(str(name)[:60], one_line=True)}: there is no such flag")
+            raise UserError(f"--recipe {path}: {printable(str(name)[:60], one_line=True)}: there is no such flag")
         try:
             values[name] = json.dumps(value) if name in AS_JSON else _as_type(value, types[name])
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"--config {path}: {name}: found {value!r:.60}: {error!s:.100}") from error
+            raise UserError(f"--recipe {path}: {name}: found {value!r:.60}: {error!s:.100}") from error
     return values
 
 
@@ -57,16 +57,16 @@ def _parse(path: Path) -> Any:
         with open(regular_file(path), "rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise UserError(f"--config {path}: is larger than {MAX_BYTES} bytes, which no file of flags is")
+            raise UserError(f"--recipe {path}: is larger than {MAX_BYTES} bytes, which no file of flags is")
         text = content.decode()
         return json.loads(text) if path.suffix == ".json" else yaml.load(text, _FlatLoader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
-        raise UserError(f"--config {path}: cannot be read: {str(error.problem)[:100]}{line}") from error
+        raise UserError(f"--recipe {path}: cannot be read: {str(error.problem)[:100]}{line}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
         words = reason or (str(error).splitlines() or ["empty"])[0]
-        raise UserError(f"--config {path}: cannot be read: {words[:100]}") from error
+        raise UserError(f"--recipe {path}: cannot be read: {words[:100]}") from error
 
 
 class _FlatLoader(yaml.SafeLoader):

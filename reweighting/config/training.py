@@ -39,7 +39,7 @@ class DataConfig:
     train_json_file: list[str] | None = flag(default=None, help=f"answers with step labels: {FILES}")
     mixture: str | None = flag(
         default=None,
-        help="more of them: a JSON list of objects with path, and domain, format or max_rows; in a config file, a list",
+        help="more of them: a JSON list of objects with path, and domain, format or max_rows; in a recipe, a list",
     )
     meta_json_file: list[str] | None = flag(
         default=None, help="whole answers, correct and incorrect ones; needed to learn the weights"
@@ -189,7 +189,7 @@ class UpperConfig:
     meta_optimizer: Literal["adamw", "calm"] = flag(
         default="adamw",
         help="how the raw weights follow the hypergradients: adamw adds a step each window; calm sets them by how "
-        "steadily all windows agree, and leaves them equal while that may be chance",
+        "steadily all windows agree, and draws them to equal ones where that may be chance",
     )
     meta_lr: float = flag(default=0.2, help="learning rate of the raw weights (AdamW)")
     meta_weight_decay: float = flag(default=0.0, help="pull towards equal weights (decoupled)")
@@ -247,7 +247,7 @@ class RunConfig:
 class TrainingConfig(CommandConfig):
     """All settings of a training run, by group."""
 
-    summary: ClassVar[str] = "Learn domain weights and a process reward model from two JSON files."
+    summary: ClassVar[str] = "Learn domain weights and a process reward model from step-labelled rows and a meta set."
 
     data: DataConfig
     reading: ReadingConfig
