@@ -69,10 +69,15 @@ class InstanceEvidence:
         self.total[met] += x
         self.squares += x.square().sum()
 
+    @property
+    def mean(self) -> Tensor:
+        """The mean slope of each chain, [C]; 0 for those never compared."""
+        return self.total / self.count.clamp(min=1)
+
     def true_slopes(self) -> Tensor:
         """Return the best guess of each chain's true slope in units of tau, [C]; 0 for those never compared."""
         seen = self.count > 0
-        count, mean = self.count[seen], self.total[seen] / self.count[seen]
+        count, mean = self.count[seen], self.mean[seen]
         chains, windows = len(count), count.sum().item()
         guesses = torch.zeros_like(self.total)
         if chains < 2 or windows - chains < 2:

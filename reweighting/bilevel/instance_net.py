@@ -16,13 +16,14 @@ hypergradient here leaves out. Published is a network of the same width that rea
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from reweighting.bilevel.instance_weights import NormalizedChainWeights
+from reweighting.bilevel.label_correction import training_ids
 from reweighting.data.chains import Chain
 from reweighting.devices import autocast
 from reweighting.distributed import collectives
@@ -47,7 +48,7 @@ def known_features(chains: Sequence[Chain]) -> Tensor:
     for chain in chains:
         entropies = [_entropy(target) for target in chain.targets if not math.isnan(target)]
         length = sum(map(len, chain.steps))
-        rows.append((sum(entropies) / max(1, len(entropies)), math.log(len(chain.steps)), math.log(1 + length)))
+        rows.append((sum(entropies) / len(entropies), math.log(len(chain.steps)), math.log(1 + length)))
     features = torch.tensor(rows, dtype=torch.float64)  # [C, 3]
     features -= features.mean(0)
     deviation = features.square().mean(0).sqrt()
@@ -130,7 +131,7 @@ class InstanceNet(NormalizedChainWeights):
     @torch.no_grad()
     def of_chains(self, batch: Batch, errors: Tensor) -> Tensor:
         """Note the losses of the chains that the window has not met before, and return the weights of all of them."""
-        chain_ids = cast(Tensor, batch.chain_ids)  # a training batch has them
+        chain_ids = training_ids(batch)
         self._note(chain_ids, loss_features(errors, batch.target_mask))
         if self._held_means is None:
             self._held_means = self.means()

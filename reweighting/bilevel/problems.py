@@ -225,7 +225,7 @@ class DomainReweighting(BettyProblemAdapter):
 
     Attributes:
         lower: The lower level, which Betty makes an attribute.
-        window_slopes: Of the newest window [K], see `evidence.py`; None if its update was left out.
+        window_slopes: Of the newest window [K], see `evidence.py`, 0 if it tells nothing; None if it was not finite.
     """
 
     module: LossWeights
@@ -316,7 +316,7 @@ class DomainReweighting(BettyProblemAdapter):
             ValueError: It does not fit what is trained now.
         """
         super().load_state_dict(state_dict)
-        self.module.load_observations(state_dict.get("observations", {}))
+        self.module.load_observations(state_dict["observations"])
         self.evidence.load_state_dict(state_dict["evidence"])
         if self.instance_evidence is not None:
             self.instance_evidence.load_state_dict(state_dict["instances"])

@@ -80,7 +80,7 @@ def write_instance_weights(folder: Path, data: RunData, weights: torch.Tensor, e
     import pyarrow  # half a second that other runs need not wait for
     import pyarrow.parquet
 
-    mean = (evidence.total / evidence.count).nan_to_num(nan=0.0)
+    mean = evidence.mean
     table = pyarrow.table(
         {
             "chain": [chain_digest(chain, data.domains) for chain in data.train],

@@ -73,7 +73,7 @@ def save_corrected_labels(folder: Path, data: RunData, correction: LabelCorrecti
     ]
     places = [place for place, target in enumerate(t for c in data.train for t in c.targets) if not math.isnan(target)]
     start, labels, low, high = (x[places] for x in (table.start, table.labels, table.low, table.high))
-    slopes = (evidence.total / evidence.count).nan_to_num(nan=0.0)
+    slopes = evidence.mean
     digests = {id(chain): chain_digest(chain, data.domains) for chain in data.train}
     columns = {
         "chain": [digests[id(chain)] for chain, *_ in steps],

@@ -116,10 +116,10 @@ class Hypergradient(Protocol):
 
         Args:
             v: dL_meta / dphi_N [P], of all processes; may be overwritten.
-            weights: The domain weights [K] that held in the window.
+            weights: The weights that held in the window: of the domains [K], or of the chains [C].
 
         Returns:
-            dL_meta / dw [K], the same in every process.
+            dL_meta / dw, as long as `weights`, the same in every process.
         """
 
     @abstractmethod
