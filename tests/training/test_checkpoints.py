@@ -18,6 +18,7 @@ from reweighting.config.training import TrainingConfig
 from reweighting.errors import UserError
 from reweighting.main import build_engine, main
 from reweighting.training.checkpoints import (
+    FORMAT_VERSION,
     best_checkpoint,
     checkpoint_name,
     checkpoints,
@@ -190,7 +191,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_left_alone(run, newest):
     change("settings", "base_4bit", value=False)(newest)
     content = json.loads((newest / "manifest.json").read_text())
     del content["format_version"]
-    for version in ({}, {"format_version": 2}, {"format_version": 4}):
+    for version in ({}, {"format_version": FORMAT_VERSION - 1}, {"format_version": FORMAT_VERSION + 1}):
         (newest / "manifest.json").write_text(json.dumps(content | version))
         before = sorted(folder.rglob("*"))
         for how in (("--resume",), ("--resume_from", str(newest)), ("--resume_from", str(folder))):
@@ -286,7 +287,7 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4), (5, None)):
         checkpoint_dir = tmp_path / checkpoint_name(step)
         checkpoint_dir.mkdir()
-        content = {"format_version": 3, "step": step, "files": files}
+        content = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         content |= {} if score is None else {"score": score, "score_name": "a"}
         (checkpoint_dir / "manifest.json").write_text(json.dumps(content))
     (tmp_path / "step-mine").mkdir()
