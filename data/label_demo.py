@@ -33,6 +33,7 @@ LABEL = [sys.executable, "reweighting/label.py"]
 RECIPE = "data/policy/label.yaml"  # how the policy is asked
 TRAIN_QUESTIONS = 100  # of each domain
 ROLLOUTS = 16  # from each beginning of an answer
+CONCURRENCY = 128  # texts that are written at a time
 HELD_OUT, META, TEST, UNANSWERED = 100, 250, 500, 40  # questions
 
 
@@ -80,7 +81,7 @@ def write_questions(part: Part, scale: float, folder: Path, file: Path, seed: in
     return file
 
 
-def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: int = 128) -> list[dict]:
+def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: int = CONCURRENCY) -> list[dict]:
     """Let the policy answer a part's questions, and label its steps: the canonical rows."""
     rows = work / f"{part.name}.jsonl"
     flags = {"recipe": RECIPE, "temperature": part.cause.temperature, "answers": part.answers,
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the questions")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the questions")
     parser.add_argument("--parallel", type=int, default=1, help="label commands at a time")
-    parser.add_argument("--concurrency", type=int, default=128, help="texts at a time in each of them")
+    parser.add_argument("--concurrency", type=int, default=CONCURRENCY, help="texts at a time in each of them")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = args.output_dir.resolve()

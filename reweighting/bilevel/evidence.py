@@ -76,6 +76,23 @@ class Slopes:
         return table
 
 
+def divide_by_scale_(slopes: Tensor, largest: Tensor) -> bool:
+    """Divide the slopes of a window, in place, by their root mean square, so that every window counts alike.
+
+    Args:
+        slopes: Less the mean that they are compared with.
+        largest: The largest slope before that, a scalar.
+
+    Returns:
+        Whether they tell anything; slopes that differ by rounding only are left as they are.
+    """
+    scale = slopes.square().mean().sqrt()
+    if scale <= ROUNDING * largest:
+        return False
+    slopes /= scale
+    return True
+
+
 class SlopeEvidence:
     """Running statistics of the windows' slopes.
 
@@ -102,12 +119,10 @@ class SlopeEvidence:
             The window's slopes [K], float64 on the CPU: of mean 0 and mean square 1, or all 0 if it is not counted.
         """
         x = -hypergradient.detach().to("cpu", torch.float64)
-        rounding = ROUNDING * x.abs().max()
+        largest = x.abs().max()
         x -= x.mean()
-        scale = x.square().mean().sqrt()
-        if scale <= rounding:
+        if not divide_by_scale_(x, largest):
             return torch.zeros_like(x)
-        x /= scale
         sums = self.sums
         sums["total"] += x
         sums["squares"] += x.square()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reweighting.bilevel.evidence import ROUNDING
+from reweighting.bilevel.evidence import divide_by_scale_
 
 CHANCE = 2.0  # standard errors of the variance ratio
 
@@ -61,10 +61,8 @@ class InstanceEvidence:
             return
         x, groups = -hypergradient[met], self.group_of[met]
         x -= (torch.zeros(len(sizes), dtype=x.dtype).index_add_(0, groups, x) / sizes)[groups]
-        scale = x.square().mean().sqrt()
-        if scale <= ROUNDING * hypergradient.abs().max():
+        if not divide_by_scale_(x, hypergradient.abs().max()):
             return
-        x /= scale
         self.count[met] += 1
         self.total[met] += x
         self.squares += x.square().sum()
