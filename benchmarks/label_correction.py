@@ -25,11 +25,11 @@ from demo_world.solutions import Policy  # noqa: E402
 
 TIMES, WORLD = 4, 31
 SAME = ("--train", "head", "--lr", "1e-3", "--min_weight", "1", "--max_weight", "1")
-CALM = ("--meta_optimizer", "calm")
+ADAMW = ("--meta_optimizer", "adamw")
 RULES = {
-    "interval": ("--correct_labels", "interval"),
-    "interval, calm": ("--correct_labels", "interval", *CALM),
-    "published": ("--correct_labels", "published"),
+    "interval": ("--correct_labels", "interval", *ADAMW),
+    "interval, calm": ("--correct_labels", "interval"),
+    "published": ("--correct_labels", "published", *ADAMW),
 }
 
 

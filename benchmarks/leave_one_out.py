@@ -87,8 +87,7 @@ class World:
     def one_seed(self, seed: int) -> dict:
         """All runs of a seed."""
         domains = sorted(self.quality)
-        learned = self.run("learned", seed, domains, "--meta_json_file", str(self.folder / "meta.json"),
-                           "--meta_optimizer", "calm")  # fmt: skip
+        learned = self.run("learned", seed, domains, "--meta_json_file", str(self.folder / "meta.json"))
         full = self.run("all", seed, domains, "--baseline")
         without = {
             name: self.run(f"without-{name}", seed, [one for one in domains if one != name], "--baseline")

@@ -1,4 +1,4 @@
-"""Thirty domains, from 2 to 200 answers each, with meta sets of 50, 200 and 500: does the calm rule find anything?
+"""Thirty domains, from 2 to 200 answers each, with meta sets of 50, 200 and 500: do the weights find anything?
 
     python benchmarks/many_domains.py --work /tmp/many_domains        # resumable: finished runs are not repeated
 
@@ -18,7 +18,7 @@ from common import agreement, learned_weights, make_reassigned, use_one_thread, 
 from demo_runs import evaluate, summary
 
 WORLDS, STEPS, SMALLEST, LARGEST = (21, 22, 23), 5, 2, 200
-RULES = {"equal": ("--baseline",), **{f"calm, {n} meta answers": ("--meta_optimizer", "calm") for n in (50, 200, 500)}}
+RULES = {"equal": ("--baseline",), **{f"learned, {n} meta answers": () for n in (50, 200, 500)}}
 
 
 def read(world: Path, name: str) -> list[dict]:

@@ -208,7 +208,7 @@ def methods(study: Study, rows: list[Row], seed: int, damaged: Sequence[str] = (
     chance = share_of_each_domain(rows, QUARTER, lambda row: rng.random())
     return {
         "equal": run(study, f"{control}equal", seed, rows, "--baseline"),
-        "adamw": run(study, f"{control}adamw", seed, rows),
+        "adamw": run(study, f"{control}adamw", seed, rows, "--meta_optimizer", "adamw"),
         "calm": run(study, f"{control}calm", seed, rows, "--meta_optimizer", "calm"),
         "best half": run(study, f"{control}half", seed, half, "--baseline") | {"alone": alone, "chosen": best},
         "BIS quarter": run(study, f"{control}bis", seed, informative, "--baseline"),

@@ -23,8 +23,8 @@ from reweighting.inference.step_metrics import score_chains
 
 DATA = ROOT / "data" / "rollouts"
 CORRECT_ABOVE = 0.5
-METHODS = {"equal weights": ("--baseline",), "learned weights": (), "learned, calm": ("--meta_optimizer", "calm")}
-MEASURES = ("best_of_8", "best_of_4", "majority_of_8", "pass@1", "pass@8", "processor_seconds")
+METHODS = {"equal weights": ("--baseline",), "learned weights": (), "learned by AdamW": ("--meta_optimizer", "adamw")}
+MEASURES = ("best_of_8", "best_of_4", "majority_of_8", "pass@1", "pass@8")
 
 
 def worth(work: Path, domain: str) -> float:
@@ -41,7 +41,7 @@ def worth(work: Path, domain: str) -> float:
 
 def one(work: Path, method: str, seed: int, quality: dict[str, float]) -> dict:
     """A run: its measures on the test questions, and its weights."""
-    output = work / f"{method.replace(', ', '_').replace(' ', '_')}-{seed}"
+    output = work / f"{method.replace(' ', '_')}-{seed}"
     scores = evaluate(DATA, output, seed, *METHODS[method])
     result = {name: scores[name] for name in MEASURES} | {f"auc_{n}": value for n, value in scores["auc"].items()}
     if method != "equal weights":
@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("/tmp/rollout_demo"), help="runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
     use_one_thread()
     causes = json.loads((DATA / "quality.json").read_text())

@@ -46,7 +46,7 @@ class Course:
 
 
 def ours(seed: int) -> Course:
-    """The command with its defaults."""
+    """The command with its defaults, but the rule of stock Betty's course: AdamW."""
     from reweighting.config.training import TrainingConfig
     from reweighting.main import build_engine
     from reweighting.training.resume import run_settings
@@ -54,7 +54,8 @@ def ours(seed: int) -> Course:
 
     with TemporaryDirectory() as folder:
         config = TrainingConfig.parse(["--train_json_file", str(DATA / "train.json"), "--meta_json_file",
-                                str(DATA / "meta.json"), "--weights_path", folder, "--seed", str(seed)])  # fmt: skip
+                                str(DATA / "meta.json"), "--weights_path", folder, "--seed", str(seed),
+                                "--meta_optimizer", "adamw"])  # fmt: skip
         engine = build_engine(config, run_settings(config), read_run_data(config), Path(folder))
         engine.save = lambda **_: None
         course = Course(engine, engine.domains)

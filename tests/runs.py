@@ -9,12 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def flags(demo: Path, output: Path, *more: str) -> list[str]:
-    """A run of 10 steps, two windows, with small batches; flags in `more` win."""
+    """A run of 10 steps, two windows, with small batches; flags in `more` win. By AdamW, two windows move weights."""
     files = ["--train_json_file", str(demo / "train.json"), "--meta_json_file", str(demo / "meta.json")]
-    sizes = ["--iteration_num", "10", "--batch_size", "2", "--unroll_steps", "5", "--meta_batch_size", "4"]
+    sizes = ["--iteration_num", "10", "--batch_size", "2", "--unroll_steps", "5"]
+    upper = ["--meta_batch_size", "4", "--meta_optimizer", "adamw"]
     if {"--baseline", "--domain_weights", "--instance_weights"} & set(more):  # no upper level
-        files, sizes = files[:2], sizes[:6]
-    return [*files, "--weights_path", str(output), *sizes, "--save_every_iterations", "5", *more]
+        files, upper = files[:2], []
+    return [*files, "--weights_path", str(output), *sizes, *upper, "--save_every_iterations", "5", *more]
 
 
 def history(folder: Path) -> list[dict]:

@@ -172,7 +172,7 @@ def test_the_published_recipe_holds_what_its_page_says(tmp_path):
     )
     assert lower == "lr 5e-7, weight decay 0" and (recipe["lr"], recipe["weight_decay"]) == (5e-7, 0.0)
     assert upper.startswith("lr 0.01, weight decay 1e-3")
-    assert (recipe["meta_lr"], recipe["meta_weight_decay"]) == (0.01, 1e-3)
+    assert (recipe["meta_optimizer"], recipe["meta_lr"], recipe["meta_weight_decay"]) == ("adamw", 0.01, 1e-3)
 
 
 # ---------------------------------------------------------------- flags, files, links

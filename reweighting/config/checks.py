@@ -57,15 +57,6 @@ USELESS = (
     ),
     Useless(("lora_alpha",), lambda c: c.model.train not in ADAPTERS, "without adapters: use --train lora or dora"),
     Useless(
-        ("meta_lr", "meta_weight_decay"),
-        lambda c: c.upper.meta_optimizer != "adamw",
-        "without --meta_optimizer adamw",
-        from_recipes=False,
-    ),
-    Useless(
-        ("meta_range",), lambda c: c.upper.meta_optimizer != "calm", "without --meta_optimizer calm", from_recipes=False
-    ),
-    Useless(
         ("gradient_checkpointing",),
         lambda c: c.model.train == "head",
         "with --train head: no gradient goes through the backbone",
@@ -107,6 +98,15 @@ USELESS = (
         lambda c: not c.learns_weights,
         "with --baseline, --domain_weights or --instance_weights: no weights are learned",
         from_recipes=False,
+    ),
+    Useless(
+        ("meta_lr", "meta_weight_decay"),
+        lambda c: c.upper.meta_optimizer != "adamw",
+        "without --meta_optimizer adamw",
+        from_recipes=False,
+    ),
+    Useless(
+        ("meta_range",), lambda c: c.upper.meta_optimizer != "calm", "without --meta_optimizer calm", from_recipes=False
     ),
     Useless(
         ("instance_weights_form", "instance_activation"),

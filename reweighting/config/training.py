@@ -186,13 +186,13 @@ class UpperConfig:
     label_lr: float = flag(default=0.01, help="correct_labels: learning rate of the labels (--meta_optimizer adamw)")
     unroll_steps: int = flag(default=20, help="optimizer steps between two updates of the weights (a window)")
     meta_batch_size: int = flag(default=64, help="meta answers in an update (about: a question stays whole)")
-    meta_optimizer: Literal["adamw", "calm"] = flag(
-        default="adamw",
-        help="how the raw weights follow the hypergradients: adamw adds a step each window; calm sets them by how "
-        "steadily all windows agree, and draws them to equal ones where that may be chance",
+    meta_optimizer: Literal["calm", "adamw"] = flag(
+        default="calm",
+        help="how the raw weights follow the hypergradients: calm sets them by how steadily all windows agree, and "
+        "draws them to equal ones where that may be chance; adamw adds a step each window, as published",
     )
-    meta_lr: float = flag(default=0.2, help="learning rate of the raw weights (AdamW)")
-    meta_weight_decay: float = flag(default=0.0, help="pull towards equal weights (decoupled)")
+    meta_lr: float = flag(default=0.2, help="meta_optimizer adamw: learning rate of the raw weights")
+    meta_weight_decay: float = flag(default=0.0, help="meta_optimizer adamw: decoupled pull towards equal weights")
     meta_range: float = flag(default=3.0, help="meta_optimizer calm: the largest raw weight, positive or negative")
     min_weight: float = flag(default=0.0, help="lowest domain weight, of mean 1")
     max_weight: float | None = flag(default=None, help="highest domain weight, of mean 1 (default: no bound)")

@@ -180,7 +180,7 @@ def test_its_gradient_is_that_of_the_unrolled_optimizer(tmp_path, times_domain, 
 
 def test_a_step_moves_a_number_as_far_as_one_of_the_table():
     needed = ["--train_json_file", "a", "--meta_json_file", "b", "--weights_for", "both"]
-    config = TrainingConfig.parse([*needed, "--instance_weights_form", "net", "--meta_lr", "0.2"])
+    config = TrainingConfig.parse([*needed, "--instance_weights_form", "net", "--meta_optimizer", "adamw"])
     net = random_net(True)
     optimizer = make_meta_optimizer(config.upper, net, None)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}

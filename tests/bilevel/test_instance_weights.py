@@ -86,7 +86,8 @@ def test_an_update_of_the_published_table_is_a_step_of_adamw():
     made, config = (
         PublishedInstanceWeights(DOMAIN_OF, "clip"),
         TrainingConfig.parse(
-            ["--train_json_file", "a", "--meta_json_file", "b", "--meta_lr", "0.005", "--weights_for", "instance"]
+            ["--train_json_file", "a", "--meta_json_file", "b", "--weights_for", "instance"]
+            + ["--meta_optimizer", "adamw", "--meta_lr", "0.005"]
         ),
     )
     optimizer = make_meta_optimizer(config.upper, made, None)

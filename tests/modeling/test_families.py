@@ -95,7 +95,8 @@ def arguments(family: str, way: str, world: Path) -> Namespace:
     return TrainingConfig.parse([
         "--train_json_file", str(world / "train.json"), "--meta_json_file", str(world / "meta.json"),
         "--reward_model", str(tiny_family(family)), "--iteration_num", "4", "--unroll_steps", "2", "--batch_size", "2",
-        "--meta_batch_size", "4", "--save_every_iterations", "4", "--lr", "0.01", "--resume", *flags,
+        "--meta_batch_size", "4", "--meta_optimizer", "adamw", "--save_every_iterations", "4", "--lr", "0.01",
+        "--resume", *flags,
     ])  # fmt: skip
 
 
