@@ -27,7 +27,7 @@ class BettyProblemAdapter(ImplicitProblem):
         name: "lower" or "upper"; Betty makes each level an attribute of the other by this name.
         config: Betty's.
         module: What the level trains.
-        optimizer: Over its trained parameters, one group.
+        optimizer: Over its trained parameters in the module's order, in one group or several.
         fetch_batch: (micro-step from 0) -> batch on the device.
         layout: How the module's parameters lie on the processes; by default each process holds all of them.
 

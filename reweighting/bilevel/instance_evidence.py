@@ -14,7 +14,11 @@ of variance tau^2 among chains, and a window adds noise of variance s^2. Then th
     m  n tau^2 / (n tau^2 + s^2)
 
 s^2 comes from the scatter of each chain's windows around their mean, tau^2 from what the means scatter beyond s^2 / n.
-A tau^2 that chance would give is taken for 0, and every guess is then 0.
+Chance alone makes the means scatter more than that now and then. What it would add, `CHANCE` standard errors, is always
+taken off tau^2, also where the differences are real: below it tau^2 is 0, and so is every guess; just above it tau^2 is
+nearly 0. This soft threshold makes tau^2 too small, and so shrinks the guesses more than the model asks; in return the
+weights leave 1 gradually, and do not jump in the window in which chance no longer explains the scatter. With more
+windows the part taken off becomes small.
 """
 
 import math

@@ -7,6 +7,8 @@ rollout is correct. The upper level moves it to where the meta loss falls, withi
     published   from 0 to 1, as in the paper, whose labels are free parameters
 
 The last step of an answer is no estimate: a label of 0 or 1 there is whether the answer is correct, and does not move.
+Some chains end before their answer. Their last label is an estimate as all others: it is known by more than one rollout
+behind a step that states no answer.
 
 Both losses of a step are linear in p but for a term without phi. Hence the slope of the label is the derivative of one
 more number of the step along the direction that gives the weights their slopes (`losses.label_costs`).
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from reweighting.bilevel.evidence import CONFIDENCE
 from reweighting.bilevel.instance_evidence import InstanceEvidence
+from reweighting.data.answers import final_answer
 from reweighting.data.chains import Chain
 from reweighting.modeling.collate import Batch
 
@@ -51,10 +54,27 @@ def wilson_interval(labels: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         Its lower and upper ends, [L]; the label lies between them.
     """
     z = float(ndtri((1 + CONFIDENCE) / 2))
-    shrink = 1 + z * z / times
-    center = (labels + z * z / (2 * times)) / shrink
-    half = z / shrink * (labels * (1 - labels) / times + z * z / (4 * times.square())).sqrt()
-    return (center - half).clamp(min=0).minimum(labels), (center + half).clamp(max=1).maximum(labels)
+    # Numerator and denominator are times n: no quotient overflows, however small or large n is.
+    middle = labels * times + z * z / 2
+    half = z * (labels * (1 - labels) * times + z * z / 4).sqrt()
+    low, high = (middle - half) / (times + z * z), (middle + half) / (times + z * z)
+    return low.clamp(min=0).minimum(labels), high.clamp(max=1).maximum(labels)
+
+
+def states_verdict(chain: Chain, times: float) -> bool:
+    """Tell whether the last label of a chain is whether its answer is correct, and not the share of some rollouts.
+
+    Args:
+        chain: A training chain.
+        times: The rollouts behind its last label; NaN where they are not known.
+
+    Returns:
+        True for a label of 0 or 1, unless it is known of several rollouts and its step states no answer: after a step
+        that does, all rollouts are the same.
+    """
+    if chain.targets[-1] not in (0, 1):
+        return False
+    return not times > 1 or final_answer(chain.steps[-1]) is not None
 
 
 def training_ids(batch: Batch) -> Tensor:
@@ -82,7 +102,8 @@ class StepLabels(nn.Module):
         low, high: Bounds of each; equal where a label is certain or there is none.
         first: The place of each chain's first step, [C] on the CPU.
         times: The rollouts behind each, [L] on the CPU; NaN where they are not known.
-        unknown: How many labels have no bounds, since the rollouts behind them are not known.
+        unknown: The places of labels that have no bounds, since the rollouts behind them are not known.
+        movable: How many labels are estimates.
     """
 
     start: Tensor
@@ -95,17 +116,19 @@ class StepLabels(nn.Module):
         lengths = torch.tensor([len(chain.steps) for chain in chains])
         self.first = lengths.cumsum(0) - lengths
         start = torch.tensor([target for chain in chains for target in chain.targets], dtype=torch.float64)
-        times = torch.tensor([n for chain in chains for n in chain.times or [nan] * len(chain.steps)]).double()
-        last = torch.zeros(len(start), dtype=torch.bool)
-        last[self.first + lengths - 1] = True
-        free = ~(start.isnan() | (last & ((start == 0) | (start == 1))))
-        times = times.nan_to_num(nan=default_times or nan)
+        times = [n for chain in chains for n in chain.times or [nan] * len(chain.steps)]
+        times = torch.tensor(times, dtype=torch.float64).nan_to_num(nan=default_times or nan)
+        last = self.first + lengths - 1  # [C]
+        free = ~start.isnan()
+        pairs = zip(chains, times[last].tolist(), strict=True)
+        free[last] &= torch.tensor([not states_verdict(chain, n) for chain, n in pairs], dtype=torch.bool)
         if bounds == "interval":
             low, high = wilson_interval(start, times)
         else:
             low, high = torch.zeros_like(start), torch.ones_like(start)
         start, self.times = start.nan_to_num(nan=0.0), times
-        self.unknown = int(low[free].isnan().sum())
+        self.unknown = (free & low.isnan()).nonzero().squeeze(1)
+        self.movable = int(free.sum())
         self.labels = nn.Parameter(start.float())
         self.start = nn.Buffer(start.float(), persistent=False)
         # Rounding must not put a label outside its own bounds.

@@ -23,17 +23,26 @@ def make_step_labels(config: TrainingConfig, data: RunData) -> StepLabels | None
     """Make the labels that the upper level moves, as the data have them; None where they stay so.
 
     Raises:
-        UserError: --correct_labels interval needs the rollouts behind a label, and they are not known.
+        UserError: --correct_labels interval needs the rollouts behind a label, and they are not known; or no label may
+            move.
     """
     bounds = config.upper.correct_labels
     if not config.corrects_labels or bounds is None:
         return None
     table = StepLabels(data.train, bounds, config.upper.label_times)
-    if table.unknown:
+    labelled = sum(chain.num_labeled_steps for chain in data.train)
+    if unknown := len(table.unknown):
+        chain = data.train[int(torch.searchsorted(table.first, table.unknown[0], right=True)) - 1]
         raise UserError(
-            f"--correct_labels interval: {table.unknown} of {_labelled(data)} labels do not say of how many rollouts "
-            "they are the mean, which bounds how far they may move: give `times` beside them, or their number with "
-            "--label_times (labels of people are no means of rollouts: use --correct_labels published, or none)"
+            f"--correct_labels interval: {unknown} of {labelled} labels do not say of how many rollouts they are the "
+            f"mean, which bounds how far they may move, first in {chain.source_location}: give `times` beside them, or "
+            "their number with --label_times (labels of people are no means of rollouts: use --correct_labels "
+            "published, or none)"
+        )
+    if not table.movable:
+        raise UserError(
+            f"--correct_labels {bounds}: none of the {labelled} labels can move, since each is the last of its answer, "
+            "0 or 1: whether the answer is correct. Leave the flag out, or give rows that label the steps before it"
         )
     return table
 
@@ -44,10 +53,6 @@ def make_label_correction(config: UpperConfig, table: StepLabels) -> LabelCorrec
         return LabelCorrection(table, None)
     # The gradients are as small as --lr: see `build.make_meta_optimizer`.
     return LabelCorrection(table, torch.optim.AdamW(table.parameters(), lr=config.label_lr, weight_decay=0, eps=1e-15))
-
-
-def _labelled(data: RunData) -> int:
-    return sum(chain.num_labeled_steps for chain in data.train)
 
 
 @torch.no_grad()

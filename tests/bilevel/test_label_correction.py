@@ -41,17 +41,54 @@ def chain(*targets: float, times: tuple[float, ...] = ()) -> Chain:
     return Chain("Q?", tuple("abcd"[: len(targets)]), targets=targets, times=times, domain=0, rows=(0,))
 
 
+@pytest.mark.parametrize("times", [1e-300, 0.5, 1.0, 16.0, 1e15, 1e300])
+def test_any_number_of_rollouts_bounds_a_label(times):
+    labels = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
+    low, high = wilson_interval(labels, torch.tensor([times] * 3, dtype=torch.float64))
+    assert (0 <= low).all() and (low <= labels).all() and (labels <= high).all() and (high <= 1).all()
+    width = (high - low)[1].item()
+    assert (width > 0.99) == (times == 1e-300) and (width < 1e-6) == (times > 1e14)
+
+
 def test_labels_have_bounds_where_they_are_estimates():
-    chains = [chain(0.25, NAN, 1, times=(4, NAN, 4)), chain(1, 0.5, times=(16, 16)), chain(0)]
+    chains = [chain(0.25, NAN, 1, times=(4, NAN, 1)), chain(1, 0.5, times=(16, 16)), chain(0)]
     table = StepLabels(chains, "interval")
-    assert table.labels.tolist() == [0.25, 0, 1, 1, 0.5, 0] and table.unknown == 0
+    assert table.labels.tolist() == [0.25, 0, 1, 1, 0.5, 0] and len(table.unknown) == 0 and table.movable == 3
     moves = (table.low < table.high).tolist()
     assert moves == [True, False, False, True, True, False]  # not: no label, and the last step of an answer
     published = StepLabels(chains, "published")
     assert (published.low < published.high).tolist() == moves
     assert published.low[0] == 0 and published.high[0] == 1
-    assert StepLabels([chain(0.25, 0.5), chain(0.5, 0)], "interval").unknown == 3
-    assert StepLabels([chain(0.25, 0.5), chain(0.5, 0)], "interval", default_times=8).unknown == 0
+    assert StepLabels([chain(0.25, 0.5), chain(0.5, 0)], "interval").unknown.tolist() == [0, 1, 2]
+    assert len(StepLabels([chain(0.25, 0.5), chain(0.5, 0)], "interval", default_times=8).unknown) == 0
+
+
+@pytest.mark.parametrize(
+    ("last_step", "label", "times", "moves"),
+    [
+        ("Final answer: 7", 1, 16, False),
+        ("Final answer: 7", 0, 1, False),
+        ("So it is 7.", 0, 1, False),  # a single verdict
+        ("So it is 7.", 1, NAN, False),  # of people, or of the answer
+        ("We add both.", 0, 16, True),  # the chain ends before its answer
+        ("We add both.", 1, 2, True),
+        ("Final answer: 7", 0.75, 16, True),
+    ],
+)
+@pytest.mark.parametrize("bounds", ["interval", "published"])
+def test_a_chain_that_ends_before_its_answer_has_an_estimate_there(last_step, label, times, moves, bounds):
+    one = replace(chain(0.5, label, times=(16, times)), steps=("We see 3 and 4.", last_step))
+    table = StepLabels([one], bounds)
+    assert (table.low < table.high).tolist() == [True, moves] and table.movable == 1 + moves
+    if moves and bounds == "interval":
+        low, high = wilson_interval(torch.tensor([label]).double(), torch.tensor([times]).double())
+        assert (table.low[1].item(), table.high[1].item()) == pytest.approx((low.item(), high.item()))
+
+
+def test_the_number_of_all_rollouts_holds_for_the_last_label_too():
+    cut, whole = chain(0.5, 0), replace(chain(0.5, 0), steps=("a", "The answer is 7."))
+    table = StepLabels([cut, whole], "interval", default_times=8)
+    assert (table.low < table.high).tolist() == [True, True, True, False]
 
 
 def batch_of(chains, ids):
@@ -226,13 +263,23 @@ def test_labels_without_rollouts(run, demo, tmp_path):
         del row["times"], row["score"]
     (tmp_path / "train.json").write_text(json.dumps(rows))
     bare = ("--train_json_file", str(tmp_path / "train.json"), "--image_root", str(demo))
-    with pytest.raises(UserError, match=r"\d+ of 200 labels do not say of how many rollouts .*--label_times"):
+    with pytest.raises(UserError, match=r"\d+ of 200 labels do not say .* in .*train.json: rows 0, 1.*--label_times"):
         main(run(tmp_path / "none", *bare, "--correct_labels", "interval"))
     main(run(tmp_path / "given", *bare, "--correct_labels", "interval", "--label_times", "16"))
     main(run(tmp_path / "known", "--correct_labels", "interval"))
     columns = ("low", "high", "corrected_label")
     given, known = ([[one[name] for name in columns] for one in saved(tmp_path / f)] for f in ("given", "known"))
     assert given == known
+
+
+def test_labels_of_which_none_can_move(run, demo, tmp_path):
+    rows = json.loads((demo / "train.json").read_text())
+    verdicts = [row | {"score": 1, "times": 1, "accuracy": 1.0} for row in rows if "Final answer" in row["add"]]
+    (tmp_path / "train.json").write_text(json.dumps(verdicts))
+    bare = ("--train_json_file", str(tmp_path / "train.json"), "--image_root", str(demo))
+    for bounds in ("interval", "published"):
+        with pytest.raises(UserError, match=f"--correct_labels {bounds}: none of the 40 labels can move"):
+            main(run(tmp_path / "run", *bare, "--correct_labels", bounds))
 
 
 @pytest.mark.parametrize(
