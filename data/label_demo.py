@@ -15,7 +15,7 @@ What the policy has answered is kept in `--work`: an interrupted run goes on the
 
 import argparse
 import json
-import shutil
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from random import Random
 from demo_world.causes import CAUSES, CLEAN, Cause, ask
 from demo_world.pictures import KINDS
 from demo_world.solutions import random_kind
-from make_demo import write_rows
+from make_demo import remove_pictures, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL = [sys.executable, "reweighting/label.py"]
@@ -67,7 +67,8 @@ def write_questions(part: Part, scale: float, folder: Path, file: Path, seed: in
     """Draw a part's questions and their pictures, and write them into a file."""
     rng = Random(f"{seed} {part.name}")  # a stream of its own: no part changes another
     pictures = folder / "images" / part.name
-    pictures.mkdir(parents=True)
+    pictures.mkdir(parents=True, exist_ok=True)
+    remove_pictures(pictures)
     rows = []
     for number in range(max(2, round(part.questions * scale))):
         kind = KINDS.get(part.name) or random_kind(rng)
@@ -128,7 +129,6 @@ def test_rows(rows: list[dict]) -> list[dict]:
 def label_demo(folder: Path, work: Path, seed: int, scale: float, parallel: int, concurrency: int) -> None:
     """Write the demo into `folder`, with this share of its questions."""
     work.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
     write_questions(Part("questions", UNANSWERED, "", 0), scale, folder, folder / "questions.jsonl", seed)
     files = {part: write_questions(part, scale, folder, work / f"{part.name}.questions.jsonl", seed) for part in PARTS}
     with ThreadPoolExecutor(parallel) as pool:
@@ -156,11 +156,16 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="label commands at a time")
     parser.add_argument("--concurrency", type=int, default=CONCURRENCY, help="texts at a time in each of them")
     args = parser.parse_args()
+    for name in ("scale", "parallel", "concurrency"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name}: found {getattr(args, name)}, allowed: a number of more than 0")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = args.output_dir.resolve()
-    label_demo(
-        folder, (args.work or folder / "labels").resolve(), args.seed, args.scale, args.parallel, args.concurrency
-    )
+    work = (args.work or folder / "labels").resolve()
+    try:
+        label_demo(folder, work, args.seed, args.scale, args.parallel, args.concurrency)
+    except subprocess.CalledProcessError as error:  # label.py has printed the reason
+        raise SystemExit(max(error.returncode, 1)) from None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ two share no picture. See `demo_world/` for the pictures, the answers and the de
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from random import Random
@@ -48,6 +47,13 @@ RESPONSES = 2  # training responses to each question
 TIMES = 16  # Monte Carlo rollouts of each prefix
 
 policy = Policy()
+
+
+def remove_pictures(folder: Path) -> None:
+    """Remove the numbered pictures that an earlier demo has left in a folder; all else there may be the user's."""
+    for picture in folder.glob("[0-9][0-9][0-9][0-9]*.png"):
+        if picture.stem.isdecimal():
+            picture.unlink()
 
 
 class Images:
@@ -163,7 +169,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def make_demo(folder: Path, seed: int, quality: dict[str, float], train: int, meta: int, test: int, n: int) -> None:
     """Write the demo data into `folder`: `train` step rows in all, `meta` rows, `test` questions of `n` candidates."""
     images = Images(folder / "images")
-    shutil.rmtree(images.folder, ignore_errors=True)
+    for part in (*KINDS, "meta", "test"):
+        remove_pictures(images.folder / part)
     per_domain = train // len(KINDS)
     rows = []
     for name, kind in KINDS.items():

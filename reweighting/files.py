@@ -214,7 +214,7 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     """Describe in one line what kept a file or folder from being written."""
     reason = (error.strerror if isinstance(error, OSError) else None) or (str(error).splitlines() or [repr(error)])[0]
     code = getattr(error, "errno", None)
-    full = code in FULL_DISK or "No space left" in reason or "file write failed" in reason
+    full = code in FULL_DISK or any(text in reason for text in ("No space left", "file write failed", "disk is full"))
     return UserError(f"{path} cannot be written: {reason:.200}" + ("; free some disk space" if full else ""))
 
 

@@ -46,6 +46,10 @@ from reweighting.terminal import printable
 AFTER_INTERRUPT = "the same command resumes there"
 LESS_MEMORY = "Give it fewer questions at a time, or a smaller --concurrency"
 NOT_SAMPLED = "the policy does not sample, or hardly. Look at --temperature and the defaults of the server"
+ALL_ALIKE = (
+    "--temperature 0: all answers to a question are the same, and so are all continuations of a step: its label is 0 "
+    "or 1, whatever its chance"
+)
 SERVER_TIMEOUT = 600.0  # seconds
 JUDGE_KEY_VARIABLE = "JUDGE_API_KEY"  # where the judge has a key of its own
 ALL_REFUSED = 20  # questions: where the server refuses the first of them, it refuses more than long ones
@@ -70,6 +74,9 @@ def main(argv: list[str]) -> None:
     if not count:
         where = "" if config.rows.which_part.count == 1 else f" in part {config.rows.part}; use fewer parts"
         raise UserError(f"{config.labeling.questions[0]}: there is no question with a ground_truth{where}.")
+    settings = config.rollout_settings()
+    if not config.policy.temperature and max(settings.answers, settings.rollouts) > 1:
+        warn(ALL_ALIKE)
     policy, judge = make_policy(config.policy, prompt), make_judge(config)
     try:
         if config.rows.dry_run:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import subprocess
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
 import label_demo
+import make_demo
+import pytest
 from demo_world.causes import BLUR, CAUSES, CLEAN, SPOIL, Cause, ask
 from demo_world.pictures import KINDS
 from PIL import ImageChops
@@ -82,6 +85,45 @@ def test_the_policy_writes_the_rows_again(tmp_path):
     assert sum(label is not None for label in again) >= 0.75 * len(rows)
     gaps = [abs(label - row["accuracy"]) for label, row in zip(again, rows, strict=True) if label is not None]
     assert sum(gaps) / len(gaps) < 0.03
+
+
+@pytest.mark.parametrize("make", ["label_demo", "make_demo"])
+def test_a_demo_removes_its_own_pictures_only(tmp_path, monkeypatch, make):
+    theirs = [
+        tmp_path / "images" / name for name in ("0001.png", "geometry/holiday.png", "geometry/2024-1.png", "a.txt")
+    ]
+    stale = tmp_path / "images" / "geometry" / "0999.png"
+    for path in (*theirs, stale):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    if make == "make_demo":
+        make_demo.make_demo(tmp_path, 1, make_demo.QUALITY, train=200, meta=4, test=2, n=2)
+    else:
+        monkeypatch.setattr(label_demo, "label", lambda *_: [])
+        for _ in range(2):  # again in the same folder
+            label_demo.label_demo(tmp_path, tmp_path / "work", seed=1, scale=0.02, parallel=1, concurrency=1)
+    assert all(path.read_bytes() == b"mine" for path in theirs) and not stale.exists()
+    assert (tmp_path / "images" / "geometry" / "0000.png").stat().st_size > 4
+
+
+@pytest.mark.parametrize("flag", [("--scale", "nan"), ("--scale", "-1"), ("--parallel", "0"), ("--concurrency", "0")])
+def test_sizes_of_the_demo_are_checked_before_anything_is_written(tmp_path, monkeypatch, capsys, flag):
+    monkeypatch.setattr("sys.argv", ["label_demo.py", "--output_dir", str(tmp_path / "demo"), *flag])
+    with pytest.raises(SystemExit) as caught:
+        label_demo.main()
+    assert caught.value.code == 2 and not (tmp_path / "demo").exists()
+    assert f"{flag[0]}: found" in capsys.readouterr().err
+
+
+def test_the_demo_ends_as_the_label_command_does(tmp_path, monkeypatch):
+    def fails(*_):
+        raise subprocess.CalledProcessError(2, "label.py")
+
+    monkeypatch.setattr(label_demo, "label", fails)
+    monkeypatch.setattr("sys.argv", ["label_demo.py", "--output_dir", str(tmp_path / "demo"), "--scale", "0.02"])
+    with pytest.raises(SystemExit) as caught:
+        label_demo.main()
+    assert caught.value.code == 2
 
 
 def test_candidates_are_judged_as_they_state():

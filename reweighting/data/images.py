@@ -124,7 +124,7 @@ def check_images(
 
 def locate_image(name: str, json_folder: Path, root: Path | None) -> tuple[Path | None, str]:
     """Find one image as `check_images` does: its file and "", or None and why there is none."""
-    folders = [json_folder, Path.cwd()] if root is None else [root]
+    folders = list(dict.fromkeys([json_folder, Path.cwd()])) if root is None else [root]
     try:
         for folder in folders:
             file = _resolved(os.path.join(folder, name))

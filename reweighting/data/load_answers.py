@@ -88,6 +88,7 @@ class LoadReport:
         missing_images: how many answers name an image that cannot be read, where that is no error.
         first_missing: the first of them, and why.
         without_domain: how many rows lack the field that --domain_field names, by file.
+        contradicting: how many questions stand there before with another correct answer, by file.
         formats: of each file.
     """
 
@@ -97,6 +98,7 @@ class LoadReport:
     missing_images: int = 0
     first_missing: str | None = None
     without_domain: Counter[str] = field(default_factory=Counter)
+    contradicting: Counter[str] = field(default_factory=Counter)
     formats: dict[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
@@ -112,6 +114,10 @@ class LoadReport:
         for source, count in self.without_domain.items():
             lines.append(f"{source}: {count} rows lack the field that --domain_field names: their domain is what the "
                          "format has, or the file's name")  # fmt: skip
+        for source, count in (+self.contradicting).items():
+            stand = "question stands" if count == 1 else "questions stand"
+            lines.append(f"{source}: {count} {stand} there before with another ground_truth: both are used, and one of "
+                         "them is incorrect")  # fmt: skip
         return lines
 
 

@@ -31,8 +31,7 @@ def check_fields(row_type: type[AnyModel], raw: Any, found: dict[str, Any]) -> t
     """
     fields = file_fields(row_type)
     if not isinstance(raw, dict):
-        required = ", ".join(name for name, is_required in fields.items() if is_required)
-        return None, {"the row": ("type", f"found {short_repr(raw)}, allowed: an object with the fields {required}")}
+        return None, {"the row": ("type", f"found {short_repr(raw)}, allowed: {_object_of(row_type)}")}
     misspelt = _misspelt(row_type, tuple(raw))
     problems = {
         short_repr(key)[1:-1]: ("unknown", f"unknown field, did you mean {name}?") for key, name in misspelt.items()
@@ -75,7 +74,13 @@ def _add(problems: FieldProblems, row_type: type[BaseModel], error: Any) -> None
             place += f".{part}" if place else part
             description = field.description or description
             model = _model_in(field.annotation)
-    problems.setdefault(place or "the row", (error["type"], _described(error, description)))
+    described = _described(error, description if place else _object_of(row_type))
+    problems.setdefault(place or "the row", (error["type"], described))
+
+
+def _object_of(row_type: type[BaseModel]) -> str:
+    """What a row must be, in words that follow "allowed:"."""
+    return f"an object with the fields {', '.join(name for name, needed in file_fields(row_type).items() if needed)}"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -91,8 +96,9 @@ def _described(error: Any, allowed: str) -> str:
         return error["msg"]
     if error["type"] == "missing":
         return f"missing, allowed: {allowed}"
-    if error["type"] == "value_error":  # from a validator of ours, whose text is what is allowed
-        allowed = str(error["ctx"]["error"])
+    if error["type"] == "value_error":  # from a validator of ours, whose text is what is allowed, or half of a pair
+        reason = error["ctx"]["error"]
+        allowed = (allowed or "text") if isinstance(reason, UnicodeError) else str(reason)
     value = error["input"]
     # Named in words, since the character may stand where a long text is cut.
     broken = isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)

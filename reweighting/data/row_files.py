@@ -129,7 +129,7 @@ class _Window:
                 if not at_the_edge or not self.more():
                     raise self.not_json(error) from None
             except ValueError as error:
-                raise _too_many_digits(self.path) from error
+                raise _too_many_digits(self.path, self.line + self.text.count("\n", 0, self.at)) from error
 
     def not_json(self, error: json.JSONDecodeError) -> UserError:
         """The error, which names a place in `text`, with its place in the file."""
@@ -208,7 +208,7 @@ def _lines(path: Path, text: TextIOBase) -> Iterator[Any]:
             except json.JSONDecodeError as error:
                 raise _not_json(path, error.msg, number, error.colno) from None
             except ValueError as error:
-                raise _too_many_digits(path) from error
+                raise _too_many_digits(path, number) from error
 
 
 def _table(file: Path, columns: Collection[str] | None) -> Iterator[dict]:
@@ -247,9 +247,9 @@ def _not_json(path: Path, what: str, line: int, column: int) -> UserError:
     return UserError(f"{path}: not JSON: {what} at line {line} column {column}. {remedy}")
 
 
-def _too_many_digits(path: Path) -> UserError:
-    """Python refuses to read whole numbers of more than 4300 digits."""
-    return UserError(f"{path}: a number with too many digits to be read. Shorten or remove it.")
+def _too_many_digits(path: Path, line: int) -> UserError:
+    """Python refuses to read whole numbers of more than 4300 digits. line: where the row begins."""
+    return UserError(f"{path}: line {line}: a number with too many digits to be read. Shorten or remove it.")
 
 
 def _first_bad_line(file: Path) -> int:

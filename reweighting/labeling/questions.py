@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import AliasChoices, Field, field_validator
 
-from reweighting.data.answer_values import is_blank
+from reweighting.data.answer_values import answers_match, is_blank
 from reweighting.data.answers import final_answer
 from reweighting.data.load_answers import LoadReport, format_of
 from reweighting.data.placeholders import place_images, placeholder_problem, without_placeholders
@@ -62,7 +62,8 @@ class QuestionRow(FromFile):
 
     question: Text
     ground_truth: Scalar = Field(
-        validation_alias=AliasChoices("ground_truth", "correct_answer", "answer"), description="the correct answer"
+        validation_alias=AliasChoices("ground_truth", "correct_answer", "answer"),
+        description="the correct answer, as a text, a number, true or false; or null",
     )
     options: list[AnyText] | None = Field(None, description="a list of texts, or null")
     images: Any = Field(None, validation_alias=AliasChoices("images", "image_path", "image"))
@@ -103,6 +104,7 @@ def iterate_questions(
         UserError: at the end of a source, naming all that is wrong in it.
     """
     seen: set[str] = set()
+    truths: dict[str, str] = {}  # of each question's text and images, the first ground truth
     for source in sources:
         known = format_of(source)
         found = _from_answers if known else _from_rows
@@ -112,6 +114,8 @@ def iterate_questions(
                 report.left_out[source.path, REPEATED] += not known
                 continue
             seen.add(question.key)
+            before = truths.setdefault(question.asked, question.ground_truth)
+            report.contradicting[source.path] += answers_match(before, question.ground_truth) is False
             yield question
 
 

@@ -23,6 +23,9 @@ from reweighting.files import cannot_write
 WHOLE = -1  # in the place of a step's number: the answer itself, as {"text": ...}, null if the server withholds it
 VERSION = 2  # of these entries
 VERDICTS = {True: "correct", False: "incorrect", None: "unknown"}
+TABLES = {"settings", "entries", "verdicts"}
+# SQLite's codes of a file that can be read and is no store; all others are the disk's or the system's.
+FOREIGN = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT)
 
 
 class Store:
@@ -48,6 +51,7 @@ class Store:
             raise cannot_write(path, error) from error
         try:
             self._file = sqlite3.connect(path, isolation_level=None)
+            self._refuse_others()
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = NORMAL")
             self._file.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
@@ -62,10 +66,20 @@ class Store:
             self._check(settings)
         except sqlite3.Error as error:
             self._lock.release()
-            raise UserError(f"{path}: is no store of answers ({error}). Move it away.") from error
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in FOREIGN:  # the primary code
+                raise UserError(f"{path}: is no store of answers ({error}). Move it away.") from error
+            raise cannot_write(path, error) from error
         except UserError:
             self._lock.release()
             raise
+
+    def _refuse_others(self) -> None:
+        """Raise UserError, before anything is written, if the file is another program's database."""
+        tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {name for name in tables if not name.startswith("sqlite_")}  # SQLite's own
+        if others := sorted(tables - TABLES):
+            raise UserError(f"{self.path}: is no store of answers (it has the table {others[0]!r:.40}). Name another "
+                            "--store.")  # fmt: skip
 
     def _check(self, settings: dict[str, Any]) -> None:
         """Raise UserError if the file was made with other settings."""

@@ -102,3 +102,5 @@ def save_corrected_labels(folder: Path, data: RunData, correction: LabelCorrecti
         f"\ncorrected labels in {folder / FILE}: {int((moved > 0).sum())} of {len(places)} have moved, by "
         f"{moved.mean():.3f} on average over all; {int(at_end.sum())} are at an end of their bounds"
     ))  # fmt: skip
+    if correction.optimizer is None and not evidence.true_slopes().any():
+        print("No label moves yet: chance may explain the differences between their slopes. A longer run tells more")

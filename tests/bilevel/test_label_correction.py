@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -23,6 +24,7 @@ from reweighting.distributed.flat_vectors import flatten
 from reweighting.errors import UserError
 from reweighting.main import main
 from reweighting.modeling.collate import collate_states
+from reweighting.training.labels import save_corrected_labels
 from reweighting.training.signals import Stopped
 from tests.runs import StopAtStep, flags, same_results
 from tests.tiny import tiny_backbone
@@ -242,6 +244,19 @@ def test_a_run_corrects_saves_and_resumes(run, demo, tmp_path, monkeypatch, more
         assert all(one["high"] - one["low"] < 0.5 for one in moved)
     with pytest.raises(UserError, match="corrects labels .* and this one learns the weights"):
         main(run(tmp_path / "cut", "--resume", *more[:2]))
+
+
+@pytest.mark.parametrize("calm", [True, False])
+def test_labels_that_the_calm_rule_leaves_are_explained(tmp_path, capsys, calm):
+    chains = [chain(0.25, 0.5, times=(4, 4)), chain(0.5, 0.75, times=(4, 4))]
+    table = StepLabels(chains, "interval")
+    correction = LabelCorrection(table, None if calm else torch.optim.AdamW(table.parameters(), weight_decay=0))
+    correction.add(LabelSlopes(torch.tensor([1.0, -1, 1, -1]), torch.ones(4, dtype=torch.int64)))
+    correction.step()
+    save_corrected_labels(tmp_path, SimpleNamespace(train=chains, domains=["a"]), correction)
+    told = capsys.readouterr().out
+    assert f"{0 if calm else 4} of 4 have moved" in told
+    assert ("No label moves yet: chance may explain" in told) is calm
 
 
 def test_labels_alone_are_corrected_with_equal_weights(run, demo, tmp_path):

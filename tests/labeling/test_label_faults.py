@@ -259,6 +259,81 @@ def test_images_are_told_apart_by_their_content_and_stand_where_the_question_has
     assert load_training([Source("train.jsonl")], None, ReadingOptions(), min_domains=1).chains
 
 
+def test_odd_questions_name_what_is_allowed():
+    write([3, {"question": "1 + 2?", "ground_truth": ["3"]}, {"question": "1 + 3?"},
+           {"question": "\ud800", "answer": 1}, {"question": "1 + 4?", "answer": 5, "images": "none.png"}])  # fmt: skip
+    truth = "the correct answer, as a text, a number, true or false; or null"
+    with PolicyServer() as server, pytest.raises(UserError) as caught:
+        label(server)
+    for line in (
+        "row 0: the row: found 3, allowed: an object with the fields question, ground_truth",
+        f"row 1: ground_truth: found ['3'], allowed: {truth}",
+        f"row 2: ground_truth: missing, allowed: {truth}",
+        "row 3: question: found '\\ud800' (with half of a surrogate pair in it), allowed: text that is not blank",
+        f"row 4: images: found 'none.png', which is no file in . or {Path.cwd()}, allowed: an image",
+    ):
+        assert line in str(caught.value)
+
+
+def test_a_folder_is_named_once_where_an_image_is_missing(folder):
+    write([{"question": "1 + 4?", "answer": 5, "images": "none.png"}])
+    with PolicyServer() as server, pytest.raises(UserError, match=f"no file in {folder}, allowed"):
+        main([str(folder / "questions.jsonl"), "--policy", server.url, "--policy_model", "adder",
+              "--output_train", "train.jsonl"])  # fmt: skip
+
+
+def test_a_question_with_two_correct_answers_is_told(capsys):
+    asked = [("2 + 3?", 5), ("2 + 3?", "5.0"), ("2 + 3?", "five"), ("2 + 3?", 6), ("2 + 4?", 6)]
+    write(
+        [{"question": text, "ground_truth": truth, "dataset": str(place)} for place, (text, truth) in enumerate(asked)]
+    )
+    with PolicyServer() as server:
+        label(server)
+    told = capsys.readouterr().err
+    assert "warning: questions.jsonl: 1 question stands there before with another ground_truth: both are used" in told
+    assert told.count("another ground_truth") == 1 and {row["dataset"] for row in rows()} >= {"0", "1", "3", "4"}
+
+
+def test_greedy_labels_are_told(capsys):
+    greedy = "warning: --temperature 0: all answers to a question are the same"
+    with PolicyServer() as server:
+        label(server, "--temperature", "0")
+        assert capsys.readouterr().err.count(greedy) == 1
+        label(server, "--store", "one.sqlite")
+        label(server, "--store", "two.sqlite", "--temperature", "0", "--answers", "1", "--rollouts", "1")
+        assert greedy not in capsys.readouterr().err
+
+
+def test_another_programs_database_is_no_store_and_stays_as_it_is(folder):
+    with closing(sqlite3.connect("theirs.sqlite")) as file:
+        file.execute("CREATE TABLE notes (text)")
+        file.execute("INSERT INTO notes VALUES ('mine')")
+        file.commit()
+    (folder / "text.sqlite").write_text("notes" * 100)
+    before = [(folder / name).read_bytes() for name in ("theirs.sqlite", "text.sqlite")]
+    with PolicyServer() as server:
+        with pytest.raises(UserError, match="theirs.sqlite: is no store of answers .it has the table 'notes'.*--store"):
+            label(server, "--store", "theirs.sqlite")
+        with pytest.raises(UserError, match="text.sqlite: is no store of answers .*not a database.*Move it away"):
+            label(server, "--store", "text.sqlite")
+        assert not server.bodies
+        label(server)
+        with closing(sqlite3.connect("labels.sqlite")) as file:
+            file.execute("ANALYZE")  # adds a table of SQLite's own
+            file.commit()
+        asked = len(server.bodies)
+        label(server)
+        assert len(server.bodies) < asked + 4  # probes only
+    assert before == [(folder / name).read_bytes() for name in ("theirs.sqlite", "text.sqlite")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_not_taken_for_a_foreign_file():
+    with PolicyServer() as server, pytest.raises(UserError) as caught:
+        label(server, "--store", "/dev/full")
+    assert str(caught.value) == "/dev/full cannot be written: database or disk is full; free some disk space"
+
+
 def test_rows_without_a_truth_or_with_too_many_placeholders_are_errors(folder):
     write([{"question": "1 + 1?", "ground_truth": " "}, {"question": "<image> 1 + 2?", "ground_truth": 3},
            {"question": "1 + 3?", "ground_truth": "$$"}])  # fmt: skip
