@@ -240,7 +240,7 @@ def _upper_level(sheet: Sheet, base: float) -> None:
     sheet.text(2.05, y + 2.3, r"$\alpha_k$: a number for each domain", at="center")
     bars(sheet, 1.32, y + 1.2, (0.72, 0.6, 0.45, 0.25, 0.12), DOMAIN_COLOURS, 0.22, 0.1)
     sheet.text(2.05, y + 0.82, r"$w_k\propto\mathrm{softplus}(\alpha_k)$, mean 1", at="center")
-    sheet.text(2.05, y + 0.36, r"AdamW step on $\alpha$", SMALL, GREY, at="center")
+    sheet.text(2.05, y + 0.36, "from the slopes of all windows", SMALL, GREY, at="center")
 
     picture, *_ = example("price_tags", {"circle", "star"})
     height = 2.0
