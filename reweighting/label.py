@@ -164,7 +164,10 @@ def store_settings(config: LabelConfig, prompt: str) -> dict[str, object]:
     asked = {"temperature": policy.temperature, "max_tokens": policy.max_tokens, "prompt": prompt}
     if config.judge.judge_model is not None:
         asked |= {"judge_model": config.judge.judge_model, "judge_prompt": JUDGE_PROMPT}
-    return made_by | asked | asdict(config.rollout_settings())
+    # A run without training rows labels no step; one with them, on the same store, labels those of the same answers.
+    flags = config.labeling
+    labelled = {"rollouts": flags.rollouts, "enough": flags.stop_early}
+    return made_by | asked | asdict(config.rollout_settings()) | labelled
 
 
 async def ask(config: LabelConfig, labeller: Labeller, count: int) -> None:

@@ -130,6 +130,21 @@ def test_other_settings_are_refused_and_the_same_ask_for_nothing(folder):
             main([*few(server, "--output_train", "train.jsonl"), "--temperature", "0.5"])
 
 
+def test_other_outputs_ask_for_no_answer_again(folder):
+    """First meta answers alone, then training rows of the same answers, then meta answers again."""
+    with PolicyServer() as server:
+        main(few(server, "--output_meta", "meta.jsonl"))
+        answers = 12 * 2
+        assert len(server.bodies) == answers + 2  # the probe's calls
+        main(few(server, "--output_train", "train.jsonl"))
+        assert {tuple(row["times"]) for row in rows("train.jsonl")} == {(4, 4, 4, 1)}
+        assert len(server.bodies) == answers + answers * 3 * 4 + 2 * 2
+        before = [row["steps"] for row in rows("meta.jsonl")]
+        main(few(server, "--output_meta", "meta.jsonl"))
+        assert [row["steps"] for row in rows("meta.jsonl")] == before
+        assert len(server.bodies) == answers + answers * 3 * 4 + 3 * 2
+
+
 def test_killed_at_any_moment_nothing_is_asked_twice(folder):
     """Of each beginning exactly 4 continuations were stored, and at most the calls in flight were lost."""
     with PolicyServer() as server:
