@@ -95,7 +95,8 @@ def label(part: Part, questions: Path, folder: Path, work: Path, concurrency: in
 
 def image_of(row: dict) -> str:
     """The path of a row's picture from the demo's folder."""
-    return row["images"][0][row["images"][0].index("images/") :]
+    path = row["images"][0]  # from the work folder, whose way to the demo may lead through other folders of that name
+    return path[path.rindex("images/") :]
 
 
 def step_rows(rows: list[dict]) -> list[dict]:

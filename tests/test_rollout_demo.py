@@ -87,6 +87,11 @@ def test_the_policy_writes_the_rows_again(tmp_path):
     assert sum(gaps) / len(gaps) < 0.03
 
 
+@pytest.mark.parametrize("way", ["../", "../../images/demo/", "../my_images/images/"])
+def test_the_path_of_a_picture_starts_from_the_demos_folder(way):
+    assert label_demo.image_of({"images": [f"{way}images/geometry/0000.png"]}) == "images/geometry/0000.png"
+
+
 @pytest.mark.parametrize("make", ["label_demo", "make_demo"])
 def test_a_demo_removes_its_own_pictures_only(tmp_path, monkeypatch, make):
     theirs = [
