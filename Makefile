@@ -37,7 +37,7 @@ docs: .venv/ready
 # From questions with pictures to a PRM that chooses among answers, all of it by the demo's own policy.
 pipeline: .venv/ready
 	$(BIN)/python reweighting/label.py data/rollouts/questions.jsonl --recipe data/policy/label.yaml --store pipeline/labels.sqlite --output_train pipeline/train.jsonl --output_meta pipeline/meta.jsonl --output_candidates pipeline/candidates.jsonl
-	$(BIN)/python reweighting/main.py --train_json_file pipeline/train.jsonl --meta_json_file pipeline/meta.jsonl --weights_path pipeline/weights --iteration_num 100
+	$(BIN)/python reweighting/main.py --train_json_file pipeline/train.jsonl --meta_json_file pipeline/meta.jsonl --weights_path pipeline/weights --iteration_num 100 --unroll_steps 5
 	$(BIN)/python reweighting/best_of_n.py --weights_path pipeline/weights --candidates_json_file pipeline/candidates.jsonl --output pipeline/selections.json
 	$(BIN)/python reweighting/show.py --weights_path pipeline/weights --candidates_json_file pipeline/candidates.jsonl --id 5 --output pipeline/answer.html
 

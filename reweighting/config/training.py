@@ -185,7 +185,11 @@ class UpperConfig:
     )
     label_lr: float = flag(default=0.01, help="correct_labels: learning rate of the labels (--meta_optimizer adamw)")
     unroll_steps: int = flag(default=20, help="optimizer steps between two updates of the weights (a window)")
-    meta_batch_size: int = flag(default=64, help="meta answers in an update (about: a question stays whole)")
+    meta_batch_size: int | None = flag(
+        default=None,
+        help="meta answers in an update, about: a question stays whole (default: a seventh of the different ones, from "
+        "2 to 64)",
+    )
     meta_optimizer: Literal["calm", "adamw"] = flag(
         default="calm",
         help="how the raw weights follow the hypergradients: calm sets them by how steadily all windows agree, and "

@@ -11,7 +11,7 @@ from reweighting.distributed import collectives
 from reweighting.errors import UserError
 from reweighting.modeling.collate import Batch, sort_by_length
 from reweighting.modeling.reward_model import ProcessRewardModel
-from reweighting.training.build import micro_batches_per_step
+from reweighting.training.build import meta_batch_size, micro_batches_per_step
 from reweighting.training.run_data import RunData
 
 
@@ -42,9 +42,9 @@ class BatchSource:
         slots = config.upper.unroll_steps * self.micro_batches_per_step
         self.sampler = WindowSampler(samplers, slots, config.run.seed)
         if data.meta:
-            everything = range(len(data.meta))
-            self.meta_sampler = QuestionSampler(data.meta, everything, config.upper.meta_batch_size, config.run.seed, 3)
-            _check_sizes("meta_batch_size", config.upper.meta_batch_size, [self.meta_sampler])
+            everything, size = range(len(data.meta)), meta_batch_size(config.upper, data)
+            self.meta_sampler = QuestionSampler(data.meta, everything, size, config.run.seed, 3)
+            _check_sizes("meta_batch_size", size, [self.meta_sampler])
 
     def train(self, model: ProcessRewardModel, micro_step: int) -> tuple[int, Batch]:
         """Return the domain of a lower-level micro-step (from 0), and this process's part of its batch."""

@@ -149,9 +149,19 @@ def weight_bounds(config: UpperConfig) -> tuple[float, float]:
     return config.min_weight, math.inf if config.max_weight is None else config.max_weight
 
 
+def meta_batch_size(config: UpperConfig, data: RunData) -> int:
+    """Return --meta_batch_size, or a seventh of the different meta answers, from 2 to 64: updates then differ."""
+    return config.meta_batch_size or min(64, max(2, _different_meta_answers(data) // 7))
+
+
 def windows_per_meta_pass(config: UpperConfig, data: RunData) -> float:
     """Return how many updates of the weights read as many answers as there are different ones in the meta set."""
-    return len({(chain.prompt, chain.steps) for chain in data.meta}) / config.meta_batch_size
+    return _different_meta_answers(data) / meta_batch_size(config, data)
+
+
+def _different_meta_answers(data: RunData) -> int:
+    """The number of meta answers that differ in question, images or steps."""
+    return len({(chain.prompt, chain.steps) for chain in data.meta})
 
 
 def positive_rate(data: RunData) -> float:

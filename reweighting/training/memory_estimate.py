@@ -32,7 +32,7 @@ from reweighting.modeling.aggregation import aggregate
 from reweighting.modeling.collate import Batch, collate
 from reweighting.modeling.reward_model import CACHE_BYTES, ProcessRewardModel
 from reweighting.modeling.step_states import StepStates
-from reweighting.training.build import micro_batches_per_step
+from reweighting.training.build import meta_batch_size, micro_batches_per_step
 from reweighting.training.fake_tensor_memory import forward_memory, step_memory
 from reweighting.training.run_data import RunData
 
@@ -206,7 +206,7 @@ def estimate_run(
     meta_batch = None
     if data.meta:
         meta_batch = _batch(model, data.meta, longest(model, data.meta, size), True, config.run.shard)
-    meta_batches = math.ceil(min(config.upper.meta_batch_size, len(data.meta)) / config.lower.batch_size)
+    meta_batches = math.ceil(min(meta_batch_size(config.upper, data), len(data.meta)) / config.lower.batch_size)
     state_pass = 0
     if batch.states is not None:
         state_pass = _state_pass_bytes(model, longest(model, [*data.train, *data.meta], 1)[0])

@@ -16,7 +16,7 @@ from reweighting.modeling.chain_checks import check_chains
 from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.modeling.saved_model import flags_of_saved
 from reweighting.terminal import printable
-from reweighting.training.build import load_backbone, micro_batches_per_step, windows_per_meta_pass
+from reweighting.training.build import load_backbone, meta_batch_size, micro_batches_per_step, windows_per_meta_pass
 from reweighting.training.hypergradient_choice import check_method
 from reweighting.training.run_data import RunData
 
@@ -134,8 +134,9 @@ def print_summary(
         and windows_per_meta_pass(config.upper, data) <= 1
     ):
         print(
-            f"warning: --meta_batch_size {config.upper.meta_batch_size} reads every different meta answer for each "
-            "update, so --meta_optimizer calm leaves every weight at 1: use an eighth of their number",
+            f"warning: --meta_batch_size {meta_batch_size(config.upper, data)} reads every different meta answer for "
+            "each update, so --meta_optimizer calm leaves every weight at 1: use a seventh of their number, or more "
+            "meta answers",
             file=sys.stderr,
         )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -97,8 +97,8 @@ def verdict_note(evidence: SlopeEvidence) -> str:
         return "There is a single domain: nothing to compare it with"
     if evidence.windows_per_pass <= 1:
         return (
-            "Nothing can be told of a single domain: each update read the whole meta set. A --meta_batch_size of an "
-            "eighth of the different meta answers tells more"
+            "Nothing can be told of a single domain: each update read the whole meta set. A --meta_batch_size of a "
+            "seventh of the different meta answers tells more"
         )
     if not math.isfinite(evidence.slopes().standard_error.max()):
         return f"Nothing can be told of a single domain from {evidence.count} updates: train longer"

@@ -1,11 +1,15 @@
 """run_data.py and preflight.check_data: what is odd about the files is said, and what cannot be used is left out."""
 
+from dataclasses import replace
+
 import pytest
 
 from reweighting.config.training import TrainingConfig
+from reweighting.data.chains import Chain
 from reweighting.errors import UserError
+from reweighting.training.build import meta_batch_size, windows_per_meta_pass
 from reweighting.training.preflight import check_data
-from reweighting.training.run_data import read_run_data
+from reweighting.training.run_data import RunData, read_run_data
 from tests.rows import candidate, meta, training, write
 from tests.runs import flags
 from tests.tiny import tiny_backbone
@@ -138,3 +142,15 @@ def test_the_check_reads_no_weights(config, tmp_path):
             (broken / path.name).write_bytes(path.read_bytes())
     one = config("--reward_model", str(broken))
     assert len(check_data(one, read_run_data(one)).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "copies", "size"), [(3, 1, 2), (22, 1, 3), (22, 5, 3), (447, 1, 63), (2000, 1, 64)]
+)
+def test_updates_read_a_seventh_of_the_different_meta_answers(answers, copies, size):
+    config = TrainingConfig.parse(["--train_json_file", "train.json", "--meta_json_file", "meta.json"])
+    chains = [Chain("Q", (f"Step 1: {number}",), label=1.0) for number in range(answers)] * copies
+    data = RunData([], [], chains, [], [])
+    assert meta_batch_size(config.upper, data) == size
+    assert windows_per_meta_pass(config.upper, data) == answers / size
+    assert meta_batch_size(replace(config.upper, meta_batch_size=5), data) == 5
