@@ -149,8 +149,8 @@ METHODS = {
     "learned weights": lambda data, work, seed, run: (),
     "learned by AdamW": lambda data, work, seed, run: ADAMW,
     "true qualities": lambda data, work, seed, run: ("--domain_weights", str(true_qualities(data, work))),
-    "learned, then frozen": lambda data, work, seed, run: (
-        "--domain_weights", str(folder_of(work, "learned weights", seed) / "domain_weights.json"),
+    "learned by AdamW, then frozen": lambda data, work, seed, run: (
+        "--domain_weights", str(folder_of(work, "learned by AdamW", seed) / "domain_weights.json"),
     ),
     "best domains only": lambda data, work, seed, run: ("--domain_weights", str(best_domains(data, work, run))),
     "meta loss of the last step": lambda data, work, seed, run: (*ADAMW, "--aggregation_function", "last"),
