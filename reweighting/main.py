@@ -91,7 +91,7 @@ def build_engine(
     model, layout = build.make_reward_model(config, device, precision)
     validation = build.make_validation(config, data, model, device, precision)
     optimizer = build.make_optimizer(config.lower, list(layout.trainable_parameters().values()))
-    method = resolve_hypergradient(config, data, model, device, state and state["settings"])
+    method = resolve_hypergradient(config, data, model, device, precision, state and state["settings"])
     step_loss = STEP_LOSSES[config.lower.lower_loss]
     hypergradient = None
     if method is not None:  # the weights are learned

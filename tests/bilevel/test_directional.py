@@ -7,10 +7,14 @@ from torch import nn
 from reweighting.bilevel.hypergradients.base import WindowSize
 from reweighting.bilevel.hypergradients.derivatives import central_differences, forward_mode
 from reweighting.bilevel.hypergradients.directional import DirectionalHypergradient
-from reweighting.bilevel.losses import STEP_LOSSES
+from reweighting.bilevel.losses import STEP_LOSSES, loss_at_parameters
+from reweighting.config.training import TrainingConfig
+from reweighting.distributed.flat_vectors import flatten
 from reweighting.errors import UserError
 from reweighting.main import main
+from reweighting.modeling.reward_model import ProcessRewardModel
 from reweighting.training.checkpoints import load_checkpoint
+from reweighting.training.run_data import read_run_data
 from tests.bilevel.unrolling import Case, cosine_and_ratio
 from tests.runs import flags, history, same_results
 from tests.tiny import tiny_backbone
@@ -42,7 +46,30 @@ def test_it_is_near_autograd_through_the_optimizer(kind, momentum, before, deriv
         met = [number for step in case.batches[before:] for _, batch in step for number in batch.chain_ids.tolist()]
         assert not by_chain or hypergradient.times_met.tolist() == [met.count(chain) for chain in range(len(found))]
         cosine, ratio = cosine_and_ratio(exact, found)
-        assert cosine >= (0.998 if by_chain else 0.99) and 0.92 <= ratio <= 1.08, (cosine, ratio)
+        least = 0.99 if not by_chain else 0.999 if loss == "mse" else 0.998
+        assert cosine >= least and 0.92 <= ratio <= 1.08, (cosine, ratio)
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
+def test_rounding_in_float32_leaves_the_slopes_of_chains_exact(derivative, demo):
+    """`auto` takes differences in float32."""
+    torch.manual_seed(0)
+    model = ProcessRewardModel.from_backbone(tiny_backbone())
+    config = TrainingConfig.parse(flags(demo, demo))
+    batch = model.make_batch(read_run_data(config).train[:12])
+    loss = loss_at_parameters(model, "fp32")
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+    def gradient(part):
+        found = torch.autograd.grad(
+            part, list(params.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return flatten(found)
+
+    gradients = torch.stack([gradient(part) for part in loss(params, batch)])  # [12, P]
+    direction = gradients[:6].sum(0).sign()  # of AdamW's first step
+    (found,) = derivative(loss, params, [batch], direction)
+    assert torch.cosine_similarity(gradients @ direction, found, dim=0) > 0.9999
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def saved(folder) -> dict[str, list]:
 @pytest.mark.parametrize("what", [pytest.param("instance", marks=pytest.mark.slow), "both"])
 def test_a_run_learns_saves_and_resumes(run, tmp_path, monkeypatch, what, capsys):
     main(run(tmp_path / "whole", "--weights_for", what))
-    assert "hypergradient: jvp: it finds a slope for each chain" in capsys.readouterr().out
+    assert "hypergradient: finite_difference: it finds a slope for each chain" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr("reweighting.main.StopSignals", lambda: StopAtStep(9))
         with pytest.raises(Stopped):

@@ -252,18 +252,20 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
 
 
 def test_auto_takes_unrolled_while_half_of_the_free_memory_holds_it(demo, tmp_path):
-    def choose(free: int, *more: str):
+    def choose(free: int, *more: str, precision: str = "fp32"):
         config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone()), *more))
-        return choose_method(config, data, model, free)
+        return choose_method(config, data, model, free, precision)
 
     config = TrainingConfig.parse(flags(demo, tmp_path, "--reward_model", str(tiny_backbone())))
     data, model = read_run_data(config), load_backbone(config, torch.device("meta"), "fp32")
     vector = 4 * sum(param.numel() for param in model.parameters() if param.requires_grad)
     kept = vector * (5 * 2 + 2)  # gradients of five steps of two micro-batches, and AdamW's moments
-    assert choose(2 * kept)[0] == "unrolled" and choose(2 * kept - 1)[0] == "jvp"
+    assert choose(2 * kept)[0] == "unrolled" and choose(2 * kept - 1)[0] == "finite_difference"
     assert choose(2 * kept - 2 * 2 * vector, "--optimizer", "sgd")[0] == "unrolled"
-    method, reason = choose(2 * kept - 1, "--attention", "flash_attention_2")
+    assert choose(2 * kept - 1, precision="bf16")[0] == choose(0, "--weights_for", "both", precision="bf16")[0] == "jvp"
+    method, reason = choose(2 * kept - 1, "--attention", "flash_attention_2", precision="bf16")
     assert method == "finite_difference" and "no forward mode" in reason
+    assert choose(0, "--weights_for", "both")[0] == "finite_difference"
     assert choose(0, "--hypergradient", "darts") == ("darts", "as asked for")
     assert choose(0, "--shard")[0] == "unrolled"
 
@@ -283,7 +285,7 @@ def test_a_head_that_is_trained_alone_has_forward_mode_whatever_the_backbone(dem
         return TrainingConfig.parse(flags(demo, tmp_path, "--train", train, *kernels, *more))
 
     check_method(config("head"), "jvp")
-    assert choose_method(config("head", "--weights_for", "instance"), None, None, 0)[0] == "jvp"
+    assert choose_method(config("head", "--weights_for", "instance"), None, None, 0, "bf16")[0] == "jvp"
     with pytest.raises(UserError, match="jvp: there is no forward mode.*use finite_difference, or --train head"):
         check_method(config("lora"), "jvp")
 
@@ -293,10 +295,11 @@ def test_auto_looks_at_the_memory_and_a_resume_keeps_its_choice(demo, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(hypergradient_choice, "free_memory", lambda device: 10**6)
         main(run)
-    assert "hypergradient: jvp: kept gradients take" in capsys.readouterr().out
+    assert "hypergradient: finite_difference: kept gradients take" in capsys.readouterr().out
     main([*run, "--iteration_num", "15", "--resume"])
-    assert "hypergradient: jvp: as when the run was started" in capsys.readouterr().out
-    assert load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])["settings"]["planned_hypergradient"] == "jvp"
+    assert "hypergradient: finite_difference: as when the run was started" in capsys.readouterr().out
+    settings = load_checkpoint(checkpoints(tmp_path / "checkpoints")[-1])["settings"]
+    assert settings["planned_hypergradient"] == "finite_difference"
     with monkeypatch.context() as patch, pytest.raises(UserError, match="jvp: there is no forward mode through"):
         patch.setattr(hypergradient_choice, "has_forward_mode", lambda config: False)
         main([*run, "--hypergradient", "jvp"])
