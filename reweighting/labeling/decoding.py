@@ -2,20 +2,21 @@
 
     decoder = Decoder(model, family, temperature=1.0, ends={2})
     start = decoder.read(question.key, encoded)
-    decoder.add(start, [Text(Random(n), limit=64) for n in range(16)])
+    decoder.add([Text(start, Random(n), limit=64) for n in range(16)])
     while decoder.texts:
         ended = decoder.step()  # one more token each
 
-Texts that end leave the batch, and others may join it at any time. The texts of a batch are aligned at their last
-token, with padding in front, so that the distances which sliding windows count stay correct.
+Texts that end leave the batch, and others may join it at any time. The keys and values of a beginning are held once;
+those of the texts' own tokens are aligned at the last token, with padding in front, so that the distances which sliding
+windows count stay correct.
 
-Notation: B texts in the batch, T tokens of the longest one with its beginning, V tokens of the vocabulary.
+Notation: B texts in the batch, T own tokens of the longest one, V tokens of the vocabulary.
 """
 
 import inspect
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from random import Random
 from typing import Any, cast
 
@@ -27,13 +28,13 @@ from transformers.cache_utils import DynamicLayer
 
 from reweighting.errors import UserError
 from reweighting.labeling.policy import PolicyFailure
+from reweighting.labeling.shared_attention import SHARED_ATTENTION, Beginnings, Layers
 from reweighting.modeling.collate import Tokens
 from reweighting.modeling.families import Family
 from reweighting.modeling.tokenization import EncodedChain
 from reweighting.out_of_memory import is_out_of_memory
 from reweighting.terminal import first_line
 
-Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads, T, head size]
 ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers whose cache can be cut and padded
 REMEDY = "Serve the model, and name the server as --policy."
 TOLERANCE = 0.1  # standard deviations of the logits: bf16 rounds
@@ -42,7 +43,7 @@ ROOM = 32  # tokens
 BITS = 24  # of a random number: as many as float32 holds below 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Start:
     """A beginning that was read.
 
@@ -64,19 +65,18 @@ class Text:
     """A text that is being written.
 
     Attributes:
+        start: what it continues.
         random: draws its tokens, which so do not depend on the other texts of a batch.
         limit: of its tokens, at least 1.
         ids: its tokens so far, without the one that ends it.
         ended: whether it is complete.
-        length, position: of its beginning, see `Start`.
     """
 
+    start: Start
     random: Random
     limit: int
     ids: list[int] = field(default_factory=list)
     ended: bool = False
-    length: int = 0
-    position: int = 0
 
 
 class Decoder:
@@ -102,6 +102,8 @@ class Decoder:
             raise UserError(f"{self._kind}: they are recurrent or attend in chunks. {REMEDY}")
         self.model, self.family, self.temperature, self.ends = model, family, temperature, frozenset(ends)
         self.texts: list[Text] = []
+        model.set_attn_implementation(SHARED_ATTENTION)
+        self._windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         self._parameters = inspect.signature(model.forward).parameters
         self._cache = DynamicCache()  # of the batch
         self._last: tuple[Hashable, list[int], Start] | None = None  # what was read
@@ -143,30 +145,22 @@ class Decoder:
         return start
 
     @torch.inference_mode()
-    def add(self, start: Start, texts: Sequence[Text]) -> list[Text]:
+    def add(self, texts: Sequence[Text]) -> list[Text]:
         """Begin texts: draw their first tokens, and let them join the batch.
 
         Args:
-            start: what they follow.
-            texts: new ones.
+            texts: new ones, at least one. Neighbours in the batch that continue the same start share it.
 
         Returns:
             Those that have ended already.
         """
-        self._write(texts, start.logits.expand(len(texts), -1))
+        self._write(texts, torch.stack([text.start.logits for text in texts]))
         begun = [text for text in texts if not text.ended]
-        for text in begun:
-            text.length, text.position = start.length, start.position
-        if begun:
-            old = _layers_of(self._cache) or [(keys[:0], values[:0]) for keys, values in start.layers]
-            width = max(start.length, old[0][0].shape[2])
-            layers: Layers = []
-            for mine, added in zip(old, start.layers, strict=True):
-                new = [_widened(x, width).expand(len(begun), -1, -1, -1) for x in added]
-                keys, values = (torch.cat([_widened(x, width), y]) for x, y in zip(mine, new, strict=True))
-                layers.append((keys, values))  # [B, heads, T + room, head size]
-            self._cache = _cache_of(layers, width)
-            self.texts += begun
+        if not self._cache.layers:
+            self._cache = _cache_of([(keys[:0, :, :0], values[:0, :, :0]) for keys, values in texts[0].start.layers], 0)
+        for layer in cast(list[_RoomyLayer], self._cache.layers):
+            layer.add(len(begun))
+        self.texts += begun
         return [text for text in texts if text.ended]
 
     @torch.inference_mode()
@@ -177,17 +171,18 @@ class Decoder:
             The texts that have ended; they leave the batch.
         """
         width = self._cache.get_seq_length() + 1
-        rows = [(text.ids[-1], text.position + len(text.ids) - 1, text.length + len(text.ids)) for text in self.texts]
+        rows = [(text.ids[-1], text.start.position + len(text.ids) - 1, len(text.ids)) for text in self.texts]
         tokens, positions, lengths = torch.tensor(rows, device=self.model.device)[:, :, None].unbind(1)  # [B, 1]
         mask = (torch.arange(width, device=lengths.device) >= width - lengths).long()  # [B, T]
-        self._write(self.texts, self._run({"input_ids": tokens, "attention_mask": mask}, positions, self._cache))
+        starts = [(start.layers, len(list(texts))) for start, texts in groupby(self.texts, lambda text: text.start)]
+        beginnings = Beginnings(*zip(*starts, strict=True), self._windows)
+        inputs = {"input_ids": tokens, "attention_mask": mask, "beginnings": beginnings}
+        self._write(self.texts, self._run(inputs, positions, self._cache))
         ended = [text for text in self.texts if text.ended]
         if ended:
             kept = [place for place, text in enumerate(self.texts) if not text.ended]
             self.texts = [self.texts[place] for place in kept]
-            if not kept:
-                self._cache = DynamicCache()
-            longest = max((text.length + len(text.ids) - 1 for text in self.texts), default=0)
+            longest = max((len(text.ids) - 1 for text in self.texts), default=0)
             for layer in cast(list[_RoomyLayer], self._cache.layers):
                 layer.keep(kept, width - longest)
         return ended
@@ -206,12 +201,13 @@ class Decoder:
         shorter = replace(encoded, input_ids=encoded.input_ids[:length], is_image=encoded.is_image[:length])
         probe = Decoder(self.model, self.family, 0.0, ())
         try:
-            starts = [(begun, probe.read(None, begun), Text(Random(0), 4)) for begun in (shorter, encoded)]
-            for _, start, text in starts:
-                probe.add(start, [text])
+            begun = (shorter, encoded)
+            texts = [Text(probe.read(None, one), Random(0), 4) for one in begun]
+            for text in texts:
+                probe.add([text])
             while probe.texts:
                 probe.step()
-            gaps = [self._gap(begun, text.ids) for begun, _, text in starts]
+            gaps = [self._gap(one, text.ids) for one, text in zip(begun, texts, strict=True)]
         except (MemoryError, PolicyFailure):
             raise
         except Exception as error:  # of the model's own code, any kind
@@ -256,7 +252,8 @@ class Decoder:
             raise PolicyFailure("the model computes NaN; look at its weights and at --precision")
         if self.temperature == 0:
             return tokens
-        totals = (logits / max(self.temperature, COLDEST)).softmax(-1).cumsum_(-1)  # [B, V]
+        chances = (logits - highest[:, None]).div_(max(self.temperature, COLDEST)).exp_()  # but for a factor
+        totals = chances.cumsum_(-1)  # [B, V]
         places = torch.tensor([[text.random.getrandbits(BITS) / 2**BITS] for text in texts], device=logits.device)
         return torch.searchsorted(totals, places * totals[:, -1:], right=True).squeeze(1)
 
@@ -284,6 +281,10 @@ class _RoomyLayer(DynamicLayer):
         self._hold(self._roomy, end)
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
+    def add(self, count: int) -> None:
+        """Add so many rows, of padding."""
+        self._hold((pad(states, (0, 0, 0, 0, 0, 0, 0, count)) for states in self._roomy), self.get_seq_length())
+
     def keep(self, rows: list[int], first: int) -> None:
         """Keep some rows only, from one of their tokens on."""
         self._hold((states[rows, :, first:] for states in self._roomy), self.get_seq_length() - first)
@@ -298,8 +299,3 @@ def _cache_of(layers: Layers, length: int) -> DynamicCache:
 
 def _layers_of(cache: DynamicCache) -> Layers:
     return [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]
-
-
-def _widened(states: Tensor, width: int) -> Tensor:
-    """Keys or values [B, heads, T, head size], with padding in front up to T = width, and room behind."""
-    return pad(states, (0, 0, width - states.shape[2], ROOM))

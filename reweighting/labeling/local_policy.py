@@ -206,11 +206,11 @@ class LocalPolicy:
         limit = min(self.sampling.max_tokens, self._tokenizer.max_length - start.length)
         texts = []
         for call in calls:
-            text = Text(Random(f"{self.seed} {question.key} {call.number} {prefix}"), limit)
+            text = Text(start, Random(f"{self.seed} {question.key} {call.number} {prefix}"), limit)
             call.prefix_ids = encoded.input_ids[encoded.prompt_length :].tolist()
             self._writing[text] = call
             texts.append(text)
-        return self._decoder.add(start, texts)
+        return self._decoder.add(texts)
 
     def _encode(self, question: Question, prefix: str) -> EncodedChain:
         """The tokens of a question and of how its answer begins, with its images. Raises QuestionRefused."""

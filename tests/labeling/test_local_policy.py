@@ -96,7 +96,7 @@ def test_first_tokens_are_drawn_with_the_models_probabilities():
     found = policy("llama")
     start = found._decoder.read("q", found._encode(question("3 + 4?"), ONE))
     decoder = Decoder(found._decoder.model, found._decoder.family, temperature=0.7, ends=())
-    texts = decoder.add(start, [Text(Random(n), limit=1) for n in range(6000)])
+    texts = decoder.add([Text(start, Random(n), limit=1) for n in range(6000)])
     counts = Counter(text.ids[0] for text in texts)
 
     def p_value(temperature: float) -> float:
