@@ -51,9 +51,11 @@ SHORT_UNIT = re.compile(
     rf"\s(?:[mckµn]?[mgljsvawn]|min|hr?s?|in|ft|yd|lbs?|oz|[km]?hz|k?pa|mol){POWER}"
     rf"(?:/(?:s|h|min|kg|g|l|ml|[mck]?m){POWER})?"
 )
-NOUN_UNIT = re.compile(r"\s[^\W\d_]{3,20}(?:\s[^\W\d_]{3,20})?")
-NO_UNIT = re.compile(r"\b(?:hundred|thousand|million|billion|trillion|dozen|score|half|halves|third|quarter|and|plus|"
-                     r"minus|times|over|mod|squared|cubed|sqrt|log|sin|cos|tan|not)s?\b")  # fmt: skip
+NOUN = r"\s[^\W\d_]{3,20}"
+NOUN_UNIT = re.compile(rf"{NOUN}(?:{NOUN})?(?:\s(?:per|of|an?){NOUN})?")  # apples, gold coins, miles per hour
+NO_UNIT = re.compile(r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?|(?:four|fif|six|seven|eigh|nin|ten)th|"
+                     r"dozen|score|half|halves|third|quarter|percent|and|plus|minus|times|over|mod|squared|cubed|sqrt|"
+                     r"log|sin|cos|tan|not)s?\b")  # fmt: skip
 
 SEVERAL = re.compile(r"[,;]|\b(?:and|or)\b")  # results, of an equation
 # `B`, `(B)`, `B.`, `B) 4 apples`, `option B`
@@ -146,7 +148,7 @@ def _plain(answer: str) -> str:
     for pattern, replacement in CLEANING:
         answer = pattern.sub(replacement, answer)
     answer = re.sub(r"^ ?[a-z] ?= ?(?=\S)", "", answer.casefold())  # x = 7
-    return answer.strip().rstrip(".,;: ").strip("_")
+    return answer.strip(' "“”').rstrip('.,;: "”').strip("_")
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,14 @@ def test_stated_answers_are_found(response, answer):
         ("7 apples", "7", True),
         ("8 apples", "7", False),
         ("2 million", "2", None),
+        ("6 miles per hour", "6", True),  # units of several words
+        ("4 boxes of pizza", "2", False),
+        ("20 dollars an hour", "20 dollars a day", None),
+        ("5 hundredths", "5", None),
+        ("3 tenths of miles", "3", None),
+        ("10 percent of people", "10", None),
+        ('2.5 hours"', "2.5", True),  # of a quotation
+        ("“7”", "7", True),
         ("2x", "2", False),
         ("1/2", "0.5", True),
         ("½", "1/2", True),
