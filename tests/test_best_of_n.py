@@ -184,6 +184,7 @@ def test_without_known_answers_there_are_choices_and_no_metrics(demo, weights_pa
     assert not (tmp_path / "o.jsonl.metrics").exists()
 
 
+@pytest.mark.slow
 def test_reading_and_measuring_take_no_more_memory_for_more_questions(tmp_path):
     """All but the scoring itself, whose blocks have a fixed size."""
 

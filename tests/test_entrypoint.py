@@ -148,6 +148,7 @@ def test_ctrl_c_before_the_command_is_one_line(ending, monkeypatch):
     assert ending(raising(AssertionError())) == (130, "interrupted\n")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_and_pythons_options(demo, tmp_path):
     """`python -O -W error … | head -1`: the command goes on to its end and writes its files."""
     run = flags(demo, tmp_path / "run", "--iteration_num", "5")

@@ -112,6 +112,7 @@ def test_using_a_reward_model_needs_no_betty(wheel, without_betty, demo, weights
     assert {"evaluation", "answer.html"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_training_without_betty_names_the_command_that_installs_it(wheel, without_betty, demo, tmp_path):
     out = dreamprm(wheel, "train", *flags(demo, tmp_path / "weights"), path=without_betty)
     assert out.returncode == 2

@@ -72,6 +72,7 @@ def test_what_each_cause_does():
     assert BLUR > 5
 
 
+@pytest.mark.slow
 def test_the_policy_writes_the_rows_again(tmp_path):
     """Up to rounding, which may turn a token on another machine."""
     part = next(part for part in label_demo.PARTS if part.name == "geometry")

@@ -141,6 +141,7 @@ def test_in_the_command_it_is_near_unrolled(demo, tmp_path, hypergradient, loss)
     assert 0.95 < gradients[1].norm() / gradients[0].norm() < 1.05
 
 
+@pytest.mark.slow
 def test_a_window_without_gradients_resumes(demo, tmp_path, monkeypatch):
     run = ("--reward_model", str(tiny_backbone()), "--hypergradient", "jvp", "--max_grad_norm", "0.05")
     run += ("--lora_rank", "2", "--precision", "bf16", "--lower_loss", "bce")

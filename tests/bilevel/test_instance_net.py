@@ -199,7 +199,10 @@ def run(demo):
 
 @pytest.mark.parametrize(
     "more",
-    [pytest.param(("instance",), marks=pytest.mark.slow), ("both", "--precision", "bf16", "--warmup_iterations", "4")],
+    [
+        pytest.param(("instance", "--precision", "bf16"), marks=pytest.mark.slow),  # slow on a processor
+        ("both", "--warmup_iterations", "4"),
+    ],
 )
 def test_a_run_learns_saves_and_resumes(run, demo, tmp_path, monkeypatch, more):
     """Cut inside a window: what it has noted of chains is in the checkpoint."""

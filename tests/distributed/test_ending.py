@@ -104,7 +104,10 @@ def test_process_0_killed_inside_a_save_leaves_the_checkpoint_before(tiny, one, 
     [
         ("killed", 0, "another of the 3 processes has ended ("),
         ("killed", 1, "another of the 3 processes has ended ("),
-        ("frozen", 1, "another of the 3 processes does not answer within --distributed_timeout ("),
+        pytest.param(
+            *("frozen", 1, "another of the 3 processes does not answer within --distributed_timeout ("),
+            marks=pytest.mark.slow,
+        ),
         ("refused", 0, "out of luck. No step is saved\n"),
         ("refused", 1, f"process 1 of 3 on {HOST}: out of luck. No step is saved\n"),
         ("failed", 1, f"process 1 of 3 on {HOST}: Traceback (most recent call last)"),

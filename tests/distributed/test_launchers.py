@@ -107,6 +107,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(tiny, one, tmp_path):
     assert max(abs(a["train_loss"] - b["train_loss"]) for a, b in lines) < 1e-6
 
 
+@pytest.mark.slow
 def test_accelerate_launch_cpu_is_one_process_on_the_cpu(tiny, tmp_path):
     """More than one needs MPI there: --num_processes alone starts a single one."""
     run = tiny(tmp_path / "run", "--iteration_num", "5")

@@ -102,7 +102,7 @@ def test_questions_are_labelled_by_a_real_server(llama_url, tmp_path, monkeypatc
 
 
 @needs_serve
-@pytest.mark.parametrize("family", ["qwen2", "idefics3"])
+@pytest.mark.parametrize("family", [pytest.param("qwen2", marks=pytest.mark.slow), "idefics3"])
 def test_transformers_serve_continues_as_transformers_does(family, tmp_path):
     model = plain_text_model(family, tmp_path / "model")
     asked = [question("What is 3 + 4?")]
@@ -118,6 +118,7 @@ def test_transformers_serve_continues_as_transformers_does(family, tmp_path):
 
 
 @needs_serve
+@pytest.mark.slow
 def test_transformers_serve_is_refused_without_a_chat_template(tmp_path):
     model = plain_text_model("qwen2", tmp_path / "model")
     with transformers_serve(model, tmp_path / "log.txt") as url:

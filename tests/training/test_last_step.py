@@ -62,7 +62,12 @@ MORE = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("unrolled", (6, 8, 10)), ("finite_difference", (8,)), ("lora", (9,)), ("baseline", (8,))]
+    ("kind", "steps"),
+    [
+        ("unrolled", (6, 8, 10)),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("finite_difference", (8,)), ("lora", (9,)))),
+        ("baseline", (8,)),
+    ],
 )
 def test_an_error_in_a_steps_second_micro_batch_loses_nothing(tiny, tmp_path, monkeypatch, kind, steps):
     """Its first micro-batch has been added up and has drawn its dropout by then."""
@@ -101,6 +106,7 @@ def test_any_error_anywhere_before_the_optimizer(
     assert caught is UserError or "saved at step 6: --resume continues from there" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_step_that_may_be_half_made_is_not_saved(tiny, tmp_path, monkeypatch, capsys):
     main(tiny(tmp_path / "whole"))
     for number, (owner, method, call, after) in enumerate((

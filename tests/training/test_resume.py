@@ -91,10 +91,13 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, tmp_path, monkeypatch,
     "more",
     [
         ("--train", "dora", "--lora_rank", "2", "--score_head", "linear_from_token"),
-        ("--lora_rank", "2", "--no_freeze_projector", "--precision", "bf16"),
+        pytest.param(("--lora_rank", "2", "--no_freeze_projector", "--precision", "bf16"), marks=pytest.mark.slow),
         ("--train", "head", "--attention", "eager"),
         ("--train", "head", "--score_head", "mlp", "--lower_loss", "bce"),
-        ("--score_head", "token", "--correct_token", "Step", "--no_freeze_vision", "--freeze_projector"),
+        pytest.param(
+            ("--score_head", "token", "--correct_token", "Step", "--no_freeze_vision", "--freeze_projector"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dora", "projector", "head", "mlp-bce", "token"],
 )
