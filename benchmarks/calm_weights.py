@@ -26,17 +26,12 @@ from common import (
     read_results,
     train,
     use_one_thread,
+    verdicts,
     write_results,
 )
 
 DATA = ROOT / "data"
 RULES = {rule: ("--meta_optimizer", rule) for rule in ("calm", "adamw")}
-
-
-def verdicts(output: Path) -> dict[str, str]:
-    """The verdict on each domain of a run."""
-    saved = json.loads((output / "domain_weights.json").read_text())
-    return {name: one["verdict"] for name, one in saved["evidence"]["domains"].items()}
 
 
 def worlds(work: Path, rule: str, seed: int) -> dict:
@@ -46,8 +41,13 @@ def worlds(work: Path, rule: str, seed: int) -> dict:
     quality = make_reassigned(data, world)
     train(data, output, seed, *RULES[rule])
     weights = learned_weights(output)
-    found = {"weights": weights, "verdicts": verdicts(output), "quality": quality}
-    return {"world": world} | agreement(weights, quality) | found
+    return {
+        "world": world,
+        **agreement(weights, quality),
+        "weights": weights,
+        "verdicts": verdicts(output),
+        "quality": quality,
+    }
 
 
 def alike(work: Path, rule: str, seed: int) -> dict:
@@ -86,7 +86,11 @@ def long(work: Path, rule: str, seed: int) -> dict:
     short, output = work / f"demo-{rule}-{seed}", work / f"long-{rule}-{seed}"
     train(DATA, short, seed, *RULES[rule])
     train(DATA, output, seed, "--iteration_num", "2400", *RULES[rule])
-    result = {"weights": learned_weights(output), "weights_at_600": learned_weights(short)}
+    result = {
+        "weights": learned_weights(output),
+        "weights_at_600": learned_weights(short),
+        "verdicts": verdicts(output),
+    }
     if rule == "calm":
         ends = [json.loads((folder / "domain_weights.json").read_text())["evidence"] for folder in (short, output)]
         result["outside_each_other"] = [
@@ -110,7 +114,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/calm_weights"), help="runs and made data")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rules", nargs="+", choices=RULES, default=["calm"])
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     use_one_thread()

@@ -105,6 +105,12 @@ def learned_weights(output: Path) -> dict[str, float]:
     return json.loads((output / "domain_weights.json").read_text())["weights"]
 
 
+def verdicts(output: Path) -> dict[str, str]:
+    """The verdict on each domain of a run, none if it learned no weights."""
+    saved = json.loads((output / "domain_weights.json").read_text()).get("evidence", {"domains": {}})
+    return {name: one["verdict"] for name, one in saved["domains"].items()}
+
+
 def agreement(weights: dict[str, float], quality: dict[str, float]) -> dict[str, float]:
     """How the weights rank the domains: Spearman with quality, and AUC of telling the better half from the worse."""
     names = sorted(quality)

@@ -1,4 +1,4 @@
-"""Does reweighting find the good domains, and does it pay? The tables of the README.
+"""Does reweighting find the good domains, and does it pay? The tables of README and docs/demo.md.
 
     python benchmarks/demo_runs.py --work /tmp/demo_runs        # resumable: finished runs are not repeated
 
@@ -27,6 +27,7 @@ from common import (
     share_cores,
     step_auc,
     train,
+    verdicts,
     write_results,
 )
 
@@ -48,13 +49,6 @@ def evaluate(data: Path, output: Path, seed: int, *flags: str) -> dict:
             scores["processor_seconds"] = seconds
         scored.write_text(json.dumps(scores))
     return json.loads(scored.read_text())
-
-
-def true_qualities(data: Path, work: Path) -> Path:
-    """A file of weights proportional to the true quality: what perfect knowledge would give, the ceiling."""
-    path = work / "true_qualities.json"
-    path.write_text((data / "quality.json").read_text())
-    return path
 
 
 def train_alone(data: Path, work: Path, domain: str) -> Path:
@@ -148,7 +142,7 @@ METHODS = {
     "equal weights": lambda data, work, seed, run: ("--baseline",),
     "learned weights": lambda data, work, seed, run: (),
     "learned by AdamW": lambda data, work, seed, run: ADAMW,
-    "true qualities": lambda data, work, seed, run: ("--domain_weights", str(true_qualities(data, work))),
+    "true qualities": lambda data, work, seed, run: ("--domain_weights", str(data / "quality.json")),
     "learned by AdamW, then frozen": lambda data, work, seed, run: (
         "--domain_weights", str(folder_of(work, "learned by AdamW", seed) / "domain_weights.json"),
     ),
@@ -183,7 +177,7 @@ def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable, ear
         flags = {seed: METHODS[method](data, work, seed, run) for seed in seeds}
         done = run(lambda s, m=method, f=flags: evaluate(data, folder_of(work, m, s), s, *f[s]), seeds)  # noqa: B023
         found |= {(method, seed): row for seed, row in zip(seeds, done, strict=True)}
-    table, weights = {}, {}
+    table, weights, told = {}, {}, {}
     for method in methods:
         rows = [found[method, seed] for seed in seeds]
         numbers = [name for name in rows[0] if name not in ("auc", "device") and all(name in row for row in rows)]
@@ -191,13 +185,14 @@ def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable, ear
             f"auc_{name}": summary([row["auc"][name] for row in rows]) for name in rows[0]["auc"]
         }
         weights[method] = {seed: learned_weights(folder_of(work, method, seed)) for seed in seeds}
+        told[method] = {seed: verdicts(folder_of(work, method, seed)) for seed in seeds}
         if all(len(set(own.values())) > 1 for own in weights[method].values()):
             ranking = [agreement(weights[method][seed], quality) for seed in seeds]
             table[method] |= {name: summary([row[name] for row in ranking]) for name in ranking[0]}
     per_seed = {f"{method} {seed}": row for (method, seed), row in found.items()}
-    new = {"methods": table, "weights": weights, "per_seed": per_seed}
+    new = {"methods": table, "weights": weights, "verdicts": told, "per_seed": per_seed}
     if all(earlier.get(name) == value for name, value in same.items()):
-        new = {name: earlier[name] | own for name, own in new.items()}
+        new = {name: earlier.get(name, {}) | own for name, own in new.items()}
         table = new["methods"]
     result = {**same, "quality": quality, **new}
     if {"equal weights", "learned weights", "true qualities"} <= set(table):
@@ -209,17 +204,16 @@ def shipped(work: Path, seeds: list[int], methods: list[str], run: Callable, ear
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/demo_runs"), help="runs and made data")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/demo_runs"), help="runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each with its share of the cores")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     share_cores(args.parallel)
-    earlier = read_results("demo_runs")
+    earlier = read_results("demo_runs").get("shipped", {})
     with ThreadPoolExecutor(args.parallel) as pool:
-        parallel, before = lambda *job: list(pool.map(*job)), earlier.get("shipped", {})
-        methods = shipped(args.work, args.seeds, args.methods, parallel, before)
+        methods = shipped(args.work, args.seeds, args.methods, lambda *job: list(pool.map(*job)), earlier)
     print(json.dumps({k: v for k, v in methods.items() if k not in ("per_seed", "weights")}, indent=1))
     print(write_results("demo_runs", {"parallel": args.parallel, "shipped": methods}))
 

@@ -4,8 +4,9 @@
 
 The worth of a domain: a PRM is trained on it alone for 100 steps; the AUC of its step scores on the clean held-out
 steps, of which those are correct whose rollouts are for more than half. It is also written into `quality.json` there.
-Then runs of 600 steps with equal and with learned weights: their best of N on the test questions, their AUC on
-answers of the simulated policy, and how the weights rank the domains by worth. Writes `results/rollout_demo.json`.
+Then runs of 600 steps with equal weights, and with those learned by the default rule and by AdamW: their best of N on
+the test questions, their AUC on answers of the simulated policy, and how the weights rank the domains by worth. Writes
+`results/rollout_demo.json`; methods that `--methods` leaves out stay in it.
 """
 
 import argparse
@@ -13,7 +14,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, ProcessRewardModel, agreement, auc, learned_weights, use_one_thread, write_results
+from common import (
+    ROOT,
+    ProcessRewardModel,
+    agreement,
+    auc,
+    learned_weights,
+    read_results,
+    use_one_thread,
+    write_results,
+)
 from demo_runs import evaluate, summary, train_alone
 
 from reweighting.data.load_chains import load_evaluation
@@ -62,7 +72,7 @@ def main() -> None:
     for domain, value in quality.items():
         causes[domain]["worth"] = round(value, 4)
     (DATA / "quality.json").write_text(json.dumps(causes, indent=1) + "\n")
-    methods = {}
+    methods = read_results("rollout_demo").get("methods", {})
     for method in args.methods:
         runs = {seed: one(args.work, method, seed, quality) for seed in args.seeds}
         names = [name for name in runs[args.seeds[0]] if name != "weights"]

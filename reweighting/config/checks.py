@@ -21,6 +21,7 @@ NOT_NEGATIVE = ("lora_rank", "weight_decay", "meta_weight_decay", "momentum", "m
 AT_MOST = {
     "lr": 1000,
     "meta_lr": 1000,
+    "meta_range": 1000,
     "label_lr": 1,
     "scheduler_gamma": 1,
     "seed": 2**63 - 1,

@@ -1,4 +1,5 @@
-"""The parts of a run, each made from the flags: reward model, optimizers, learning rate, fixed weights, validation.
+"""The parts of a run, each made from the flags: reward model, optimizers, learning rate,
+batch sizes and bounds of the weights, validation.
 
 `main.py` puts them together.
 """
@@ -118,7 +119,7 @@ def make_optimizer(config: LowerConfig, params: list[nn.Parameter]) -> torch.opt
 def make_meta_optimizer(
     config: UpperConfig, table: LossWeights, evidence: SlopeEvidence, instance_evidence: InstanceEvidence | None = None
 ) -> torch.optim.Optimizer:
-    """Make AdamW over the raw weights, or the calm rule that follows the evidence."""
+    """Make the calm rule, which follows the evidence, or AdamW over the raw weights."""
     if config.meta_optimizer == "calm":
         return CalmWeights(table, evidence, config.meta_range, instance_evidence)
     # The gradients of alpha are as small as --lr: AdamW's usual eps of 1e-8 would be of their size.
@@ -150,12 +151,12 @@ def weight_bounds(config: UpperConfig) -> tuple[float, float]:
 
 
 def meta_batch_size(config: UpperConfig, data: RunData) -> int:
-    """Return --meta_batch_size, or a seventh of the different meta answers, from 2 to 64: updates then differ."""
+    """Return --meta_batch_size, or a seventh of the different meta answers, from 2 to 64."""
     return config.meta_batch_size or min(64, max(2, _different_meta_answers(data) // 7))
 
 
 def windows_per_meta_pass(config: UpperConfig, data: RunData) -> float:
-    """Return how many updates of the weights read as many answers as there are different ones in the meta set."""
+    """Return in how many updates of the weights the different meta answers are read once."""
     return _different_meta_answers(data) / meta_batch_size(config, data)
 
 
