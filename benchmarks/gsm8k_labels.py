@@ -9,7 +9,6 @@ Printed are an answer to each question, with what the checker reads as its final
 import argparse
 import json
 import sqlite3
-import time
 from collections import Counter
 from contextlib import closing
 from itertools import islice
@@ -20,7 +19,7 @@ from common import write_results
 from reweighting.config.labeling import LabelConfig
 from reweighting.data.answers import final_answer
 from reweighting.data.load_answers import LoadReport
-from reweighting.label import main as label
+from reweighting.label import main as label_questions
 from reweighting.label import questions
 from reweighting.labeling.checker import compare
 from reweighting.labeling.store import WHOLE
@@ -46,11 +45,9 @@ def main() -> None:
         *("--store", str(args.work / "labels.sqlite"), "--output_train", str(train)),
         *(word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))),
     ]
-    started = time.monotonic()
     with llama_cpp(smollm(), args.work / "server.log", parallel=16) as url:
         flags += ["--policy", url]
-        label(flags)
-    seconds = time.monotonic() - started
+        label_questions(flags)
     config = LabelConfig.parse(flags)
     with closing(sqlite3.connect(config.rows.store_file())) as store:
         query = "SELECT value FROM entries WHERE question = ? AND step = ? ORDER BY answer"
@@ -65,7 +62,7 @@ def main() -> None:
     labels = [label for row in rows for label in row["labels"][:-1] if label is not None]
     verdicts = Counter(str(compare(text, question)) for question, answers in texts.items() for text in answers)
     found = {
-        "questions": args.count, **SETTINGS, "seconds": round(seconds), "verdicts": dict(verdicts), "rows": len(rows),
+        "questions": args.count, **SETTINGS, "verdicts": dict(verdicts), "rows": len(rows),
         "judged continuations": sum(times or 0 for row in rows for times in row["times"][:-1]),
         "labels of steps": {"0": labels.count(0), "between": sum(0 < x < 1 for x in labels), "1": labels.count(1)},
     }  # fmt: skip

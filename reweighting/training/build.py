@@ -1,5 +1,5 @@
-"""The parts of a run, each made from the flags: reward model, optimizers, learning rate,
-batch sizes and bounds of the weights, validation.
+"""The parts of a run, each made from the flags: reward model, optimizers, learning rate, batch sizes, bounds of the
+weights, validation.
 
 `main.py` puts them together.
 """
