@@ -6,11 +6,12 @@
     while decoder.texts:
         ended = decoder.step()  # one more token each
 
-Texts that end leave the batch, and others may join it at any time. The keys and values of a beginning are held once;
-those of the texts' own tokens are aligned at the last token, with padding in front, so that the distances which sliding
-windows count stay correct.
+Texts that end leave the batch, and others may join it at any time. The keys and values of a beginning are held once.
+Texts that were added together have one row of the batch until their tokens differ. The keys and values of the rows' own
+tokens are aligned at the last token, with padding in front, so that the distances which sliding windows count stay
+correct.
 
-Notation: B texts in the batch, T own tokens of the longest one, V tokens of the vocabulary.
+Notation: B rows of the batch, T own tokens of the longest text, V tokens of the vocabulary.
 """
 
 import inspect
@@ -89,7 +90,7 @@ class Decoder:
         ends: tokens that end a text.
 
     Attributes:
-        texts: those that are being written, [B].
+        texts: those that are being written.
 
     Raises:
         UserError: several texts cannot continue from one cache of this model.
@@ -101,12 +102,16 @@ class Decoder:
         if model._is_stateful or not kinds <= ATTENTION:
             raise UserError(f"{self._kind}: they are recurrent or attend in chunks. {REMEDY}")
         self.model, self.family, self.temperature, self.ends = model, family, temperature, frozenset(ends)
-        self.texts: list[Text] = []
+        self._rows: list[list[Text]] = []  # of the batch, [B]; the texts of a row are equal so far
         model.set_attn_implementation(SHARED_ATTENTION)
         self._windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         self._parameters = inspect.signature(model.forward).parameters
         self._cache = DynamicCache()  # of the batch
         self._last: tuple[Hashable, list[int], Start] | None = None  # what was read
+
+    @property
+    def texts(self) -> list[Text]:
+        return [text for row in self._rows for text in row]
 
     @torch.inference_mode()
     def read(self, key: Hashable, encoded: EncodedChain) -> Start:
@@ -149,18 +154,19 @@ class Decoder:
         """Begin texts: draw their first tokens, and let them join the batch.
 
         Args:
-            texts: new ones, at least one. Neighbours in the batch that continue the same start share it.
+            texts: new ones, at least one. Neighbours that continue the same start share it.
 
         Returns:
             Those that have ended already.
         """
-        self._write(texts, torch.stack([text.start.logits for text in texts]))
-        begun = [text for text in texts if not text.ended]
+        rows = [list(row) for _, row in groupby(texts, lambda text: text.start)]
+        self._write(rows, torch.stack([row[0].start.logits for row in rows]))
+        begun = [part for row in rows for part in _parts(row)]
         if not self._cache.layers:
             self._cache = _cache_of([(keys[:0, :, :0], values[:0, :, :0]) for keys, values in texts[0].start.layers], 0)
         for layer in cast(list[_RoomyLayer], self._cache.layers):
             layer.add(len(begun))
-        self.texts += begun
+        self._rows += begun
         return [text for text in texts if text.ended]
 
     @torch.inference_mode()
@@ -171,21 +177,23 @@ class Decoder:
             The texts that have ended; they leave the batch.
         """
         width = self._cache.get_seq_length() + 1
-        rows = [(text.ids[-1], text.start.position + len(text.ids) - 1, len(text.ids)) for text in self.texts]
-        tokens, positions, lengths = torch.tensor(rows, device=self.model.device)[:, :, None].unbind(1)  # [B, 1]
+        firsts, texts = [row[0] for row in self._rows], self.texts
+        numbers = [(text.ids[-1], text.start.position + len(text.ids) - 1, len(text.ids)) for text in firsts]
+        tokens, positions, lengths = torch.tensor(numbers, device=self.model.device)[:, :, None].unbind(1)  # [B, 1]
         mask = (torch.arange(width, device=lengths.device) >= width - lengths).long()  # [B, T]
-        starts = [(start.layers, len(list(texts))) for start, texts in groupby(self.texts, lambda text: text.start)]
+        starts = [(start.layers, len(list(rows))) for start, rows in groupby(firsts, lambda text: text.start)]
         beginnings = Beginnings(*zip(*starts, strict=True), self._windows)
         inputs = {"input_ids": tokens, "attention_mask": mask, "beginnings": beginnings}
-        self._write(self.texts, self._run(inputs, positions, self._cache))
-        ended = [text for text in self.texts if text.ended]
-        if ended:
-            kept = [place for place, text in enumerate(self.texts) if not text.ended]
-            self.texts = [self.texts[place] for place in kept]
-            longest = max((len(text.ids) - 1 for text in self.texts), default=0)
+        self._write(self._rows, self._run(inputs, positions, self._cache))
+        parts = [(place, part) for place, row in enumerate(self._rows) for part in _parts(row)]
+        places = [place for place, _ in parts]
+        if places != list(range(len(self._rows))):
+            longest = max((len(part[0].ids) - 1 for _, part in parts), default=0)
+            chosen = torch.tensor(places, dtype=torch.long, device=self.model.device)
             for layer in cast(list[_RoomyLayer], self._cache.layers):
-                layer.keep(kept, width - longest)
-        return ended
+                layer.keep(chosen, width - longest)
+        self._rows = [part for _, part in parts]
+        return [text for text in texts if text.ended]
 
     @torch.inference_mode()
     def check(self, encoded: EncodedChain) -> None:
@@ -238,24 +246,27 @@ class Decoder:
         dtype = self.model.dtype
         return {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in inputs.items()}
 
-    def _write(self, texts: Sequence[Text], logits: Tensor) -> None:
-        """Draw the next token of each text from its logits, [B, V]."""
-        for text, token in zip(texts, self._draw(texts, logits).tolist(), strict=True):
-            if token not in self.ends:
-                text.ids.append(token)
-            text.ended = token in self.ends or len(text.ids) == text.limit
+    def _write(self, rows: Sequence[Sequence[Text]], logits: Tensor) -> None:
+        """Draw the next token of each text from the logits of its row, [B, V]."""
+        for row, tokens in zip(rows, self._draw(rows, logits).tolist(), strict=True):
+            for text, token in zip(row, tokens, strict=False):
+                if token not in self.ends:
+                    text.ids.append(token)
+                text.ended = token in self.ends or len(text.ids) == text.limit
 
-    def _draw(self, texts: Sequence[Text], logits: Tensor) -> Tensor:
-        """The token at a random place of the cumulated probabilities of each text, [B]."""
+    def _draw(self, rows: Sequence[Sequence[Text]], logits: Tensor) -> Tensor:
+        """The token at a random place of the cumulated probabilities for each text, [B, texts of the largest row]."""
         highest, tokens = logits.max(-1)
         if highest.isnan().any():
             raise PolicyFailure("the model computes NaN; look at its weights and at --precision")
+        largest = max(map(len, rows))
         if self.temperature == 0:
-            return tokens
+            return tokens[:, None].expand(-1, largest)
         chances = (logits - highest[:, None]).div_(max(self.temperature, COLDEST)).exp_()  # but for a factor
         totals = chances.cumsum_(-1)  # [B, V]
-        places = torch.tensor([[text.random.getrandbits(BITS) / 2**BITS] for text in texts], device=logits.device)
-        return torch.searchsorted(totals, places * totals[:, -1:], right=True).squeeze(1)
+        drawn = [[text.random.getrandbits(BITS) / 2**BITS for text in row] for row in rows]
+        places = torch.tensor([row + [0.0] * (largest - len(row)) for row in drawn], device=logits.device)
+        return torch.searchsorted(totals, places * totals[:, -1:], right=True)
 
 
 class _RoomyLayer(DynamicLayer):
@@ -285,9 +296,10 @@ class _RoomyLayer(DynamicLayer):
         """Add so many rows, of padding."""
         self._hold((pad(states, (0, 0, 0, 0, 0, 0, 0, count)) for states in self._roomy), self.get_seq_length())
 
-    def keep(self, rows: list[int], first: int) -> None:
-        """Keep some rows only, from one of their tokens on."""
-        self._hold((states[rows, :, first:] for states in self._roomy), self.get_seq_length() - first)
+    def keep(self, rows: Tensor, first: int) -> None:
+        """Keep these rows, some of them several times, from one of their tokens on."""
+        kept = (states[:, :, first:].index_select(0, rows) for states in self._roomy)
+        self._hold(kept, self.get_seq_length() - first)
 
 
 def _cache_of(layers: Layers, length: int) -> DynamicCache:
@@ -299,3 +311,12 @@ def _cache_of(layers: Layers, length: int) -> DynamicCache:
 
 def _layers_of(cache: DynamicCache) -> Layers:
     return [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]
+
+
+def _parts(row: Iterable[Text]) -> list[list[Text]]:
+    """Those of a row's texts that go on, by their last tokens."""
+    parts: dict[int, list[Text]] = {}
+    for text in row:
+        if not text.ended:
+            parts.setdefault(text.ids[-1], []).append(text)
+    return list(parts.values())

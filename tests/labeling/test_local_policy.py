@@ -109,6 +109,28 @@ def test_first_tokens_are_drawn_with_the_models_probabilities():
     assert p_value(0.8) < 1e-6
 
 
+@pytest.mark.parametrize(("family", "temperature"), [("qwen2", 0.1), ("gemma3_text", 0.2)])  # the latter has windows
+def test_texts_that_are_equal_so_far_are_written_once(family, temperature):
+    found, written = policy(family), []
+    model = found._decoder.model
+    starts = [found._decoder.read("q", found._encode(question("3 + 4?"), prefix)) for prefix in PREFIXES[1:3]]
+    together, alone = ([Text(start, Random(n), limit=24) for start in starts for n in range(12)] for _ in range(2))
+    model.register_forward_pre_hook(lambda *call: written.append(len(call[2]["input_ids"])), with_kwargs=True)
+
+    def write(texts: list[Text]) -> int:
+        decoder = Decoder(model, found._decoder.family, temperature, ends={9})
+        written.clear()
+        decoder.add(texts)
+        while decoder.texts:
+            decoder.step()
+        return sum(written)
+
+    rows, rows_alone = write(together), sum(write([text]) for text in alone)
+    assert [text.ids for text in together] == [text.ids for text in alone]
+    begun = {(text.start, *text.ids[:end]) for text in alone for end in range(1, len(text.ids))}
+    assert rows == len(begun) < 0.8 * rows_alone
+
+
 def test_beginnings_and_images_are_read_once(tmp_path):
     found = policy("qwen2_vl", concurrency=8)
     read, seen = [], []
