@@ -167,7 +167,9 @@ def store_settings(config: LabelConfig, prompt: str) -> dict[str, object]:
     # A run without training rows labels no step; one with them, on the same store, labels those of the same answers.
     flags = config.labeling
     labelled = {"rollouts": flags.rollouts, "enough": flags.stop_early}
-    return made_by | asked | asdict(config.rollout_settings()) | labelled
+    settings = asdict(config.rollout_settings()) | labelled
+    del settings["answers"]  # further ones join those that are there
+    return made_by | asked | settings
 
 
 async def ask(config: LabelConfig, labeller: Labeller, count: int) -> None:

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
 
     run_command("reweighting.show")
 
+import sys
 from pathlib import Path
 
 from reweighting.config.inference import ShowConfig
@@ -75,14 +76,17 @@ def main(argv: list[str]) -> None:
 
 
 def find_row(config: ShowConfig) -> CandidateRow:
-    """Find the first row of an id.
+    """Find the first row of an id, and warn if there are others.
 
     Raises:
         UserError: if there is none.
     """
     files, options, wanted = config.candidates.candidates_json_file, config.reading.options(), config.page.id
     sources, root = config.reading.sources(files), config.scoring.image_root
-    for row in iterate_candidates(sources, root, options, LoadReport(), decode_images=False):
-        if str(row.id) == wanted:
-            return row
-    raise UserError(f"{files[0]}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")
+    rows = iterate_candidates(sources, root, options, LoadReport(), decode_images=False)
+    found = [row for row in rows if str(row.id) == wanted]
+    if not found:
+        raise UserError(f"{files[0]}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")
+    if len(found) > 1:
+        print(f"warning: {len(found)} rows have the id {printable(wanted[:60])}; the first is shown", file=sys.stderr)
+    return found[0]

@@ -145,6 +145,17 @@ def test_other_outputs_ask_for_no_answer_again(folder):
         assert len(server.bodies) == answers + answers * 3 * 4 + 3 * 2
 
 
+def test_further_answers_join_those_of_a_store(folder):
+    with PolicyServer() as server:
+        main(few(server, "--output_meta", "meta.jsonl"))
+        calls = len(server.bodies)
+        main([*few(server, "--output_candidates", "more.jsonl"), "--answers", "5"])
+        assert len(server.bodies) - calls == 12 * 3 + 2  # the probe's calls
+        assert len(rows("more.jsonl")) == 12 * 5
+        main([*few(server, "--output_candidates", "fewer.jsonl"), "--answers", "2"])
+        assert len(rows("fewer.jsonl")) == 12 * 2
+
+
 def test_killed_at_any_moment_nothing_is_asked_twice(folder):
     """Of each beginning exactly 4 continuations were stored, and at most the calls in flight were lost."""
     with PolicyServer() as server:
