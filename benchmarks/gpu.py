@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 from common import ROOT, make_data, run_case, write_results
 from memory_table import IMAGE, MODELS
-from throughput import Meter, Stopwatch
+from stopwatch import Stopwatch
+from throughput import Meter
 
 WARM_UP, TIMED = 2, 4  # windows
 WINDOW = ("--unroll_steps", "5", "--batch_size", "2")
@@ -83,7 +84,7 @@ def one_case(backbone: str, data: Path, flags: list[str]) -> None:
         engine = build_engine(config, run_settings(config), rows, Path(folder))
         loaded = time.perf_counter() - started
         engine.save = lambda **_: None
-        meter = Meter(WARM_UP * window, lambda: rows_seen(engine), Stopwatch())
+        meter = Meter(WARM_UP * window, lambda: rows_seen(engine), Stopwatch(time.perf_counter))
         engine.run(meter)
     rows, seconds = rows_seen(engine) - meter.rows, time.perf_counter() - meter.started
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

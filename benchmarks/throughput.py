@@ -22,12 +22,12 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from common import ROOT, make_data, run_case, write_results
+from stopwatch import Stopwatch
 
 CASES = ("stock", "stock, as many", "ours", "no upper level", "bare loop")
 PARTS = {  # what is timed: part -> (level, method)
@@ -69,32 +69,6 @@ def make_backbone(folder: Path, image_tokens: int) -> Path:
     size = {"shortest_edge": pixels, "longest_edge": pixels}
     AutoImageProcessor.from_pretrained(ROOT / "backbone", size=size).save_pretrained(folder)
     return folder
-
-
-class Stopwatch:
-    """Adds up the seconds spent in each part; what is called inside a part counts for that part alone."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.inside = False
-
-    def watch(self, levels: dict[str, object]) -> None:
-        """Time the methods in PARTS of the problems, {"lower": …, "upper": …}."""
-        for part, places in PARTS.items():
-            for level, method in places:
-                if level in levels and hasattr(levels[level], method):
-                    timed = partial(self._timed, part, getattr(levels[level], method))
-                    setattr(levels[level], method, timed)
-
-    def _timed(self, part: str, method, *args, **kwargs):
-        if self.inside:
-            return method(*args, **kwargs)
-        self.inside, started = True, time.perf_counter()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            self.seconds[part] += time.perf_counter() - started
-            self.inside = False
 
 
 class Meter:
@@ -144,8 +118,11 @@ def ours(case: str, backbone: str, name: str, data: Path, folder: Path) -> dict:
 
 def measured(engine, warm_up: int) -> Meter:
     """A meter of the engine's lower level."""
-    watch = Stopwatch()
-    watch.watch({problem.name: problem for problem in engine.problems})
+    watch, levels = Stopwatch(time.perf_counter), {problem.name: problem for problem in engine.problems}
+    for part, places in PARTS.items():
+        for level, method in places:
+            if level in levels and hasattr(levels[level], method):
+                watch.watch(levels[level], method, part)
     return Meter(warm_up, lambda: engine.lower.rows_seen, watch)
 
 

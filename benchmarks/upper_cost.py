@@ -17,12 +17,12 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from common import ROOT, use_one_thread, write_results
+from stopwatch import Stopwatch
 
 from reweighting.bilevel.evidence import SlopeEvidence
 from reweighting.bilevel.instance_evidence import InstanceEvidence
@@ -47,30 +47,6 @@ WINDOW = 20  # optimizer steps, the default
 EVIDENCE = {SlopeEvidence: ("add", "slopes", "state_dict"), InstanceEvidence: ("add", "true_slopes", "state_dict")}
 
 
-class Stopwatch:
-    """Adds up the processor seconds in methods; those that one calls from another count once."""
-
-    def __init__(self) -> None:
-        self.seconds, self._inside = 0.0, False
-
-    def watch(self, owner: type, name: str) -> None:
-        """Time a method of a class."""
-        setattr(owner, name, self._timed(getattr(owner, name)))
-
-    def _timed(self, method: Callable) -> Callable:
-        def timed(*args, **kwargs):
-            if self._inside:
-                return method(*args, **kwargs)
-            self._inside, started = True, time.process_time()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.seconds += time.process_time() - started
-                self._inside = False
-
-        return timed
-
-
 def make_engine(flags: tuple[str, ...], steps: int, seed: int, folder: Path) -> ReweightingEngine:
     """An engine that can make so many steps, which writes no checkpoint."""
     files = ["--train_json_file", str(ROOT / "data" / "train.json")]
@@ -91,10 +67,11 @@ def window(engine: ReweightingEngine, number: int, evidence: Stopwatch) -> dict[
     if engine.reweights:
         engine.upper.fetch_batch(number)
     engine.train_iters = (number + 1) * steps
-    evidence.seconds, started = 0.0, time.process_time()
+    evidence.seconds.clear()
+    started = time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         engine.run()
-    return {"seconds": time.process_time() - started, "evidence_seconds": evidence.seconds}
+    return {"seconds": time.process_time() - started, "evidence_seconds": evidence.seconds["evidence"]}
 
 
 def end_seconds(engine: ReweightingEngine, folder: Path) -> float:
@@ -124,10 +101,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     flags = parser.parse_args()
     use_one_thread()
-    evidence = Stopwatch()
+    evidence = Stopwatch(time.process_time)
     for owner, names in EVIDENCE.items():
         for name in names:
-            evidence.watch(owner, name)
+            evidence.watch(owner, name, "evidence")
     runs: dict[str, list[dict]] = {case: [] for case in CASES}
     with TemporaryDirectory() as name:
         folders = {case: Path(name) / str(number) for number, case in enumerate(CASES)}
