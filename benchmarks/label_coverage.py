@@ -1,7 +1,7 @@
 """Do labels of 16 rollouts scatter about the true chance as a binomial does?
 
-    python benchmarks/label_coverage.py --prefixes 100        # 20 minutes of one core; a larger number adds to them
-    python benchmarks/label_coverage.py --prefixes 2000 --parallel 6 --concurrency 1024       # on a GPU
+    python benchmarks/label_coverage.py --prefixes 100                      # five minutes of one core
+    python benchmarks/label_coverage.py --prefixes 2060 --parallel 2        # adds to them
 
 The demo's policy continues beginnings of its answers in `data/rollouts/train.json` 512 times each. The first 16
 continuations give the label and its 95 % confidence interval (Wilson, 1927), all others the true chance, up to 0.02.
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefixes", type=int, default=100)
     parser.add_argument("--parallel", type=int, default=1, help="processes")
-    parser.add_argument("--concurrency", type=int, default=256, help="texts at a time in each")
+    parser.add_argument("--concurrency", type=int, default=2048, help="texts at a time in each")
     args = parser.parse_args()
     counts = read_results("label_coverage").get("counts", [])
     left = beginnings()[len(counts) : args.prefixes]
