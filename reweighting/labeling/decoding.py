@@ -89,9 +89,6 @@ class Decoder:
         temperature: of the sampling; 0 is greedy.
         ends: tokens that end a text.
 
-    Attributes:
-        texts: those that are being written.
-
     Raises:
         UserError: several texts cannot continue from one cache of this model.
     """
@@ -111,6 +108,7 @@ class Decoder:
 
     @property
     def texts(self) -> list[Text]:
+        """The texts that are being written."""
         return [text for row in self._rows for text in row]
 
     @torch.inference_mode()
