@@ -13,6 +13,7 @@ if __name__ == "__main__":  # a script: run this file as a module of the package
     run_command("reweighting.show")
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from reweighting.config.inference import ShowConfig
@@ -84,9 +85,14 @@ def find_row(config: ShowConfig) -> CandidateRow:
     files, options, wanted = config.candidates.candidates_json_file, config.reading.options(), config.page.id
     sources, root = config.reading.sources(files), config.scoring.image_root
     rows = iterate_candidates(sources, root, options, LoadReport(), decode_images=False)
-    found = [row for row in rows if str(row.id) == wanted]
-    if not found:
+    found = next((row for row in rows if str(row.id) == wanted), None)
+    if found is None:
         raise UserError(f"{files[0]}: no row has the id {wanted[:60]}. Ids are the rows' `id` fields.")
-    if len(found) > 1:
-        print(f"warning: {len(found)} rows have the id {printable(wanted[:60])}; the first is shown", file=sys.stderr)
-    return found[0]
+    count = 1
+    with suppress(UserError):  # a faulty row that is not shown ends the search
+        for row in rows:
+            count += str(row.id) == wanted
+    if count > 1:
+        shown = printable(wanted[:60], one_line=True)
+        print(f"warning: {count} rows have the id {shown}; the first is shown", file=sys.stderr)
+    return found

@@ -56,7 +56,7 @@ def shown(demo, weights_path, tmp_path_factory):
     rows = json.loads((demo / "test.json").read_text())
     row = rows[2] | {"id": "q/2", "input": f"Question: {EVIL}"}
     row["candidates"] = [f"{row['candidates'][0]}\n{EVIL}", *row["candidates"][1:]]
-    (demo / "show.json").write_text(json.dumps([rows[0], row, rows[3] | {"id": "q/2"}]))
+    (demo / "show.json").write_text(json.dumps([rows[0], row, rows[3] | {"id": "q/2"}, {"id": "faulty"}]))
     output = tmp_path_factory.mktemp("page") / "answer.html"
     arguments = ["--weights_path", str(weights_path), "--candidates_json_file", str(demo / "show.json")]
     done = run("show.py", *arguments, "--id", "q/2", "--output", str(output))

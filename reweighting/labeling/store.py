@@ -84,6 +84,7 @@ class Store:
     def _check(self, settings: dict[str, Any]) -> None:
         """Raise UserError if the file was made with other settings."""
         made_with = dict(self._file.execute("SELECT name, value FROM settings"))
+        made_with.pop("answers", None)  # written until further answers could join
         texts = {name: json.dumps(value) for name, value in (settings | {"version": VERSION}).items()}
         if not made_with or self._file.execute("SELECT 1 FROM entries LIMIT 1").fetchone() is None:
             self._file.execute("DELETE FROM settings")

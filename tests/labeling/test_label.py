@@ -2,6 +2,8 @@
 
 import json
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,8 @@ def test_further_answers_join_those_of_a_store(folder):
     with PolicyServer() as server:
         main(few(server, "--output_meta", "meta.jsonl"))
         calls = len(server.bodies)
+        with closing(sqlite3.connect("labels.sqlite", isolation_level=None)) as store:
+            store.execute("INSERT INTO settings VALUES ('answers', '2')")  # as in stores of earlier versions
         main([*few(server, "--output_candidates", "more.jsonl"), "--answers", "5"])
         assert len(server.bodies) - calls == 12 * 3 + 2  # the probe's calls
         assert len(rows("more.jsonl")) == 12 * 5
