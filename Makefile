@@ -1,7 +1,7 @@
 # make train     the main job on the demo data     make test     style, types and the tests
 # make test-all  the slow tests too                make coverage which lines the tests run
 # make demo      the demo data, byte for byte      make figs     the README's pictures
-# make pipeline  from questions to labels, a PRM and chosen answers (10 minutes)
+# make pipeline  from questions to labels, a PRM and chosen answers (3 minutes)
 # make evidence  does it pay (2 hours)             make bench    how fast is it (half an hour)
 # make docs      the documentation as a site       make lint     style, as in `make test`
 #                                                  make types    the type checker, as in `make test`
