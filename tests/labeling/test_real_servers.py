@@ -58,6 +58,20 @@ def in_process(model: str) -> LocalPolicy:
     return LocalPolicy(model, "{question}\nAnswer it.", Sampling(0.0, TOKENS), device="cpu")
 
 
+def greedy_texts(url: str, model: str, way: str, asked: list[Question]) -> list[str]:
+    """The server's greedy texts, alone and behind beginnings, once they are those of the model in this process."""
+    calls = [(one, prefix) for one in asked for prefix in ("", *BEGUN)]
+    found, texts = ask(on_server(url, model), calls)
+    assert found == f"{model} continues answers ({way})"
+    assert texts == ask(in_process(model), calls)[1]
+    return texts
+
+
+def samples(url: str, model: str, asked: Question, count: int) -> set[str]:
+    """Different ones of so many answers that the server draws."""
+    return set(ask(on_server(url, model, 1.0), [(asked, "")] * count)[1])
+
+
 def plain_text_model(family: str, folder: Path) -> str:
     """A copy of a tiny random model that writes printable letters only, each a token of its own; its folder."""
     model = load_generator(str(tiny_family(family)), torch.float32)
@@ -110,13 +124,9 @@ def test_transformers_serve_continues_as_transformers_does(family, tmp_path):
     asked = [question("What is 3 + 4?")]
     if family == "idefics3":
         asked.append(question("What is in it?", draw_cells(tmp_path / "a.png")))
-    calls = [(one, prefix) for one in asked for prefix in ("", *BEGUN)]
     with transformers_serve(model, tmp_path / "log.txt") as url:
-        way, texts = ask(on_server(url, model), calls)
-        sampled = ask(on_server(url, model, 1.0), [(asked[0], "")] * 3)[1]
-    assert way == f"{model} continues answers (chat template in the request)"
-    assert texts == ask(in_process(model), calls)[1]
-    assert len(set(texts)) == len(texts) and len(set(sampled)) == 3
+        texts = greedy_texts(url, model, "chat template in the request", asked)
+        assert len(set(texts)) == len(texts) and len(samples(url, model, asked[0], 3)) == 3
 
 
 @needs_serve
@@ -137,10 +147,6 @@ def test_vllm_continues_as_transformers_does(tmp_path):
     defaults = Path(model, "generation_config.json")
     defaults.write_text(json.dumps({**json.loads(defaults.read_text()), "do_sample": True, "top_k": 1}))
     asked = [question("What is 3 + 4?"), question("How many?", draw_cells(tmp_path / "a.png"))]
-    calls = [(one, prefix) for one in asked for prefix in ("", *BEGUN)]
     with vllm(model, tmp_path / "log.txt") as url:
-        way, texts = ask(on_server(url, model), calls)
-        sampled = ask(on_server(url, model, 1.0), [(asked[0], "")] * 5)[1]
-    assert way == f"{model} continues answers (continue_final_message)"
-    assert texts == ask(in_process(model), calls)[1]
-    assert len(set(sampled)) > 1
+        greedy_texts(url, model, "continue_final_message", asked)
+        assert len(samples(url, model, asked[0], 5)) > 1
