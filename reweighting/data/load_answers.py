@@ -104,7 +104,7 @@ class LoadReport:
     def notes(self) -> list[str]:
         """Describe what has been left out, a line for each reason."""
         places: dict[str, list[tuple[str, int]]] = {}
-        for (source, reason), count in self.left_out.items():
+        for (source, reason), count in (+self.left_out).items():  # without those that are 0
             places.setdefault(reason, []).append((source, count))
         lines = []
         for reason, found in places.items():

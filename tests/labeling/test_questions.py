@@ -39,3 +39,11 @@ def test_what_is_no_domain_names_the_row(tmp_path, wrong):
 def test_rows_without_the_field_that_names_the_domain_are_counted(tmp_path):
     domains, report = read(tmp_path / "sums.jsonl", [{"kind": "a"}, {"dataset": "b"}, {}], domain_field="kind")
     assert domains == ["a", "b", "sums"] and "2 rows lack the field" in report.notes()[0]
+
+
+def test_a_file_of_answers_has_many_to_a_question_and_a_file_of_questions_has_not(tmp_path):
+    twice = [{"question": "3 + 4?", "ground_truth": 7, "dataset": "sums"}] * 2
+    domains, report = read(tmp_path / "questions.jsonl", twice)
+    assert domains == ["sums"] and "1 answer is left out: its question stands there before" in report.notes()[0]
+    domains, report = read(tmp_path / "answers.jsonl", [row | {"steps": ["So 7."]} for row in twice])
+    assert domains == ["sums"] and report.notes() == []
